@@ -1,0 +1,3 @@
+//! The program: words in, requests out.
+
+fn main() {}

@@ -1,0 +1,221 @@
+//! What an operator can ask of a running daemon, and what the daemon answers.
+//!
+//! `Request` and `Reply` are the API: QMP is one way to write them down, the command line another.
+use serde::{Deserialize, Serialize};
+
+/// One wish of an operator.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Request {
+    /// Start a mirror job.
+    Mirror(MirrorRequest),
+    /// How one export stands, or all of them.
+    Status(Option<String>),
+    /// Make the target the disk that is served. Answered when it is done.
+    Pivot(String),
+    /// End the job, the guest staying on the source. Answered when it is done.
+    Cancel {
+        /// Whose job.
+        export: String,
+        /// Give up at once, also when ready.
+        force: bool,
+    },
+    /// Stop copying; guest writes are still tracked.
+    Pause(String),
+    /// Go on copying.
+    Resume(String),
+    /// Change a running job.
+    Set {
+        /// Whose job.
+        export: String,
+        /// Bytes a second, 0 for no limit.
+        speed: Option<u64>,
+        /// How guest writes are handled.
+        mode: Option<Mode>,
+    },
+    /// End the daemon.
+    Quit,
+}
+
+/// A copy request: `SEMANTICS` of the flags is in `docs/flags.md`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MirrorRequest {
+    /// The export whose disk is copied.
+    pub export: String,
+    /// Where to.
+    pub target: String,
+    /// Copy only what the top layer holds.
+    pub shallow: bool,
+    /// The target is there already.
+    pub reuse_external: bool,
+    /// The target's format, where it was named.
+    pub format: Option<TargetFormat>,
+    /// How guest writes are handled.
+    pub mode: Mode,
+    /// Bytes a second, 0 for no limit.
+    pub speed: u64,
+    /// Bytes a chunk: a power of two from 512 to 64 MiB; 0 leaves the choice to the engine.
+    pub granularity: u64,
+    /// What to do when the target fails.
+    pub on_target_error: OnError,
+    /// Answer whether it could be done, and do nothing.
+    pub dry_run: bool,
+    /// Name of the job; the export's name where it is not given.
+    pub job_id: Option<String>,
+}
+
+/// Formats that a target can have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TargetFormat {
+    /// Guest offset and file offset are the same.
+    Raw,
+    /// QEMU's own.
+    Qcow2,
+}
+
+/// How guest writes are handled while a mirror runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// The engine chooses.
+    #[default]
+    Auto,
+    /// Marked, and copied later.
+    Background,
+    /// Written to both sides where the copy has been already.
+    WriteBlocking,
+}
+
+/// What a job does when one side fails.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnError {
+    /// End the job with the error.
+    #[default]
+    Report,
+    /// Pause until it is resumed.
+    Stop,
+    /// Pause when there is no space, else end.
+    Enospc,
+    /// Try again.
+    Ignore,
+}
+
+/// An answer.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(untagged)]
+pub enum Reply {
+    /// Nothing to say.
+    Done {},
+    /// The named export's status.
+    One(Box<Status>),
+    /// Everybody's.
+    All(Vec<Status>),
+    /// A job was started, or would be.
+    Started(Started),
+}
+
+/// What a copy request came to.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Started {
+    /// The job's name.
+    pub job: String,
+    /// What the request was taken to mean, a sentence each: a shallow copy that became a full one.
+    pub notes: Vec<String>,
+}
+
+/// How one export stands. The field names are a contract.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// The export's name.
+    pub export: String,
+    /// Path of the image that is the truth.
+    pub serving: String,
+    /// `none`, `seeding`, `converging`, `ready`, `pivoting`, `pivoted`, `cancelled`, `failed`.
+    pub phase: String,
+    /// True while no copying is done on an operator's wish or after an error.
+    pub paused: bool,
+    /// The job's name.
+    pub job: Option<String>,
+    /// How guest writes are handled.
+    pub mode: Option<Mode>,
+    /// What the job has to bring over, new writes included.
+    pub total_bytes: u64,
+    /// What it has brought over.
+    pub copied_bytes: u64,
+    /// What is left: never 0 before `ready`.
+    pub remaining_bytes: u64,
+    /// What is marked in the bitmap.
+    pub dirty_bytes: u64,
+    /// The limit; 0 is none.
+    pub speed_bytes_per_s: u64,
+    /// When the job may be ready, at the present rate.
+    pub eta_s: Option<u64>,
+    /// Path of the source's top image.
+    pub source: String,
+    /// Path of the target.
+    pub target: Option<String>,
+    /// Why the job failed or is paused.
+    pub error: Option<String>,
+    /// What the last job's request was taken to mean.
+    #[serde(default)]
+    pub notes: Vec<String>,
+}
+
+/// A refusal, with the name that libvirt has for it.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[error("{message}")]
+pub struct Refusal {
+    /// Which kind.
+    pub code: Code,
+    /// What was wrong and what to do.
+    pub message: String,
+}
+
+/// libvirt's names of refusals, without their prefix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum Code {
+    /// An argument is wrong in itself.
+    InvalidArg,
+    /// The combination asks for what cannot be.
+    ConfigUnsupported,
+    /// Not in this state.
+    OperationInvalid,
+    /// Not by this program, or not on this file.
+    OperationUnsupported,
+    /// Tried, and failed.
+    OperationFailed,
+    /// A copy is under way on this export, or is not ready for what was asked.
+    BlockCopyActive,
+}
+
+/// Something that happened to a job, for everybody who listens.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// The job is in another phase now.
+    Phase {
+        /// Whose job.
+        export: String,
+        /// The job's name.
+        job: String,
+        /// The new phase's name.
+        phase: String,
+        /// The status at that moment.
+        status: Box<Status>,
+    },
+    /// One side failed.
+    IoError {
+        /// Whose job.
+        export: String,
+        /// The job's name.
+        job: String,
+        /// True where the target failed, false where the source did.
+        target: bool,
+        /// What the job does about it: `report`, `stop` or `ignore`.
+        action: String,
+        /// The error.
+        message: String,
+    },
+}

@@ -1,0 +1,217 @@
+//! What every disk image format owes the engine: where do these guest bytes live?
+//!
+//! ```text
+//! read    map ─► the caller reads there
+//! write   reserve ─► (fill around the payload) ─► the caller writes there ─► commit
+//! zero    zero ─► done, or a place to punch, or "write zeroes yourself"
+//! flush   settle ─► Flush ─► the caller flushes the file ─► settle ─► … ─► Done
+//! ```
+use crate::error::{Error, Result};
+use crate::journal::Change;
+use crate::range::ByteRange;
+use std::sync::Arc;
+
+/// One run of guest bytes, and what this image alone says of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// The guest bytes that the answer is about: from the asked byte on, never empty.
+    pub guest: ByteRange,
+    /// Where they are.
+    pub place: Place,
+}
+
+/// Where a run of guest bytes lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// As they are, from `host` on in the image's file. May reach past the file's end: zeroes.
+    Data {
+        /// Offset in the file.
+        host: u64,
+    },
+    /// They read as zeroes, whatever the layers below have.
+    Zero,
+    /// This image has nothing of them: the layer below decides.
+    Absent,
+    /// Part of one compressed cluster.
+    Compressed {
+        /// Offset in the file of the cluster's compressed bytes.
+        host: u64,
+        /// How many bytes to read at most; the file may end before.
+        len: u32,
+        /// Where in the inflated cluster the extent begins.
+        skip: u32,
+        /// Length of the inflated cluster.
+        inflated: u32,
+    },
+}
+
+/// Where a guest write goes, before the image says so.
+///
+/// Dropped without `Image::commit`, it leaves the image as it was.
+#[must_use]
+#[derive(Debug)]
+pub struct Reservation {
+    /// The guest bytes it covers: a prefix of what was asked for, never empty.
+    pub guest: ByteRange,
+    /// Where the payload goes in the image's file.
+    pub host: u64,
+    /// Guest bytes before and behind the payload that have to be brought to the new place as the
+    /// whole chain reads them now. Their place is at the same distance from `host` as their guest
+    /// offset is from `guest.start`. Cut to the disk's size.
+    pub fill: [Option<ByteRange>; 2],
+    /// True where the new place around the payload reads as zeroes already.
+    pub zeroed: bool,
+    /// What gives the room back when nobody commits.
+    pub hold: Option<Hold>,
+}
+
+/// Gives reserved room back when it is dropped.
+pub struct Hold {
+    holder: Arc<dyn Holder>,
+    id: u64,
+}
+
+/// Who holds reserved room.
+pub trait Holder: Send + Sync {
+    /// The reservation `id` is over, committed or not.
+    fn let_go(&self, id: u64);
+}
+
+impl Hold {
+    /// A hold on the reservation `id` of `holder`.
+    pub fn new(holder: Arc<dyn Holder>, id: u64) -> Self {
+        Self { holder, id }
+    }
+
+    /// Which reservation.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.holder.let_go(self.id);
+    }
+}
+
+impl std::fmt::Debug for Hold {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Hold").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+/// An image's answer to a wish for room.
+#[must_use]
+#[derive(Debug)]
+pub enum Reserve {
+    /// Here.
+    Room(Reservation),
+    /// Another write is making this very place: ask again when it is done.
+    Busy,
+    /// Too much is held in memory: settle, then ask again.
+    Settle,
+}
+
+/// What a caller wants of zeroed bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Zeroing {
+    /// They read as zeroes; their space may be given back.
+    Unmap,
+    /// They read as zeroes; space that is allocated stays so.
+    Keep,
+    /// A discard: whole clusters read as zeroes, what cannot be given back may stay as it is.
+    Discard,
+}
+
+/// An image's answer to a wish for zeroes, for a prefix of what was asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Zeroed {
+    /// These bytes are dealt with.
+    Done(ByteRange),
+    /// Zero these bytes in the file from `host` on: they are the image's content there.
+    Host {
+        /// The guest bytes.
+        guest: ByteRange,
+        /// Where they are in the file.
+        host: u64,
+    },
+    /// Write zeroes to these bytes like any payload.
+    Write(ByteRange),
+    /// Another write is under way there: ask again when it is done.
+    Busy,
+    /// Too much is held in memory: settle, then ask again.
+    Settle,
+}
+
+/// What a settle needs next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Settle {
+    /// Flush the file, then call `settle` again with the same progress.
+    Flush,
+    /// Everything that was committed before the first call is durable.
+    Done,
+    /// Somebody else is settling: ask again when they are done.
+    Busy,
+}
+
+/// How far one settle has come. Start with `Default`.
+///
+/// Dropped before `Settle::Done`, the settle counts as failed and what it wrote is written again.
+#[derive(Debug, Default)]
+pub struct Progress {
+    /// In the image's own numbering; zero is the start.
+    pub stage: u32,
+    /// What ends the settle when it is dropped.
+    pub hold: Option<Hold>,
+}
+
+/// A disk image: a map, never a pipe. It moves metadata alone; payload is its caller's.
+///
+/// Calls do not wait, except for at most one read of a table that is not in memory. They come from
+/// several threads. Everything between `reserve` and `commit` or drop of one reservation, and
+/// between a first `settle` and its `Done`, may interleave with any other call.
+pub trait Image: Send + Sync {
+    /// Size of the disk in bytes.
+    fn size(&self) -> u64;
+
+    /// The run that starts at `at`, cut to `len_max`. `at` is inside the disk, `len_max` at least 1.
+    fn map(&self, at: u64, len_max: u64) -> Result<Extent>;
+
+    /// Like `map`, and also asks the file system where data is a hole. Slower.
+    fn map_thin(&self, at: u64, len_max: u64) -> Result<Extent> {
+        self.map(at, len_max)
+    }
+
+    /// Room for a write of `guest`; may cover less than asked, never nothing.
+    ///
+    /// The payload is written at the returned place first and `commit` makes it the image's
+    /// content, so no reader ever sees what was there before.
+    fn reserve(&self, guest: ByteRange) -> Result<Reserve>;
+
+    /// Makes a reservation's payload the image's content, and notes it in the journal.
+    fn commit(&self, reservation: Reservation) -> Result<()>;
+
+    /// Makes a prefix of `guest` read as zeroes, or says how its caller can.
+    fn zero(&self, guest: ByteRange, zeroing: Zeroing) -> Result<Zeroed>;
+
+    /// Makes metadata durable, one stage a call, in an order that a power cut survives.
+    fn settle(&self, progress: &mut Progress) -> Result<Settle>;
+
+    /// Space that was given up and that no operation begun before the last settle can still be
+    /// using: it may be used again. Called when the caller knows that.
+    fn recycle(&self) {}
+
+    /// Takes back what the journal kept through a kill, in the order in which it was noted.
+    fn replay(&self, changes: &[Change]) -> Result<()> {
+        match changes {
+            [] => Ok(()),
+            _ => Err(Error::malformed("the journal has changes for an image that keeps none")),
+        }
+    }
+
+    /// Inflates one compressed cluster into `cluster`, whose length is the extent's `inflated`.
+    fn inflate(&self, _compressed: &[u8], _cluster: &mut [u8]) -> Result<()> {
+        Err(Error::invalid("this format has no compressed clusters"))
+    }
+}

@@ -1,0 +1,24 @@
+//! Bytes: what every byte that this program did not write itself means.
+//!
+//! A format answers *where* guest bytes live and keeps its metadata right; the payload is moved by
+//! its caller. So nothing here starts a thread, waits for a device's payload or needs `unsafe`, and
+//! each format can be fuzzed without a file.
+//!
+//! ```text
+//! image     what every disk image format owes the engine
+//!   raw     guest offset and file offset are the same number
+//!   qcow2   versions 2 and 3
+//! nbd       the wire: handshake, requests, replies
+//! record    which disk is the truth
+//! storage   the bytes that metadata is read from and written to
+//! journal   keeps metadata that is only in memory through a kill of the process
+//! error, range   leaves that anyone may use
+//! ```
+#![forbid(unsafe_code)]
+
+pub mod error;
+pub mod image;
+pub mod journal;
+pub mod range;
+pub mod raw;
+pub mod storage;

@@ -1,0 +1,66 @@
+//! Raw images: guest offset and file offset are the same number.
+use crate::error::{Context, Error, Result};
+use crate::image::{Extent, Image, Place, Progress, Reservation, Reserve, Settle, Zeroed, Zeroing};
+use crate::range::ByteRange;
+use crate::storage::Storage;
+use std::sync::Arc;
+
+/// A raw image.
+pub struct Raw {
+    storage: Arc<dyn Storage>,
+    size: u64,
+}
+
+impl Raw {
+    /// A raw image of `size` bytes; the file may be longer.
+    pub fn new(storage: Arc<dyn Storage>, size: u64) -> Self {
+        Self { storage, size }
+    }
+
+    fn clip(&self, at: u64, len_max: u64) -> Result<ByteRange> {
+        let len = len_max.min(self.size.saturating_sub(at));
+        ByteRange::new(at, len)
+            .filter(|guest| !guest.is_empty())
+            .ok_or_else(|| Error::invalid(format!("byte {at} is past the disk ({} bytes)", self.size)))
+    }
+}
+
+impl Image for Raw {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn map(&self, at: u64, len_max: u64) -> Result<Extent> {
+        Ok(Extent { guest: self.clip(at, len_max)?, place: Place::Data { host: at } })
+    }
+
+    fn map_thin(&self, at: u64, len_max: u64) -> Result<Extent> {
+        let guest = self.clip(at, len_max)?;
+        let data = self.storage.next_data(at).context(|| format!("looking for data from {at} on"))?;
+        let data = data.unwrap_or(u64::MAX);
+        if data > at {
+            return Ok(Extent { guest: guest.prefix(data - at), place: Place::Zero });
+        }
+        let hole = self.storage.next_hole(at).context(|| format!("looking for a hole from {at} on"))?;
+        // A file that was cut just now may answer with an end before `at`.
+        let len = hole.saturating_sub(at).max(1);
+        Ok(Extent { guest: guest.prefix(len), place: Place::Data { host: at } })
+    }
+
+    fn reserve(&self, guest: ByteRange) -> Result<Reserve> {
+        Ok(Reserve::Room(Reservation { guest, host: guest.start, fill: [None, None], zeroed: false, hold: None }))
+    }
+
+    fn commit(&self, _: Reservation) -> Result<()> {
+        Ok(())
+    }
+
+    fn zero(&self, guest: ByteRange, _: Zeroing) -> Result<Zeroed> {
+        Ok(Zeroed::Host { guest, host: guest.start })
+    }
+
+    fn settle(&self, progress: &mut Progress) -> Result<Settle> {
+        progress.stage += 1;
+        Ok(if progress.stage == 1 { Settle::Flush } else { Settle::Done })
+    }
+}
