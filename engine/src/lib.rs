@@ -2,6 +2,7 @@
 pub mod bell;
 pub mod chain;
 pub mod control;
+pub mod copier;
 pub mod dirty;
 pub mod disk;
 pub mod export;
@@ -9,4 +10,5 @@ pub mod fault;
 pub mod io;
 pub mod mirror;
 pub mod rate;
+pub mod seed;
 pub mod zero;

@@ -21,4 +21,5 @@ pub mod image;
 pub mod journal;
 pub mod range;
 pub mod raw;
+pub mod record;
 pub mod storage;
