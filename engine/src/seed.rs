@@ -40,6 +40,11 @@ impl Seeder {
         Ok(self.at >= size)
     }
 
+    /// Up to here it has looked, in bytes.
+    pub fn seen(&self) -> u64 {
+        self.at
+    }
+
     fn look(&self, mirror: &Mirror, size: u64) -> Result<(ByteRange, bool)> {
         let chain = mirror.source.chain();
         if mirror.shallow {
