@@ -71,9 +71,10 @@ impl Heard {
     fn replies(&self) -> Vec<(u32, u32, Vec<u8>)> {
         let mut fields = Fields(&self.out);
         let mut replies = Vec::new();
-        while fields.u64() == Some(OPTION_REPLY_MAGIC) {
-            let (option, kind, len) = (fields.u32().unwrap(), fields.u32().unwrap(), fields.u32().unwrap());
-            replies.push((option, kind, fields.bytes(len as usize).unwrap().to_vec()));
+        while let (Some(OPTION_REPLY_MAGIC), Some(option), Some(kind), Some(len)) =
+            (fields.u64(), fields.u32(), fields.u32(), fields.u32())
+        {
+            replies.push((option, kind, fields.bytes(len as usize).expect("a whole reply").to_vec()));
         }
         replies
     }
