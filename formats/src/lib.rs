@@ -19,6 +19,7 @@
 pub mod error;
 pub mod image;
 pub mod journal;
+pub mod nbd;
 pub mod range;
 pub mod raw;
 pub mod record;
