@@ -1,6 +1,7 @@
 //! Images and chains of every kind that is supported, made by qemu-img and filled by qemu-io.
 use super::random::Random;
 use super::tools::{content, ran, run};
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -153,36 +154,51 @@ fn backing_name(home: &Path, backing: &Path, random: &mut Random) -> String {
     }
 }
 
-/// Writes, zeroes and discards all over an image, and compressed clusters where it is qcow2.
+/// Compressed clusters (qcow2), then writes, zeroes and discards all over an image of `size` bytes.
 #[track_caller]
 pub fn fill(file: &Path, format: &str, size: u64, cluster: u64, random: &mut Random) {
     let noise = file.with_extension("noise");
     std::fs::write(&noise, random.bytes(64 << 10)).expect("a file of ours");
     let mut command = Command::new("qemu-io");
     command.args(["-f", format, "-d", "unmap"]);
+    if format == "qcow2" {
+        for order in compressed_orders(size, cluster, &noise, random) {
+            command.args(["-c", &order]);
+        }
+    }
     for _ in 0..random.within(2..16) {
-        command.args(["-c", &random_order(format, size, cluster, &noise, random)]);
+        command.args(["-c", &random_order(size, &noise, random)]);
     }
     command.arg(file);
     ran(&mut command);
     std::fs::remove_file(&noise).expect("removing a file of ours");
 }
 
+/// QEMU compresses whole clusters, into places that hold nothing yet: so each at most once, and first of all.
+fn compressed_orders(size: u64, cluster: u64, noise: &Path, random: &mut Random) -> Vec<String> {
+    let clusters = size.div_ceil(cluster);
+    let chosen: BTreeSet<u64> = (0..random.below(12)).map(|_| random.below(clusters)).collect();
+    let order = |index| {
+        let (at, len) = (index * cluster, cluster.min(size - index * cluster));
+        match random.one_in(4) {
+            true => format!("write -c -s {} {at} {len}", noise.display()),
+            false => format!("write -c -P {} {at} {len}", random.within(1..256)),
+        }
+    };
+    chosen.into_iter().map(order).collect()
+}
+
 /// One command of qemu-io for a disk of `size` bytes.
-fn random_order(format: &str, size: u64, cluster: u64, noise: &Path, random: &mut Random) -> String {
+fn random_order(size: u64, noise: &Path, random: &mut Random) -> String {
     let at = random.below(size / 512) * 512;
     let len = (random.within(1..512) * 512).min(size - at);
-    let pattern = random.within(1..256);
-    let (cluster_at, cluster_len) = (at / cluster * cluster, cluster.min(size - at / cluster * cluster));
-    match random.below(10) {
+    match random.below(8) {
         0 => format!("write -z {at} {len}"),
         1 => format!("write -zu {at} {len}"),
         2 => format!("discard {at} {len}"),
         3 => format!("write -P 0 {at} {len}"),
-        4 | 5 if format == "qcow2" => format!("write -c -P {pattern} {cluster_at} {cluster_len}"),
-        6 if format == "qcow2" => format!("write -c -s {} {cluster_at} {cluster_len}", noise.display()),
-        7 | 8 => format!("write -s {} {at} {len}", noise.display()),
-        _ => format!("write -P {pattern} {at} {len}"),
+        4 | 5 => format!("write -s {} {at} {len}", noise.display()),
+        _ => format!("write -P {} {at} {len}", random.within(1..256)),
     }
 }
 
