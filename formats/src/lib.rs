@@ -8,6 +8,8 @@
 //! image     what every disk image format owes the engine
 //!   raw     guest offset and file offset are the same number
 //!   qcow2   versions 2 and 3
+//! probe     which format a file seems to have
+//! backing   the names of images below
 //! nbd       the wire: handshake, requests, replies
 //! record    which disk is the truth
 //! storage   the bytes that metadata is read from and written to
@@ -16,10 +18,12 @@
 //! ```
 #![forbid(unsafe_code)]
 
+pub mod backing;
 pub mod error;
 pub mod image;
 pub mod journal;
 pub mod nbd;
+pub mod probe;
 pub mod qcow2;
 pub mod range;
 pub mod raw;

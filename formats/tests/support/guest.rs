@@ -34,6 +34,14 @@ struct InFlight {
     written: bool,
 }
 
+/// A read of one sector that knows where to look, and has not looked yet.
+struct Read {
+    sector: u64,
+    place: Place,
+    tag: u64,
+    begun: u64,
+}
+
 /// An image, its file and journal, and its guest.
 pub struct Guest {
     pub disk: Arc<Disk>,
@@ -46,10 +54,14 @@ pub struct Guest {
     /// Where the payload of a guest cluster was last committed.
     places: HashMap<u64, u64>,
     in_flight: Vec<InFlight>,
+    reads: Vec<Read>,
+    /// By tag: what its write covered.
+    written: Vec<ByteRange>,
     settle: Option<(Progress, u64)>,
     time: u64,
-    tags: u64,
     last_settled: u64,
+    /// The power is cut, in a copy of the world, in front of every flush.
+    pub cut_at_flushes: bool,
     pub stats: Stats,
 }
 
@@ -83,10 +95,12 @@ impl Guest {
             versions,
             places: HashMap::new(),
             in_flight: Vec::new(),
+            reads: Vec::new(),
+            written: vec![ByteRange::default()],
             settle: None,
             time: 0,
-            tags: 0,
             last_settled: 0,
+            cut_at_flushes: false,
             stats: Stats::default(),
         }
     }
@@ -94,12 +108,14 @@ impl Guest {
     /// Does one thing that one of its requests needs.
     pub fn step(&mut self) {
         self.time += 1;
-        match self.random.below(16) {
+        match self.random.below(20) {
             0..=4 => self.begin_write(),
             5..=9 => self.advance(),
             10 => self.zero(),
             11..=13 => self.step_settle(),
             14 => self.drop_something(),
+            15..=16 => self.begin_read(),
+            17..=18 => self.end_read(),
             _ => self.recycle(),
         }
     }
@@ -121,9 +137,10 @@ impl Guest {
             Reserve::Room(reservation) => {
                 assert_eq!(reservation.guest.start, range.start);
                 assert!(reservation.guest.end <= range.end && !reservation.guest.is_empty());
-                self.tags += 1;
+                let tag = self.written.len() as u64;
+                self.written.push(reservation.guest);
                 self.stats.zeroed_places += u64::from(reservation.zeroed);
-                self.in_flight.push(InFlight { reservation, tag: self.tags, begun: self.time, written: false });
+                self.in_flight.push(InFlight { reservation, tag, begun: self.time, written: false });
             }
             Reserve::Busy => self.stats.busy += 1,
             Reserve::Settle => self.settle_as_asked(),
@@ -204,6 +221,26 @@ impl Guest {
         self.in_flight[at].written = true;
     }
 
+    fn begin_read(&mut self) {
+        let sector = self.random.below(self.versions.len() as u64);
+        let place = self.image.map(sector * SECTOR_BYTES, SECTOR_BYTES).expect("a valid image").place;
+        let tag = self.tag_of(&self.disk, place, sector, 0);
+        self.reads.push(Read { sector, place, tag, begun: self.time });
+    }
+
+    /// What is found where a sector was is still what it was, or another write to it.
+    fn end_read(&mut self) {
+        if self.reads.is_empty() {
+            return;
+        }
+        let at = self.random.below(self.reads.len() as u64) as usize;
+        let Read { sector, place, tag, .. } = self.reads.swap_remove(at);
+        let found = self.tag_of(&self.disk, place, sector, 0);
+        let of_it =
+            found == 0 || self.written.get(found as usize).is_some_and(|range| sectors(*range).contains(&sector));
+        assert!(found == tag || of_it, "sector {sector} at {place:?} had {tag:#x} and has {found:#x}");
+    }
+
     fn put(&self, at: u64, tag: u64) {
         let bytes: Vec<u8> = tag.to_le_bytes().into_iter().cycle().take(SECTOR).collect();
         self.disk.write_at(at, &bytes).expect("memory");
@@ -263,6 +300,9 @@ impl Guest {
         let (mut progress, begun) = self.settle.take().unwrap_or((Progress::default(), self.time));
         match self.image.settle(&mut progress).expect("a valid image") {
             Settle::Flush => {
+                if self.cut_at_flushes {
+                    self.assert_survives_power_cut();
+                }
                 self.disk.flush();
                 self.settle = Some((progress, begun));
             }
@@ -303,7 +343,8 @@ impl Guest {
     }
 
     fn recycle(&mut self) {
-        if self.in_flight.iter().all(|write| write.begun > self.last_settled) {
+        let begun = self.in_flight.iter().map(|write| write.begun).chain(self.reads.iter().map(|read| read.begun));
+        if begun.min().is_none_or(|begun| begun > self.last_settled) {
             self.image.recycle();
         }
     }
@@ -353,7 +394,7 @@ impl Guest {
         // A kill runs no destructors; here they work on an image and a file that are gone.
         self.disk = Arc::new(self.disk.copy());
         let kept = self.notes.kept();
-        self.end_all_writes();
+        self.end_all_requests();
         self.settle = None;
         self.image = Qcow2::open(self.disk.clone(), self.notes.clone(), self.open).expect("a valid image");
         self.image.replay(&kept).expect("its own notes");
@@ -361,7 +402,8 @@ impl Guest {
         self.assert_all_there();
     }
 
-    fn end_all_writes(&mut self) {
+    fn end_all_requests(&mut self) {
+        self.reads.clear();
         self.in_flight.clear();
         for version in self.versions.iter_mut().flatten().filter(|version| version.committed == NEVER) {
             // Written in place and not acknowledged: it is there to stay.
@@ -384,7 +426,7 @@ impl Guest {
 
     /// Closes the image as a clean end does, and checks it.
     pub fn close(&mut self) -> Check {
-        self.end_all_writes();
+        self.end_all_requests();
         self.settle_all();
         self.image.recycle();
         self.settle_all();
