@@ -2,6 +2,7 @@
 mod support;
 
 use formats::qcow2::{Create, Open, create};
+use formats::storage::Storage;
 use std::sync::Arc;
 use support::disk::Disk;
 use support::guest::{Guest, Stats};
@@ -24,12 +25,27 @@ impl World {
         let size = (clusters << cluster_bits) - (random.below(1 << cluster_bits) & !511);
         let disk = Arc::new(Disk::default());
         create(&*disk, &Create { version, cluster_bits, refcount_order, ..Create::new(size) }).expect("valid options");
+        if cluster_bits == 9 && refcount_order >= 4 {
+            use_up_reftable(&disk, refcount_order);
+        }
         disk.flush();
         let metadata_bytes_max = if random.one_in(2) { 0 } else { 1 << 20 };
         let open = Open { writable: true, has_backing: random.one_in(2), metadata_bytes_max };
         let notes = if random.one_in(2) { 8 } else { 4096 };
         Self { guest: Guest::new(disk, notes, open, seed), killed: false }
     }
+}
+
+/// Gives an image with clusters of 512 bytes a refcount block near the end of what its table of one
+/// cluster reaches, so that the table soon has to move.
+fn use_up_reftable(disk: &Disk, refcount_order: u32) {
+    let (reftable, index) = (512, 63);
+    let block = index << (12 - refcount_order) << 9;
+    disk.write_at(reftable + index * 8, &block.to_be_bytes()).expect("memory");
+    let mut counts = [0; 512];
+    // It counts itself, and is its own first cluster.
+    counts[(1 << (refcount_order - 3)) - 1] = 1;
+    disk.write_at(block, &counts).expect("memory");
 }
 
 fn run(seeds: std::ops::Range<u64>, steps: u64, each: impl Fn(&mut World, u64)) -> Stats {
