@@ -164,6 +164,11 @@ impl Mirror {
         idle && self.dirty.is_clean() && self.taken.load(Ordering::SeqCst) == taken
     }
 
+    /// True where no copier has a claim. Stays true while they are held.
+    pub fn is_idle(&self) -> bool {
+        self.claims.load(Ordering::SeqCst) == 0
+    }
+
     fn fault(&self) -> MutexGuard<'_, Option<Fault>> {
         self.fault.lock().unwrap_or_else(PoisonError::into_inner)
     }
