@@ -26,14 +26,8 @@ pub(super) struct Slot {
     request: Option<GuestRequest>,
     /// A read's holes and data, where it has both.
     runs: Vec<Run>,
-}
-
-/// A request that is started: in a slot, or answered at once.
-pub(super) enum Started {
-    /// Step it.
-    Slot(Slot),
-    /// Nothing of it is under way.
-    Answered(Answer),
+    /// What is known without asking the disk.
+    answer: Option<Answer>,
 }
 
 impl Slot {
@@ -45,14 +39,21 @@ impl Slot {
         holes: bool,
         gate: &Gate,
         tools: &Tools<I>,
-    ) -> Started {
-        let mut slot =
-            Self { cookie, bytes: bytes_of(&action), blocked: false, action, request: None, runs: Vec::new() };
+    ) -> Self {
+        let mut slot = Self {
+            cookie,
+            bytes: bytes_of(&action),
+            blocked: false,
+            action,
+            request: None,
+            runs: Vec::new(),
+            answer: None,
+        };
         let (wish, range, fua) = match action {
             Action::Read { range, unfragmented } => {
                 if holes && !unfragmented && range.len() >= HOLES_FROM {
                     match look_for_holes(gate, tools, range) {
-                        Runs::One { hole: true } => return Started::Answered(Answer::Hole(range)),
+                        Runs::One { hole: true } => return Self { answer: Some(Answer::Hole(range)), ..slot },
                         Runs::One { hole: false } => {}
                         Runs::Several(runs) => slot.runs = runs,
                     }
@@ -64,20 +65,23 @@ impl Slot {
             // Nobody here knows beforehand that zeroing will be faster than writing.
             Action::WriteZeroes { fast: true, .. } => {
                 let why = "whether zeroing would be faster than writing is not known";
-                return Started::Answered(Answer::Failed(Errno::NotSup, why.into()));
+                return Self { answer: Some(Answer::Failed(Errno::NotSup, why.into())), ..slot };
             }
             Action::WriteZeroes { range, fua, keep, .. } => {
                 (Wish::Zero(if keep { Zeroing::Keep } else { Zeroing::Unmap }), range, fua)
             }
             Action::Flush => (Wish::Flush, ByteRange::default(), false),
-            Action::BlockStatus { .. } => return Started::Slot(slot),
+            Action::BlockStatus { .. } => return slot,
         };
         slot.request = Some(GuestRequest::new(wish, range, fua));
-        Started::Slot(slot)
+        slot
     }
 
     /// Takes it as far as it goes. The answer, when there is one.
     pub fn step<I: Io>(&mut self, gate: &Gate, tools: &mut Tools<I>, base: Token) -> Option<Answer> {
+        if self.answer.is_some() {
+            return self.answer.take();
+        }
         let Some(request) = &mut self.request else { return self.status(gate, tools) };
         let status = request.step(gate, tools, base);
         self.blocked = status == Status::Blocked;

@@ -2,7 +2,7 @@
 use super::inbound::{Inbound, Item};
 use super::outbound::Outbound;
 use super::reply::{self, Answer};
-use super::slot::{self, Slot, Started};
+use super::slot::{self, Slot};
 use super::{Ending, Load, PAYLOAD_MAX, REQUESTS_MAX};
 use crate::disk::{Task, Tools};
 use crate::export::gate::Gate;
@@ -145,17 +145,10 @@ impl Transmission {
         base: Token,
     ) {
         let structured = self.negotiated.structured_replies;
-        match Slot::start(cookie, action, payload, structured, &self.gate, tools) {
-            Started::Slot(slot) => {
-                let number = self.free.pop().expect("as many slots as requests");
-                self.slots[number] = Some(slot);
-                self.step(number, out, tools, base);
-            }
-            Started::Answered(answer) => {
-                let load = Load { requests: 1, bytes: slot::bytes_of(&action) };
-                self.reply(cookie, load, answer, out);
-            }
-        }
+        let slot = Slot::start(cookie, action, payload, structured, &self.gate, tools);
+        let number = self.free.pop().expect("as many slots as requests");
+        self.slots[number] = Some(slot);
+        self.step(number, out, tools, base);
     }
 
     /// Takes one slot as far as it goes, its reply included.
