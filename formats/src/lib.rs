@@ -19,6 +19,8 @@
 pub mod error;
 pub mod image;
 pub mod journal;
+pub mod nbd;
 pub mod range;
 pub mod raw;
+pub mod record;
 pub mod storage;

@@ -1,5 +1,6 @@
 //! The command line's words: usage, results, messages, exit codes. The daemon is a scripted one that
 //! speaks through the real session.
+#![expect(clippy::unwrap_used, reason = "where the test itself cannot go on, it ends")]
 mod fake;
 
 use assert_cmd::Command;

@@ -264,9 +264,22 @@ impl Loan {
         Buffer { lease: Arc::clone(&self.whole.lease), start, len }
     }
 
-    /// Takes a piece back, as it was lent.
+    /// `len` bytes from `at` on; what is before them and was not lent stays here for good.
+    pub fn lend_at(&mut self, at: usize, len: usize) -> Buffer {
+        assert!(at >= self.lent, "pieces are lent from front to back");
+        self.back += at - self.lent;
+        self.lent = at;
+        self.lend(len)
+    }
+
+    /// True where `buffer` was lent from here.
+    pub fn is_mine(&self, buffer: &Buffer) -> bool {
+        Arc::ptr_eq(&buffer.lease, &self.whole.lease)
+    }
+
+    /// Takes a piece back, whole or in parts.
     pub fn give_back(&mut self, piece: Buffer) {
-        assert!(Arc::ptr_eq(&piece.lease, &self.whole.lease), "a piece of this buffer");
+        assert!(self.is_mine(&piece), "a piece of this buffer");
         self.back += piece.len;
         assert!(self.back <= self.lent, "a piece comes back once");
     }

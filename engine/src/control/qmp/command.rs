@@ -77,7 +77,7 @@ const COMMANDS: &[(&str, Parse)] = &[
     }),
     ("block-job-change", |arguments| {
         let ChangeJob { id, copy_mode, .. } = arguments.parse()?;
-        Ok(Plan::OfJob(id, Verb::Change(copy_mode.into())))
+        Ok(Plan::OfJob(id, Verb::Change(copy_mode)))
     }),
     ("block-job-complete", |arguments| of_device(arguments, Verb::Complete)),
     ("block-job-pause", |arguments| of_device(arguments, Verb::Pause)),
