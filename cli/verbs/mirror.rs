@@ -80,24 +80,28 @@ fn place(target: String) -> Result<String, Failure> {
 }
 
 fn pivot(client: &mut Client, export: &str) -> Result<(), Failure> {
-    loop {
-        until_ready(client, export)?;
-        let pivoted: Result<Value, _> = client.call_and_wait("blkmirror-pivot", &json!({ "export": export }));
-        match pivoted {
-            Ok(_) => break,
-            // The guest wrote more than the pause allows to bring over: it is tried again when that is done.
-            Err(failure) if failure.is(Code::BlockCopyActive) => client.wait_for_event(EVERY)?,
-            Err(failure) => return Err(failure),
-        }
-    }
+    when_ready(client, export, "blkmirror-pivot")?;
     let status = client.status(export)?;
     say(format!("{export}: pivoted, serving {}", status.serving))
 }
 
 fn finish(client: &mut Client, export: &str, target: &str) -> Result<(), Failure> {
-    until_ready(client, export)?;
-    let _: Value = client.call_and_wait("blkmirror-cancel", &json!({ "export": export, "force": false }))?;
+    when_ready(client, export, "blkmirror-finish")?;
     say(format!("{export}: finished, {target} is a copy of this instant"))
+}
+
+/// Ends the job by `command` when it is ready.
+fn when_ready(client: &mut Client, export: &str, command: &str) -> Result<(), Failure> {
+    loop {
+        until_ready(client, export)?;
+        let ended: Result<Value, _> = client.call_and_wait(command, &json!({ "export": export }));
+        match ended {
+            Ok(_) => return Ok(()),
+            // The guest wrote more meanwhile than a pause allows to bring over: again when that is done.
+            Err(failure) if failure.is(Code::BlockCopyActive) => client.wait_for_event(EVERY)?,
+            Err(failure) => return Err(failure),
+        }
+    }
 }
 
 /// Waits until the job is ready, with a progress bar where stderr is a terminal.

@@ -61,6 +61,7 @@ const COMMANDS: &[(&str, Parse)] = &[
         let Cancel { export, force } = arguments.parse()?;
         Ok(waiting(Request::Cancel { export, force }))
     }),
+    ("blkmirror-finish", |arguments| arguments.parse().map(|NamedExport { export }| waiting(Request::Finish(export)))),
     ("blkmirror-mirror", |arguments| arguments.parse::<MirrorRequest>().map(|it| waiting(Request::Mirror(it)))),
     ("blkmirror-pause", |arguments| arguments.parse().map(|NamedExport { export }| waiting(Request::Pause(export)))),
     ("blkmirror-pivot", |arguments| arguments.parse().map(|NamedExport { export }| waiting(Request::Pivot(export)))),
