@@ -20,6 +20,7 @@ pub mod error;
 pub mod image;
 pub mod journal;
 pub mod nbd;
+pub mod qcow2;
 pub mod range;
 pub mod raw;
 pub mod record;
