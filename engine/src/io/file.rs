@@ -41,6 +41,11 @@ impl File {
         }
     }
 
+    /// Makes everything durable that was written before. Waits: for starting and stopping.
+    pub fn flush_now(&self) -> io::Result<()> {
+        self.as_fd().map_or(Ok(()), |fd| rustix::fs::fdatasync(fd).map_err(io::Error::from))
+    }
+
     /// The descriptor, where there is one.
     pub fn as_fd(&self) -> Option<BorrowedFd<'_>> {
         match &*self.0 {
