@@ -16,9 +16,14 @@
 //! ```
 #![forbid(unsafe_code)]
 
+pub mod backing;
 pub mod error;
 pub mod image;
 pub mod journal;
+pub mod nbd;
+pub mod probe;
+pub mod qcow2;
 pub mod range;
 pub mod raw;
+pub mod record;
 pub mod storage;

@@ -6,6 +6,7 @@
 use std::io;
 
 /// Where metadata lives. Positional, and usable from several threads at once.
+#[expect(clippy::len_without_is_empty, reason = "a file without bytes is nothing special")]
 pub trait Storage: Send + Sync {
     /// Fills `bytes` from `at`. What lies past the end is `UnexpectedEof`.
     fn read_at(&self, at: u64, bytes: &mut [u8]) -> io::Result<()>;

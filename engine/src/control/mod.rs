@@ -1,6 +1,16 @@
 //! What an operator can ask of a running daemon, and what the daemon answers.
 //!
 //! `Request` and `Reply` are the API: QMP is one way to write them down, the command line another.
+//!
+//! ```text
+//! qmp      one client's session: bytes to requests, replies and events to bytes
+//! libvirt  the same requests by libvirt's numbers
+//! options  what a daemon is started with
+//! ```
+pub mod libvirt;
+pub mod options;
+pub mod qmp;
+
 use serde::{Deserialize, Serialize};
 
 /// One wish of an operator.
@@ -37,29 +47,41 @@ pub enum Request {
 }
 
 /// A copy request: `SEMANTICS` of the flags is in `docs/flags.md`.
-#[derive(Clone, Debug, PartialEq)]
+///
+/// Its serialised form is the arguments of `blkmirror-mirror`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct MirrorRequest {
     /// The export whose disk is copied.
     pub export: String,
     /// Where to.
     pub target: String,
     /// Copy only what the top layer holds.
+    #[serde(default)]
     pub shallow: bool,
     /// The target is there already.
+    #[serde(default)]
     pub reuse_external: bool,
     /// The target's format, where it was named.
+    #[serde(default)]
     pub format: Option<TargetFormat>,
     /// How guest writes are handled.
+    #[serde(default)]
     pub mode: Mode,
     /// Bytes a second, 0 for no limit.
+    #[serde(default)]
     pub speed: u64,
     /// Bytes a chunk: a power of two from 512 to 64 MiB; 0 leaves the choice to the engine.
+    #[serde(default)]
     pub granularity: u64,
     /// What to do when the target fails.
+    #[serde(default)]
     pub on_target_error: OnError,
     /// Answer whether it could be done, and do nothing.
+    #[serde(default)]
     pub dry_run: bool,
     /// Name of the job; the export's name where it is not given.
+    #[serde(default)]
     pub job_id: Option<String>,
 }
 
@@ -163,6 +185,13 @@ pub struct Status {
     pub notes: Vec<String>,
 }
 
+impl Status {
+    /// True while a job is under way on this export.
+    pub fn is_active(&self) -> bool {
+        matches!(self.phase.as_str(), "seeding" | "converging" | "ready" | "pivoting")
+    }
+}
+
 /// A refusal, with the name that libvirt has for it.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[error("{message}")]
@@ -171,6 +200,13 @@ pub struct Refusal {
     pub code: Code,
     /// What was wrong and what to do.
     pub message: String,
+}
+
+impl Refusal {
+    /// A refusal of kind `code`, in words.
+    pub fn new(code: Code, message: impl Into<String>) -> Self {
+        Self { code, message: message.into() }
+    }
 }
 
 /// libvirt's names of refusals, without their prefix.
@@ -194,7 +230,7 @@ pub enum Code {
 /// Something that happened to a job, for everybody who listens.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
-    /// The job is in another phase now.
+    /// The job is in another phase now, or was paused or resumed in the one it is in.
     Phase {
         /// Whose job.
         export: String,
@@ -202,6 +238,9 @@ pub enum Event {
         job: String,
         /// The new phase's name.
         phase: String,
+        /// True where the job has ended and its target is a whole copy: after a pivot, and after the
+        /// cancel of a ready job that was not forced.
+        complete: bool,
         /// The status at that moment.
         status: Box<Status>,
     },

@@ -1,1 +1,132 @@
-//! Operations on files and sockets.
+//! Operations on files and sockets, owned by their queue while the kernel has them.
+//!
+//! An `Op` goes in with everything that the kernel may touch and comes back in its `Completion`, so
+//! no buffer can be dropped, read or reused while an operation on it is under way. The kernel's
+//! queue is `Ring`; a simulator implements `Io` too and drives the same code in any order.
+//!
+//! This folder is the only one that has `unsafe`: memory that the kernel writes to, the ring's
+//! entries, and memory that outlives the process.
+mod arena;
+mod file;
+mod gather;
+mod ring;
+mod storage;
+mod words;
+
+pub use arena::{Arena, Buffer, Loan, PAGE};
+pub use file::{File, Waker};
+pub use gather::Gather;
+pub use ring::Ring;
+pub use storage::FileStorage;
+pub use words::Words;
+
+use std::io;
+use std::time::Duration;
+
+/// Whose operation a completion is; the owner's own numbering.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Token(pub u64);
+
+/// One operation. What it needs goes in with it and comes back with its completion.
+#[derive(Debug)]
+pub enum Op {
+    /// Fill `buf` from `at`. The result is how many bytes came: fewer at the end of the file.
+    Read {
+        /// From where.
+        file: File,
+        /// Offset in the file.
+        at: u64,
+        /// Into what.
+        buf: Buffer,
+    },
+    /// Write `buf` at `at`. The result is how many bytes went.
+    Write {
+        /// To where.
+        file: File,
+        /// Offset in the file.
+        at: u64,
+        /// What.
+        buf: Buffer,
+    },
+    /// Make `len` bytes read as zeroes.
+    Zero {
+        /// Of which file.
+        file: File,
+        /// Offset in the file.
+        at: u64,
+        /// How many; not 0.
+        len: u64,
+        /// Give the space back where the file system can; else keep it allocated.
+        unmap: bool,
+    },
+    /// Make everything durable that was written to the file before.
+    Flush {
+        /// Which file.
+        file: File,
+    },
+    /// Receive what is there into `buf`. The result is how many bytes came; 0 where the peer ended.
+    Receive {
+        /// From whom.
+        socket: File,
+        /// Into what.
+        buf: Buffer,
+        /// Wait until `buf` is full.
+        whole: bool,
+    },
+    /// Send the rest of `gather`. The result is how many bytes went.
+    Send {
+        /// To whom.
+        socket: File,
+        /// What.
+        gather: Gather,
+    },
+    /// Take in one connection; it is in `accepted` when the operation succeeded.
+    Accept {
+        /// Where they come in.
+        listener: File,
+        /// Who came.
+        accepted: Option<File>,
+    },
+    /// Be done after some time. The result is `Ok(0)`.
+    Timeout {
+        /// How long.
+        after: Duration,
+    },
+    /// Be done when somebody calls `Waker::wake`.
+    Wake {
+        /// Whose waking.
+        waker: Waker,
+    },
+}
+
+/// An operation that is over, with everything that was lent to it.
+#[derive(Debug)]
+pub struct Completion {
+    /// Whose it was.
+    pub token: Token,
+    /// What it was.
+    pub op: Op,
+    /// Bytes moved, or why not.
+    pub result: io::Result<u32>,
+}
+
+/// How long to wait for a completion.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// Take what is there.
+    No,
+    /// At least one.
+    One,
+}
+
+/// A queue of operations: the kernel's ring, or a simulator's.
+pub trait Io {
+    /// Queues `op`. It is started at the next `reap` at the latest.
+    fn submit(&mut self, token: Token, op: Op);
+
+    /// Moves what is done into `done`.
+    fn reap(&mut self, wait: Wait, done: &mut Vec<Completion>) -> io::Result<()>;
+
+    /// Time since some fixed moment; never goes back.
+    fn now(&self) -> Duration;
+}

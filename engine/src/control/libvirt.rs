@@ -1,0 +1,118 @@
+//! The same requests by libvirt's numbers: `virDomainBlockRebase` with its copy flags, and
+//! `virDomainBlockJobAbort`.
+use crate::control::{Code, MirrorRequest, Refusal, Request, TargetFormat};
+
+/// `VIR_DOMAIN_BLOCK_REBASE_SHALLOW`: copy only what the top layer holds.
+pub const REBASE_SHALLOW: u32 = 1;
+/// `VIR_DOMAIN_BLOCK_REBASE_REUSE_EXT`: the target is there already.
+pub const REBASE_REUSE_EXT: u32 = 2;
+/// `VIR_DOMAIN_BLOCK_REBASE_COPY_RAW`: the target is raw.
+pub const REBASE_COPY_RAW: u32 = 4;
+/// `VIR_DOMAIN_BLOCK_REBASE_COPY`: a copy, the only kind of rebase that is done here.
+pub const REBASE_COPY: u32 = 8;
+/// `VIR_DOMAIN_BLOCK_REBASE_BANDWIDTH_BYTES`: the bandwidth is in bytes, not MiB, a second.
+pub const REBASE_BANDWIDTH_BYTES: u32 = 64;
+/// `VIR_DOMAIN_BLOCK_JOB_ABORT_ASYNC`: answered when it has begun.
+pub const ABORT_ASYNC: u32 = 1;
+/// `VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT`: make the target the disk that is served.
+pub const ABORT_PIVOT: u32 = 2;
+
+const COPY_ONLY: u32 = REBASE_SHALLOW | REBASE_REUSE_EXT | REBASE_COPY_RAW;
+
+/// What `virDomainBlockRebase(export, base, bandwidth, flags)` asks for.
+///
+/// # Errors
+/// `INVALID_ARG` for flags that are unknown or need a copy, and for a copy without a `base`;
+/// `OPERATION_UNSUPPORTED` for a rebase that is no copy.
+pub fn rebase(export: String, base: Option<String>, bandwidth: u64, flags: u32) -> Result<Request, Refusal> {
+    let unknown = flags & !(COPY_ONLY | REBASE_COPY | REBASE_BANDWIDTH_BYTES);
+    if unknown != 0 {
+        return Err(Refusal::new(Code::InvalidArg, format!("flags {flags}: {unknown:#x} is not supported")));
+    }
+    if flags & REBASE_COPY == 0 {
+        return Err(match flags & COPY_ONLY {
+            0 => Refusal::new(Code::OperationUnsupported, "a rebase that is no copy (flag 8) is not supported"),
+            _ => Refusal::new(Code::InvalidArg, format!("flags {flags}: 1, 2 and 4 require a copy job (flag 8)")),
+        });
+    }
+    let target = base.ok_or_else(|| Refusal::new(Code::InvalidArg, "a copy needs a base: the target's path"))?;
+    Ok(Request::Mirror(MirrorRequest {
+        export,
+        target,
+        shallow: flags & REBASE_SHALLOW != 0,
+        reuse_external: flags & REBASE_REUSE_EXT != 0,
+        format: (flags & REBASE_COPY_RAW != 0).then_some(TargetFormat::Raw),
+        speed: bytes_per_s(bandwidth, flags)?,
+        ..MirrorRequest::default()
+    }))
+}
+
+/// What `virDomainBlockJobAbort(export, flags)` asks for, and whether its answer waits for the end.
+///
+/// # Errors
+/// `INVALID_ARG` for an unknown flag.
+pub fn abort(export: String, flags: u32) -> Result<(Request, bool), Refusal> {
+    let unknown = flags & !(ABORT_ASYNC | ABORT_PIVOT);
+    if unknown != 0 {
+        return Err(Refusal::new(Code::InvalidArg, format!("flags {flags}: {unknown:#x} is not supported")));
+    }
+    let wait = flags & ABORT_ASYNC == 0;
+    Ok(match flags & ABORT_PIVOT {
+        0 => (Request::Cancel { export, force: false }, wait),
+        _ => (Request::Pivot(export), wait),
+    })
+}
+
+fn bytes_per_s(bandwidth: u64, flags: u32) -> Result<u64, Refusal> {
+    if flags & REBASE_BANDWIDTH_BYTES != 0 {
+        return Ok(bandwidth);
+    }
+    bandwidth
+        .checked_mul(1 << 20)
+        .ok_or_else(|| Refusal::new(Code::InvalidArg, format!("bandwidth {bandwidth} MiB/s is too large")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{abort, rebase};
+    use crate::control::{Code, Request, TargetFormat};
+
+    #[test]
+    fn the_eight_combinations_with_copy_are_eight_requests() {
+        for bits in 0..8u32 {
+            let Ok(Request::Mirror(request)) = rebase("vda".into(), Some("/t".into()), 2, 8 | bits) else {
+                panic!("flags {bits} with copy");
+            };
+            assert_eq!(request.shallow, bits & 1 != 0);
+            assert_eq!(request.reuse_external, bits & 2 != 0);
+            assert_eq!(request.format, (bits & 4 != 0).then_some(TargetFormat::Raw));
+            assert_eq!(request.speed, 2 << 20, "MiB/s without flag 64");
+        }
+    }
+
+    #[test]
+    fn copy_flags_without_a_copy_are_invalid() {
+        for bits in 1..8 {
+            assert_eq!(rebase("vda".into(), Some("/t".into()), 0, bits).map_err(|no| no.code), Err(Code::InvalidArg));
+        }
+        assert_eq!(rebase("vda".into(), None, 0, 0).map_err(|no| no.code), Err(Code::OperationUnsupported));
+        assert_eq!(rebase("vda".into(), None, 0, 8).map_err(|no| no.code), Err(Code::InvalidArg));
+        assert_eq!(rebase("vda".into(), Some("/t".into()), 0, 8 | 16).map_err(|no| no.code), Err(Code::InvalidArg));
+    }
+
+    #[test]
+    fn bandwidth_overflow_is_refused() {
+        assert!(rebase("vda".into(), Some("/t".into()), u64::MAX, 8).is_err());
+        assert!(rebase("vda".into(), Some("/t".into()), u64::MAX, 8 | 64).is_ok());
+    }
+
+    #[test]
+    fn abort_flags_choose_the_verb_and_the_wait() {
+        let cancel = Request::Cancel { export: "vda".into(), force: false };
+        assert_eq!(abort("vda".into(), 0), Ok((cancel.clone(), true)));
+        assert_eq!(abort("vda".into(), 1), Ok((cancel, false)));
+        assert_eq!(abort("vda".into(), 2), Ok((Request::Pivot("vda".into()), true)));
+        assert_eq!(abort("vda".into(), 3), Ok((Request::Pivot("vda".into()), false)));
+        assert!(abort("vda".into(), 4).is_err());
+    }
+}

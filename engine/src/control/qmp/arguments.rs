@@ -1,0 +1,217 @@
+//! The arguments of each command, by QEMU's names where QEMU has the command.
+use super::problem::Problem;
+use crate::control::{MirrorRequest, Mode, OnError, Request, TargetFormat};
+use serde::Deserialize;
+
+/// No arguments.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Nothing {}
+
+/// What a client wants to enable.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Capabilities {
+    #[serde(default)]
+    pub(super) enable: Vec<String>,
+}
+
+/// A job, by the name that `block-job-*` has for it.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Device {
+    pub(super) device: String,
+}
+
+/// A job, by the name that `job-*` has for it.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct JobId {
+    pub(super) id: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct CancelJob {
+    pub(super) device: String,
+    #[serde(default)]
+    pub(super) force: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct SetSpeed {
+    pub(super) device: String,
+    pub(super) speed: u64,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub(super) struct ChangeJob {
+    pub(super) id: String,
+    #[serde(rename = "type")]
+    _type: JobType,
+    pub(super) copy_mode: Mode,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum JobType {
+    Mirror,
+}
+
+/// An export that has to be named.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct NamedExport {
+    pub(super) export: String,
+}
+
+/// One export, or all of them.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct MaybeExport {
+    #[serde(default)]
+    pub(super) export: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Cancel {
+    pub(super) export: String,
+    #[serde(default)]
+    pub(super) force: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Set {
+    export: String,
+    #[serde(default)]
+    speed: Option<u64>,
+    #[serde(default)]
+    mode: Option<Mode>,
+}
+
+impl Set {
+    pub(super) fn into_request(self) -> Result<Request, Problem> {
+        let Self { export, speed, mode } = self;
+        match (speed, mode) {
+            (None, None) => Err(Problem::invalid("blkmirror-set: give 'speed', 'mode' or both")),
+            _ => Ok(Request::Set { export, speed, mode }),
+        }
+    }
+}
+
+/// libvirt's `virDomainBlockRebase`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct BlockRebase {
+    pub(super) export: String,
+    #[serde(default)]
+    pub(super) base: Option<String>,
+    #[serde(default)]
+    pub(super) bandwidth: u64,
+    pub(super) flags: u32,
+}
+
+/// libvirt's `virDomainBlockJobAbort`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct JobAbort {
+    pub(super) export: String,
+    #[serde(default)]
+    pub(super) flags: u32,
+}
+
+/// QEMU's `drive-mirror`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub(super) struct DriveMirror {
+    device: String,
+    target: String,
+    sync: Sync,
+    #[serde(default)]
+    format: Option<TargetFormat>,
+    #[serde(default)]
+    mode: NewImageMode,
+    #[serde(default)]
+    job_id: Option<String>,
+    #[serde(default)]
+    speed: u64,
+    #[serde(default)]
+    granularity: u64,
+    /// A hint that QEMU's users give; the memory of a copy is the daemon's own choice here.
+    #[serde(default, rename = "buf-size")]
+    _buf_size: u64,
+    #[serde(default)]
+    on_source_error: OnError,
+    #[serde(default)]
+    on_target_error: OnError,
+    #[serde(default)]
+    copy_mode: Mode,
+    #[serde(default = "yes")]
+    unmap: bool,
+    #[serde(default = "yes")]
+    auto_finalize: bool,
+    #[serde(default = "yes")]
+    auto_dismiss: bool,
+}
+
+/// What is copied.
+#[derive(Clone, Copy, PartialEq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Sync {
+    Full,
+    Top,
+    None,
+}
+
+/// Whether the target is there already.
+#[derive(Clone, Copy, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum NewImageMode {
+    Existing,
+    #[default]
+    AbsolutePaths,
+}
+
+impl DriveMirror {
+    /// The same wish as a mirror request.
+    ///
+    /// # Errors
+    /// What QEMU has and this program has not, by the argument's name.
+    pub(super) fn into_request(self) -> Result<MirrorRequest, Problem> {
+        if let Some(what) = self.unsupported() {
+            return Err(Problem::unsupported(format!("drive-mirror: {what} is not supported")));
+        }
+        Ok(MirrorRequest {
+            export: self.device,
+            target: self.target,
+            shallow: self.sync == Sync::Top,
+            reuse_external: self.mode == NewImageMode::Existing,
+            format: self.format,
+            mode: self.copy_mode,
+            speed: self.speed,
+            granularity: self.granularity,
+            on_target_error: self.on_target_error,
+            dry_run: false,
+            job_id: self.job_id,
+        })
+    }
+
+    fn unsupported(&self) -> Option<&'static str> {
+        let cases = [
+            (self.sync == Sync::None, "'sync' 'none'"),
+            (self.on_source_error != OnError::Report, "'on-source-error' other than 'report'"),
+            (!self.unmap, "'unmap' false"),
+            (!self.auto_finalize, "'auto-finalize' false"),
+            (!self.auto_dismiss, "'auto-dismiss' false"),
+        ];
+        cases.iter().find(|(asked, _)| *asked).map(|(_, what)| *what)
+    }
+}
+
+fn yes() -> bool {
+    true
+}

@@ -1,0 +1,45 @@
+//! What a QMP error reply says.
+use crate::control::{Code, Refusal};
+use serde_json::{Value, json};
+
+/// A command that came to nothing: QMP's class, libvirt's code name, and words.
+#[derive(Debug, PartialEq)]
+pub(super) struct Problem {
+    class: &'static str,
+    code: Code,
+    message: String,
+}
+
+impl Problem {
+    /// An argument, or the message as a whole, is wrong in itself.
+    pub(super) fn invalid(message: impl Into<String>) -> Self {
+        Self { class: "GenericError", code: Code::InvalidArg, message: message.into() }
+    }
+
+    /// The arguments are right, and ask for what this program does not do.
+    pub(super) fn unsupported(message: impl Into<String>) -> Self {
+        Self { class: "GenericError", code: Code::OperationUnsupported, message: message.into() }
+    }
+
+    /// No such command, or not now.
+    pub(super) fn no_command(message: impl Into<String>) -> Self {
+        Self { class: "CommandNotFound", code: Code::OperationUnsupported, message: message.into() }
+    }
+
+    /// No job of this name is under way.
+    pub(super) fn no_job(job: &str) -> Self {
+        let message = format!("Block job '{job}' not found");
+        Self { class: "DeviceNotActive", code: Code::InvalidArg, message }
+    }
+
+    /// The `error` member of a reply.
+    pub(super) fn to_json(&self) -> Value {
+        json!({ "class": self.class, "code": self.code, "desc": self.message })
+    }
+}
+
+impl From<Refusal> for Problem {
+    fn from(refusal: Refusal) -> Self {
+        Self { class: "GenericError", code: refusal.code, message: refusal.message }
+    }
+}

@@ -1,0 +1,346 @@
+//! The copier: takes marked chunks, brings them from the source to the target.
+//!
+//! ```text
+//! take (claim, clear marks) ─► look ─► Data: read ─► runs ─► write ─┐
+//!                               │                      └───► zero ──┤
+//!                               ├─► Zero: zero ─────────────────────┤
+//!                               └─► the target has it below ────────┤
+//!                    any error: mark again, tell the job ───────────┴─► put (release)
+//! ```
+//!
+//! A copier never takes a lock across its I/O: a guest write that changes what was just looked at
+//! marks the chunk after it, so it is copied again.
+use crate::chain::{Look, Source};
+use crate::dirty::Claim;
+use crate::disk::{Status, Task, Tools};
+use crate::fault::{Fault, planted};
+use crate::io::{Buffer, Completion, Io, Loan, Token};
+use crate::mirror::Mirror;
+use crate::zero::runs;
+use formats::error::{Error, Result};
+use formats::image::Zeroing;
+use formats::range::ByteRange;
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+/// Runs of zeroes in data become holes from this many bytes on, at multiples of it.
+const ZERO_RUN_MIN: usize = 64 << 10;
+
+/// How many runs a slot takes in one step, where they need no operation at all.
+const TURNS_MAX: usize = 256;
+
+/// How much a copier has under way at most.
+#[derive(Clone, Copy, Debug)]
+pub struct Depth {
+    /// Runs of chunks at a time.
+    pub slots: usize,
+    /// Bytes a run; a multiple of the chunk's length, or one chunk where that is longer.
+    pub run_len: usize,
+}
+
+impl Depth {
+    /// Memory that a copier wants for this, in bytes: its buffers, and room beside them.
+    pub fn memory(self) -> usize {
+        (self.slots + 1) * self.run_len
+    }
+
+    /// How many operations it may have under way.
+    pub fn operations(self) -> u32 {
+        (self.slots * 8) as u32
+    }
+}
+
+/// Copies with several runs of chunks under way.
+pub struct Copier {
+    mirror: Arc<Mirror>,
+    slots: Vec<Option<Slot>>,
+    /// Where the next search begins, in bytes.
+    cursor: u64,
+    run_len: usize,
+}
+
+/// Where a step left the copier.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// Runs are under way.
+    Busy,
+    /// Nothing is under way, and nothing can be started now.
+    Idle,
+    /// As `Idle`, but something can be started after this time.
+    Throttled(Duration),
+}
+
+/// One run of chunks on its way.
+struct Slot {
+    claim: Claim,
+    range: ByteRange,
+    /// Up to here it is brought over.
+    at: u64,
+    stage: Stage,
+    failed: bool,
+}
+
+enum Stage {
+    Look,
+    Read(Task, ByteRange),
+    Zero(Task, ByteRange),
+    /// What was read goes to the target, run by run.
+    Place(Placing),
+}
+
+struct Placing {
+    loan: Loan,
+    runs: VecDeque<(bool, usize)>,
+    task: Option<(Task, u64)>,
+}
+
+impl Copier {
+    /// A copier of `mirror`, beginning at `start` bytes.
+    pub fn new(mirror: Arc<Mirror>, depth: Depth, start: u64) -> Self {
+        let slots = (0..depth.slots).map(|_| None).collect();
+        let run_len = depth.run_len.max(mirror.dirty.chunk_len() as usize);
+        Self { mirror, slots, cursor: start, run_len }
+    }
+
+    /// How many tokens it uses, from 0.
+    pub fn tokens(&self) -> u64 {
+        self.slots.len() as u64 * Task::TOKENS
+    }
+
+    /// Takes in what is done and starts what can be started. Never waits.
+    pub fn step<I: Io>(&mut self, tools: &mut Tools<I>, done: &mut Vec<Completion>) -> Progress {
+        for completion in done.drain(..) {
+            let number = completion.token.0 / Task::TOKENS;
+            let slot = self.slots[number as usize].as_mut().expect("a slot in use");
+            slot.complete(tools, base(number as usize), completion);
+        }
+        let mut throttled = None;
+        let mut busy = false;
+        for number in 0..self.slots.len() {
+            for turn in 0.. {
+                if self.slots[number].is_none() && throttled.is_none() {
+                    throttled = self.start(tools, number).err();
+                }
+                let Some(slot) = &mut self.slots[number] else { break };
+                if slot.step(&self.mirror, tools, base(number)) != Status::Done {
+                    busy = true;
+                    break;
+                }
+                let slot = self.slots[number].take().expect("it was just stepped");
+                slot.finish(&self.mirror);
+                if turn == TURNS_MAX {
+                    // Runs that cost nothing could go on for long: let others look in between.
+                    busy = true;
+                    tools.waker.wake();
+                    break;
+                }
+            }
+        }
+        match throttled {
+            _ if busy => Progress::Busy,
+            Some(wait) => Progress::Throttled(wait),
+            None => Progress::Idle,
+        }
+    }
+
+    /// True where nothing is under way.
+    pub fn is_idle(&self) -> bool {
+        self.slots.iter().all(Option::is_none)
+    }
+
+    /// Fills a free slot where there is something to copy; says how long to wait where the speed
+    /// limit forbids it.
+    fn start<I: Io>(&mut self, tools: &Tools<I>, number: usize) -> std::result::Result<(), Duration> {
+        if self.mirror.is_held() || self.mirror.dirty.is_clean() {
+            self.mirror.work.listen(tools.waker);
+            if self.mirror.is_held() || self.mirror.dirty.is_clean() {
+                return Ok(());
+            }
+        }
+        self.mirror.rate.check(tools.io.now())?;
+        let size = self.mirror.source.size();
+        let chunks_max = (self.run_len as u64 / self.mirror.dirty.chunk_len()).max(1);
+        let from_here = ByteRange { start: self.cursor.min(size), end: size };
+        let everything = ByteRange { start: 0, end: size };
+        let claim = self.mirror.take(from_here, chunks_max).or_else(|| self.mirror.take(everything, chunks_max));
+        if let Some(claim) = claim {
+            let range = self.mirror.dirty.claimed(&claim);
+            self.cursor = range.end;
+            if planted(Fault::ClearAfterCopy) {
+                self.mirror.dirty.mark(range);
+            }
+            self.slots[number] = Some(Slot { claim, range, at: range.start, stage: Stage::Look, failed: false });
+        }
+        Ok(())
+    }
+}
+
+impl Slot {
+    fn step<I: Io>(&mut self, mirror: &Mirror, tools: &mut Tools<I>, base: Token) -> Status {
+        loop {
+            let status = match &mut self.stage {
+                Stage::Look if self.at >= self.range.end || self.failed => return Status::Done,
+                Stage::Look => {
+                    if let Err(error) = self.look(mirror, tools) {
+                        self.fail(mirror, false, error);
+                    }
+                    continue;
+                }
+                Stage::Read(task, _) | Stage::Zero(task, _) => task.step(tools, base),
+                Stage::Place(placing) => placing.step(mirror, self.at, tools, base),
+            };
+            if status != Status::Done {
+                return status;
+            }
+            self.advance(mirror);
+        }
+    }
+
+    fn complete<I: Io>(&mut self, tools: &mut Tools<I>, base: Token, done: Completion) {
+        match &mut self.stage {
+            Stage::Read(task, _) | Stage::Zero(task, _) => task.complete(tools, base, done),
+            Stage::Place(Placing { task: Some((task, _)), .. }) => task.complete(tools, base, done),
+            Stage::Look | Stage::Place(_) => unreachable!("nothing is under way"),
+        }
+    }
+
+    /// Finds out what the next bytes are and starts to bring them.
+    fn look<I: Io>(&mut self, mirror: &Mirror, tools: &Tools<I>) -> Result<()> {
+        let rest = ByteRange { start: self.at, end: self.range.end };
+        if let Some(below) = below_both(mirror, rest)? {
+            self.at = below.end;
+            return Ok(());
+        }
+        let (mut piece, source) = mirror.source.chain().map(rest.start, rest.len(), Look::Holes)?;
+        if source == Source::Zero {
+            if planted(Fault::SkipZeroes) || is_hole(mirror, piece)? {
+                self.at = piece.end;
+            } else {
+                let task = Task::zero(Arc::clone(&mirror.target), piece, Zeroing::Unmap);
+                self.stage = Stage::Zero(task, piece);
+            }
+            return Ok(());
+        }
+        // As much as there is data behind it: one read moves many extents.
+        while piece.end < rest.end {
+            let next = ByteRange { start: piece.end, end: rest.end };
+            if below_both(mirror, next)?.is_some() {
+                break;
+            }
+            match mirror.source.chain().map(next.start, next.len(), Look::Holes)? {
+                (_, Source::Zero) => break,
+                (more, _) => piece.end = more.end,
+            }
+        }
+        mirror.rate.spend(piece.len());
+        let len = piece.len() as usize;
+        let buf = tools.arena.take(len).unwrap_or_else(|| Buffer::alone(len));
+        self.stage = Stage::Read(Task::read(Arc::clone(&mirror.source), piece, buf), piece);
+        Ok(())
+    }
+
+    /// What follows a stage that is done.
+    fn advance(&mut self, mirror: &Mirror) {
+        match std::mem::replace(&mut self.stage, Stage::Look) {
+            Stage::Look => {}
+            Stage::Read(task, range) => match task.end() {
+                (Ok(()), Some(bytes)) => {
+                    debug_assert!(range.start == self.at);
+                    let runs = runs(&bytes, ZERO_RUN_MIN).collect();
+                    self.stage = Stage::Place(Placing { loan: Loan::new(bytes), runs, task: None });
+                }
+                (Err(error), _) => self.fail(mirror, false, error),
+                (Ok(()), None) => self.fail(mirror, false, Error::invalid("a read without its buffer")),
+            },
+            Stage::Zero(task, range) => match task.end().0 {
+                Ok(()) => self.at = range.end,
+                Err(error) => self.fail(mirror, true, error),
+            },
+            Stage::Place(mut placing) => match placing.take_outcome() {
+                Ok((written, len)) => {
+                    self.at += len;
+                    mirror.stats.written.fetch_add(written, Ordering::Relaxed);
+                    if !placing.runs.is_empty() {
+                        self.stage = Stage::Place(placing);
+                    }
+                }
+                Err(error) => self.fail(mirror, true, error),
+            },
+        }
+    }
+
+    fn fail(&mut self, mirror: &Mirror, target: bool, error: Error) {
+        self.failed = true;
+        self.stage = Stage::Look;
+        mirror.fail(target, error);
+    }
+
+    /// Marks again what failed, and only then lets go.
+    fn finish(self, mirror: &Mirror) {
+        if self.failed {
+            if !planted(Fault::NoMarkAgain) {
+                mirror.dirty.mark(self.range);
+            }
+        } else {
+            mirror.stats.copied.fetch_add(self.range.len(), Ordering::Relaxed);
+        }
+        mirror.put(self.claim);
+        if planted(Fault::ClearAfterCopy) {
+            while let Some(claim) = mirror.take(self.range, 1) {
+                mirror.put(claim);
+            }
+        }
+    }
+}
+
+impl Placing {
+    fn step<I: Io>(&mut self, mirror: &Mirror, at: u64, tools: &mut Tools<I>, base: Token) -> Status {
+        if self.task.is_none() {
+            let Some((zero, len)) = self.runs.pop_front() else { return Status::Done };
+            let range = ByteRange { start: at, end: at + len as u64 };
+            let piece = self.loan.lend(len);
+            let target = Arc::clone(&mirror.target);
+            let task = if zero {
+                self.loan.give_back(piece);
+                Task::zero(target, range, Zeroing::Unmap)
+            } else {
+                Task::write(target, range, piece)
+            };
+            self.task = Some((task, len as u64));
+        }
+        self.task.as_mut().map_or(Status::Done, |(task, _)| task.step(tools, base))
+    }
+
+    /// How many bytes the run that is done wrote as data, and how long it was.
+    fn take_outcome(&mut self) -> Result<(u64, u64)> {
+        let Some((task, len)) = self.task.take() else { return Ok((0, 0)) };
+        let (outcome, piece) = task.end();
+        let written = piece.as_ref().map_or(0, |piece| piece.len() as u64);
+        if let Some(piece) = piece {
+            self.loan.give_back(piece);
+        }
+        outcome.map(|()| (written, len))
+    }
+}
+
+/// In a shallow copy, a prefix of `range` that the source's top layer does not have: the target
+/// reads it from the same layers below.
+fn below_both(mirror: &Mirror, range: ByteRange) -> Result<Option<ByteRange>> {
+    if !mirror.shallow {
+        return Ok(None);
+    }
+    let (prefix, in_top) = mirror.source.chain().map_top(range.start, range.len())?;
+    Ok((!in_top).then_some(prefix))
+}
+
+/// True where all of `range` is a hole of the target already. The claim keeps it so.
+fn is_hole(mirror: &Mirror, range: ByteRange) -> Result<bool> {
+    let (found, source) = mirror.target.chain().map(range.start, range.len(), Look::Holes)?;
+    Ok(source == Source::Zero && found == range)
+}
+
+fn base(slot: usize) -> Token {
+    Token(slot as u64 * Task::TOKENS)
+}

@@ -1,0 +1,241 @@
+//! Which chunks the target lacks (marks), and which are being worked on (claims).
+//!
+//! Order is everything here:
+//!
+//! 1. A guest write marks its chunks after the source has it and before the guest hears of it, also
+//!    when it failed. Marked before the write, a copier can take the mark and read the old bytes.
+//! 2. A copier claims a chunk, then clears its mark, then looks where it lives and reads it. Cleared
+//!    after the copy, the mark of a write that came meanwhile is lost.
+//! 3. A chunk has one claim at a time. With two, the older copy can land last.
+//! 4. A write to both sides claims the range around both writes. Around the target's alone, two
+//!    guests can reach the two disks in opposite orders.
+//! 5. An error marks again before the claim is released. The other way round, the map is clean for
+//!    a moment in which the target lacks something.
+//!
+//! A chunk is one bit in a word of marks and one in a word of claims; a bit of the summary says that
+//! a word of marks may have some, so that a scan of a nearly clean map is short.
+use crate::io::Words;
+use formats::range::ByteRange;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Consecutive chunks `first..end`, claimed by whoever holds this.
+#[must_use = "a claim that is forgotten is never released"]
+#[derive(Debug, PartialEq, Eq)]
+pub struct Claim {
+    first: u64,
+    end: u64,
+}
+
+/// One mark and one claim for each chunk of a disk.
+pub struct DirtyBitmap {
+    size: u64,
+    chunk_bits: u32,
+    marks: Words,
+    claims: Words,
+    summary: Words,
+    marked: AtomicU64,
+}
+
+impl DirtyBitmap {
+    /// A clean one for `size` bytes in chunks of 2^`chunk_bits` bytes.
+    ///
+    /// Takes two bits a chunk and a 64th of that.
+    pub fn new(size: u64, chunk_bits: u32) -> Self {
+        assert!((9..=26).contains(&chunk_bits), "chunks of 512 bytes to 64 MiB");
+        let words = size.div_ceil(1 << chunk_bits).div_ceil(64) as usize;
+        Self {
+            size,
+            chunk_bits,
+            marks: Words::in_memory(words),
+            claims: Words::in_memory(words),
+            summary: Words::in_memory(words.div_ceil(64)),
+            marked: AtomicU64::new(0),
+        }
+    }
+
+    /// Bytes a chunk.
+    pub fn chunk_len(&self) -> u64 {
+        1 << self.chunk_bits
+    }
+
+    /// Marks every chunk that `range` touches.
+    pub fn mark(&self, range: ByteRange) {
+        let (first, end) = self.chunks(range);
+        for (word, bits) in words(first, end) {
+            let before = self.marks[word].fetch_or(bits, Ordering::AcqRel);
+            let new = (bits & !before).count_ones();
+            if new > 0 {
+                self.marked.fetch_add(u64::from(new), Ordering::AcqRel);
+                // After the mark: who clears the summary's bit looks at the marks again.
+                self.summary[word / 64].fetch_or(1 << (word % 64), Ordering::AcqRel);
+            }
+        }
+    }
+
+    /// The next run of marked and unclaimed chunks that begins in `within`, of `chunks_max` at most:
+    /// claimed, and its marks cleared.
+    pub fn take(&self, within: ByteRange, chunks_max: u64) -> Option<Claim> {
+        let (from, last) = self.chunks(within);
+        let mut from = from;
+        loop {
+            let first = self.next_marked(from, last)?;
+            let mut end = first;
+            while end - first < chunks_max && end < self.chunk_count() && self.try_take(end) {
+                end += 1;
+            }
+            if end > first {
+                return Some(Claim { first, end });
+            }
+            from = first + 1;
+        }
+    }
+
+    /// Claims the chunks that `range` touches, marked or not; `None` where one is claimed already.
+    pub fn claim(&self, range: ByteRange) -> Option<Claim> {
+        let (first, end) = self.chunks(range);
+        for (word, bits) in words(first, end) {
+            let before = self.claims[word].fetch_or(bits, Ordering::AcqRel);
+            if before & bits != 0 {
+                self.claims[word].fetch_and(!(bits & !before), Ordering::AcqRel);
+                self.release(Claim { first, end: first.max(word as u64 * 64) });
+                return None;
+            }
+        }
+        Some(Claim { first, end })
+    }
+
+    /// Ends a claim.
+    pub fn release(&self, claim: Claim) {
+        for (word, bits) in words(claim.first, claim.end) {
+            let before = self.claims[word].fetch_and(!bits, Ordering::AcqRel);
+            assert!(before & bits == bits, "a claim that was held");
+        }
+    }
+
+    /// True where a chunk that `range` touches is marked.
+    pub fn is_marked(&self, range: ByteRange) -> bool {
+        let (first, end) = self.chunks(range);
+        words(first, end).any(|(word, bits)| self.marks[word].load(Ordering::Acquire) & bits != 0)
+    }
+
+    /// Splits `range` at chunk borders into runs of chunks that are all marked, or all not.
+    pub fn runs(&self, range: ByteRange) -> Vec<(ByteRange, bool)> {
+        let (first, end) = self.chunks(range);
+        let mut runs: Vec<(ByteRange, bool)> = Vec::with_capacity(1);
+        for chunk in first..end {
+            let bytes = self.bytes(chunk, chunk + 1).intersect(range);
+            let marked = self.is_marked(bytes);
+            match runs.last_mut() {
+                Some((run, same)) if *same == marked => run.end = bytes.end,
+                _ => runs.push((bytes, marked)),
+            }
+        }
+        runs
+    }
+
+    /// The bytes of a claim, cut to the disk.
+    pub fn claimed(&self, claim: &Claim) -> ByteRange {
+        self.bytes(claim.first, claim.end)
+    }
+
+    /// How many bytes are in marked chunks; a last chunk that is cut counts whole.
+    pub fn marked_bytes(&self) -> u64 {
+        // A taker may subtract a mark before its marker has added it: below zero for a moment.
+        let marked = self.marked.load(Ordering::Acquire).cast_signed().max(0).cast_unsigned();
+        (marked << self.chunk_bits).min(self.size)
+    }
+
+    /// True where no chunk is marked. Says nothing of claims.
+    pub fn is_clean(&self) -> bool {
+        self.marked.load(Ordering::Acquire) == 0
+    }
+
+    /// The first marked chunk in `from..last`.
+    fn next_marked(&self, from: u64, last: u64) -> Option<u64> {
+        let mut chunk = from;
+        while chunk < last {
+            let word = (chunk / 64) as usize;
+            let bits = self.marks[word].load(Ordering::Acquire) >> (chunk % 64);
+            if bits != 0 {
+                return Some(chunk + u64::from(bits.trailing_zeros())).filter(|found| *found < last);
+            }
+            if chunk.is_multiple_of(64) {
+                self.note_empty(word);
+            }
+            chunk = self.next_word(word + 1)? * 64;
+        }
+        None
+    }
+
+    /// The first word from `word` on whose bit of the summary is set.
+    fn next_word(&self, word: usize) -> Option<u64> {
+        let mut at = word;
+        while at / 64 < self.summary.len() {
+            let bits = self.summary[at / 64].load(Ordering::Acquire) >> (at % 64);
+            if bits != 0 {
+                return Some(at as u64 + u64::from(bits.trailing_zeros()));
+            }
+            at = (at / 64 + 1) * 64;
+        }
+        None
+    }
+
+    /// The word was seen without marks: its bit of the summary goes, unless a mark came meanwhile.
+    fn note_empty(&self, word: usize) {
+        let bit = 1 << (word % 64);
+        let summary = &self.summary[word / 64];
+        if summary.load(Ordering::Relaxed) & bit != 0 {
+            summary.fetch_and(!bit, Ordering::AcqRel);
+            if self.marks[word].load(Ordering::Acquire) != 0 {
+                summary.fetch_or(bit, Ordering::AcqRel);
+            }
+        }
+    }
+
+    fn try_take(&self, chunk: u64) -> bool {
+        let (word, bit) = ((chunk / 64) as usize, 1 << (chunk % 64));
+        if self.marks[word].load(Ordering::Acquire) & bit == 0 {
+            return false;
+        }
+        if self.claims[word].fetch_or(bit, Ordering::AcqRel) & bit != 0 {
+            return false;
+        }
+        if self.marks[word].fetch_and(!bit, Ordering::AcqRel) & bit == 0 {
+            // Somebody else took it and is done with it already.
+            self.release(Claim { first: chunk, end: chunk + 1 });
+            return false;
+        }
+        self.marked.fetch_sub(1, Ordering::AcqRel);
+        true
+    }
+
+    fn chunk_count(&self) -> u64 {
+        self.size.div_ceil(self.chunk_len())
+    }
+
+    fn chunks(&self, range: ByteRange) -> (u64, u64) {
+        debug_assert!(range.end <= self.size, "{range} of a disk of {} bytes", self.size);
+        (range.start >> self.chunk_bits, range.end.div_ceil(self.chunk_len()))
+    }
+
+    fn bytes(&self, first: u64, end: u64) -> ByteRange {
+        ByteRange { start: first << self.chunk_bits, end: (end << self.chunk_bits).min(self.size) }
+    }
+}
+
+/// The words that chunks `first..end` are in, each with their bits.
+fn words(first: u64, end: u64) -> impl Iterator<Item = (usize, u64)> {
+    let mut chunk = first;
+    std::iter::from_fn(move || {
+        if chunk >= end {
+            return None;
+        }
+        let (word, low) = (chunk / 64, chunk % 64);
+        let high = (end - word * 64).min(64);
+        chunk = (word + 1) * 64;
+        Some((word as usize, (u64::MAX >> (64 - (high - low))) << low))
+    })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,75 @@
+//! Making durable what was done to a disk: payload and metadata, in the order its image asks for.
+use super::Disk;
+use super::task::{Status, Tools};
+use crate::io::{Io, Op, Token};
+use formats::error::{Error, Result};
+use formats::image::{Progress, Settle};
+use std::io;
+
+/// One settle of a disk's top image.
+#[derive(Default)]
+pub(super) struct Flush {
+    progress: Progress,
+    in_kernel: bool,
+    outcome: Option<Result<()>>,
+}
+
+impl Flush {
+    pub fn step<I: Io>(&mut self, disk: &Disk, tools: &mut Tools<I>, base: Token) -> Status {
+        if self.in_kernel {
+            return Status::Busy;
+        }
+        if self.outcome.is_some() {
+            return Status::Done;
+        }
+        let top = disk.chain().top();
+        let next = disk.refuse_poisoned().and_then(|()| {
+            let settle = top.image.settle(&mut self.progress);
+            settle.map_err(|error| error.at(top.path.display()))
+        });
+        match next {
+            Ok(Settle::Flush) => {
+                self.in_kernel = true;
+                tools.io.submit(base, Op::Flush { file: top.file.file().clone() });
+                Status::Busy
+            }
+            Ok(Settle::Busy) => Status::Blocked,
+            Ok(Settle::Done) => {
+                disk.settled();
+                self.finish(Ok(()))
+            }
+            Err(error) => {
+                // Dropped, so that somebody else can settle.
+                self.progress = Progress::default();
+                disk.bell.ring();
+                self.finish(Err(error))
+            }
+        }
+    }
+
+    fn finish(&mut self, outcome: Result<()>) -> Status {
+        self.outcome = Some(outcome);
+        Status::Done
+    }
+
+    pub fn complete(&mut self, disk: &Disk, result: io::Result<u32>) {
+        self.in_kernel = false;
+        if let Err(error) = result {
+            // The kernel reports a failed write-back once, then forgets: another flush that succeeds
+            // would say nothing of those bytes.
+            disk.poison();
+            self.progress = Progress::default();
+            disk.bell.ring();
+            self.outcome = Some(Err(Error::io(format!("flush of {}", disk.name()), error)));
+        }
+    }
+
+    /// True where the kernel has something of it.
+    pub fn in_kernel(&self) -> bool {
+        self.in_kernel
+    }
+
+    pub fn end(self) -> Result<()> {
+        self.outcome.unwrap_or(Ok(()))
+    }
+}

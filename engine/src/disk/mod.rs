@@ -1,0 +1,116 @@
+//! A disk: a chain whose top can be written. Source and target are the same type; the pivot changes
+//! which one an export serves.
+//!
+//! A `Task` is one operation on a disk, stepped: it asks the images where bytes live, moves them
+//! through the caller's queue and tells the top image when they are there.
+mod data_file;
+mod flush;
+mod grace;
+mod read;
+mod task;
+mod write;
+mod zero;
+
+pub use data_file::DataFile;
+pub use task::{Status, Task, Tools};
+
+use crate::bell::Bell;
+use crate::chain::Chain;
+use formats::error::{Error, Result};
+use formats::image::Zeroing;
+use grace::Grace;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// A disk that can be read and, unless it is read-only, written, zeroed and flushed.
+pub struct Disk {
+    chain: Chain,
+    read_only: bool,
+    /// Rings when something ends that another task may be waiting for.
+    bell: Bell,
+    grace: Grace,
+    poisoned: AtomicBool,
+    /// The file system said that it cannot make holes, or cannot zero in place.
+    no_unmap: AtomicBool,
+    no_zero_range: AtomicBool,
+}
+
+impl Disk {
+    /// The disk that `chain` shows.
+    pub fn new(chain: Chain, read_only: bool) -> Self {
+        Self {
+            chain,
+            read_only,
+            bell: Bell::default(),
+            grace: Grace::default(),
+            poisoned: AtomicBool::new(false),
+            no_unmap: AtomicBool::new(false),
+            no_zero_range: AtomicBool::new(false),
+        }
+    }
+
+    /// Its layers.
+    pub fn chain(&self) -> &Chain {
+        &self.chain
+    }
+
+    /// Size in bytes.
+    pub fn size(&self) -> u64 {
+        self.chain.size()
+    }
+
+    /// True where nothing may be written.
+    pub fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// Path of the top image, for messages.
+    pub fn name(&self) -> String {
+        self.chain.top().path.display().to_string()
+    }
+
+    /// A flush of it failed: nobody knows what the device has. Nothing is promised of it any more.
+    fn poison(&self) {
+        self.poisoned.store(true, Ordering::SeqCst);
+    }
+
+    /// True after a flush that failed.
+    pub fn is_poisoned(&self) -> bool {
+        self.poisoned.load(Ordering::SeqCst)
+    }
+
+    fn refuse_poisoned(&self) -> Result<()> {
+        match self.is_poisoned() {
+            false => Ok(()),
+            true => Err(Error::io(
+                format!("{}: an earlier flush of this image failed, so it is not written any more", self.name()),
+                rustix::io::Errno::IO.into(),
+            )),
+        }
+    }
+
+    fn punching(&self, zeroing: Zeroing) -> &AtomicBool {
+        if zeroing == Zeroing::Keep { &self.no_zero_range } else { &self.no_unmap }
+    }
+
+    fn can_punch(&self, zeroing: Zeroing) -> bool {
+        !self.punching(zeroing).load(Ordering::Relaxed)
+    }
+
+    /// The file system cannot: from now on zeroes are written.
+    fn no_punching(&self, zeroing: Zeroing) {
+        self.punching(zeroing).store(true, Ordering::Relaxed);
+    }
+
+    /// A settle is done: what it gave up may be used again when everybody who was inside has left.
+    fn settled(&self) {
+        self.grace.settled();
+        self.try_recycle();
+        self.bell.ring();
+    }
+
+    fn try_recycle(&self) {
+        if self.grace.is_over() {
+            self.chain.top().image.recycle();
+        }
+    }
+}

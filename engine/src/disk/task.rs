@@ -1,0 +1,177 @@
+//! One operation on a disk, stepped.
+//!
+//! ```text
+//! Task::read/write/zero/flush ─► step ─► Busy     its operations are under way: complete, step
+//!                                  │ ──► Blocked  on somebody else: step again when woken
+//!                                  └───► Done     end
+//! ```
+//!
+//! A task numbers its operations from the token that its owner gives, below `Task::TOKENS`. It may
+//! be dropped only when nothing of it is under way.
+use super::Disk;
+use super::flush::Flush;
+use super::read::Read;
+use super::write::Write;
+use super::zero::Zero;
+use crate::io::{Arena, Buffer, Completion, Io, Op, Token, Waker};
+use formats::error::{Error, Result};
+use formats::image::Zeroing;
+use formats::range::ByteRange;
+use std::io;
+use std::sync::Arc;
+
+/// What a stepped thing works with: its thread's queue, memory and bell-push.
+pub struct Tools<'a, I: Io> {
+    /// The queue.
+    pub io: &'a mut I,
+    /// Memory for what a task needs beside its caller's buffer.
+    pub arena: &'a Arena,
+    /// Who is woken when a blocked task can go on.
+    pub waker: &'a Waker,
+}
+
+/// Where a step left a task.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    /// Operations are under way.
+    Busy,
+    /// Nothing is under way; the owner's waker is called when it is worth another step.
+    Blocked,
+    /// Over.
+    Done,
+}
+
+/// One operation on a disk.
+pub struct Task {
+    disk: Arc<Disk>,
+    kind: Kind,
+    parity: usize,
+}
+
+#[expect(clippy::large_enum_variant, reason = "a task lies in its owner's table; boxed, each request would allocate")]
+enum Kind {
+    Read(Read),
+    Write(Write),
+    Zero(Zero),
+    Flush(Flush),
+}
+
+impl Task {
+    /// How many tokens a task may use, from the one it is given.
+    pub const TOKENS: u64 = 128;
+
+    /// Fills `buf` with `range`, of the same length.
+    pub fn read(disk: Arc<Disk>, range: ByteRange, buf: Buffer) -> Self {
+        assert!(range.len() == buf.len() as u64, "a buffer of the range's length");
+        Self::new(disk, Kind::Read(Read::new(range, buf)))
+    }
+
+    /// Writes `buf` to `range`, of the same length.
+    pub fn write(disk: Arc<Disk>, range: ByteRange, buf: Buffer) -> Self {
+        assert!(range.len() == buf.len() as u64, "a buffer of the range's length");
+        Self::new(disk, Kind::Write(Write::new(range, buf)))
+    }
+
+    /// Makes `range` read as zeroes.
+    pub fn zero(disk: Arc<Disk>, range: ByteRange, zeroing: Zeroing) -> Self {
+        Self::new(disk, Kind::Zero(Zero::new(range, zeroing)))
+    }
+
+    /// Makes durable what was done before.
+    pub fn flush(disk: Arc<Disk>) -> Self {
+        Self::new(disk, Kind::Flush(Flush::default()))
+    }
+
+    fn new(disk: Arc<Disk>, kind: Kind) -> Self {
+        let parity = disk.grace.enter();
+        Self { disk, kind, parity }
+    }
+
+    /// Starts what can be started. Never waits.
+    pub fn step<I: Io>(&mut self, tools: &mut Tools<I>, base: Token) -> Status {
+        match self.try_step(tools, base) {
+            Status::Blocked => {
+                // What it waits for may have ended before it listened.
+                self.disk.bell.listen(tools.waker);
+                self.try_step(tools, base)
+            }
+            status => status,
+        }
+    }
+
+    fn try_step<I: Io>(&mut self, tools: &mut Tools<I>, base: Token) -> Status {
+        match &mut self.kind {
+            Kind::Read(read) => read.step(&self.disk, tools, base),
+            Kind::Write(write) => write.step(&self.disk, tools, base),
+            Kind::Zero(zero) => zero.step(&self.disk, tools, base),
+            Kind::Flush(flush) => flush.step(&self.disk, tools, base),
+        }
+    }
+
+    /// Takes in what became of one of its operations; a step follows.
+    pub fn complete<I: Io>(&mut self, tools: &mut Tools<I>, base: Token, done: Completion) {
+        let local = done.token.0 - base.0;
+        debug_assert!(local < Self::TOKENS);
+        match &mut self.kind {
+            Kind::Read(read) => read.complete(&self.disk, tools, base, local, done.op, done.result),
+            Kind::Write(write) => write.complete(&self.disk, tools, base, local, done),
+            Kind::Zero(zero) => zero.complete(&self.disk, tools, base, local, done),
+            Kind::Flush(flush) => flush.complete(&self.disk, done.result),
+        }
+    }
+
+    /// What became of it, and the caller's buffer. After `Status::Done`.
+    pub fn end(mut self) -> (Result<()>, Option<Buffer>) {
+        let nothing = Kind::Flush(Flush::default());
+        match std::mem::replace(&mut self.kind, nothing) {
+            Kind::Read(read) => read.end(),
+            Kind::Write(write) => write.end(),
+            Kind::Zero(zero) => (zero.end(), None),
+            Kind::Flush(flush) => (flush.end(), None),
+        }
+    }
+
+    /// The disk that it is on.
+    pub fn disk(&self) -> &Arc<Disk> {
+        &self.disk
+    }
+}
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        if self.disk.grace.leave(self.parity) {
+            self.disk.try_recycle();
+        }
+    }
+}
+
+/// Keeps the first error of several operations.
+pub(super) fn keep(error: &mut Option<Error>, new: Error) {
+    error.get_or_insert(new);
+}
+
+/// How much of a buffer an operation moved: all, a part with the rest to be moved still, or nothing.
+pub(super) enum Moved {
+    All(Buffer),
+    Part { moved: Buffer, rest: Buffer },
+    Nothing(Buffer),
+    Failed(Buffer, io::Error),
+}
+
+impl Moved {
+    pub(super) fn of(op: Op, result: io::Result<u32>) -> Self {
+        let (Op::Read { buf, .. } | Op::Write { buf, .. }) = op else {
+            unreachable!("a task's payload moves by reads and writes")
+        };
+        match result {
+            Err(error) => Self::Failed(buf, error),
+            Ok(count) if count as usize >= buf.len() => Self::All(buf),
+            Ok(0) => Self::Nothing(buf),
+            Ok(count) => {
+                let mut moved = buf;
+                let rest = moved.split_off(count as usize);
+                Self::Part { moved, rest }
+            }
+        }
+    }
+}

@@ -1,0 +1,345 @@
+//! Writing a range of a disk: room first, then what is around the payload, then the payload, then
+//! the image's word for it. So no reader ever sees a cluster with somebody's old bytes.
+//!
+//! ```text
+//! reserve ─► [ read span ─► lay the payload over it ] ─► write ─► … ─► commit
+//! ```
+use super::Disk;
+use super::data_file::Stay;
+use super::flush::Flush;
+use super::read::scratch;
+use super::task::{Moved, Status, Task, Tools, keep};
+use crate::chain::{Layer, Look, Source};
+use crate::io::{Buffer, Completion, Io, Loan, Op, Token};
+use formats::error::{Error, Result};
+use formats::image::{Reservation, Reserve};
+use formats::range::ByteRange;
+use std::sync::Arc;
+
+/// How many reservations one write works on at once.
+const PARTS: usize = 4;
+/// Up to here a payload and what is around it are put together and written as one; in bytes.
+const MERGE_MAX: u64 = 128 << 10;
+/// Local tokens: a part's own operation, then what the reads of all parts use, then the settle's.
+const READS: u64 = PARTS as u64;
+const READ_TOKENS: u64 = super::read::PARTS as u64;
+const SETTLE: u64 = Task::TOKENS - 1;
+
+pub(super) struct Write {
+    range: ByteRange,
+    /// Up to here every byte has its room.
+    at: u64,
+    loan: Loan,
+    parts: [Option<Part>; PARTS],
+    /// The image asked to be settled before it gives more room.
+    settling: Option<Flush>,
+    error: Option<Error>,
+}
+
+/// One reservation and how far it has come.
+struct Part {
+    reservation: Reservation,
+    /// What is to be written: the reservation's bytes, and around them where that must be filled.
+    span: ByteRange,
+    /// Up to here it is written.
+    at: u64,
+    /// The caller's bytes; absent while they are being written and when they have been.
+    payload: Option<Buffer>,
+    stage: Stage,
+}
+
+enum Stage {
+    /// Choose the next bytes of the span.
+    Next,
+    /// Bring what is there now.
+    Reading(Box<Task>, ByteRange),
+    /// Write these bytes when their pages are free.
+    Waiting(Buffer),
+    /// The kernel has them.
+    Writing(Stay),
+    /// It failed.
+    Failed,
+}
+
+impl Write {
+    pub fn new(range: ByteRange, buf: Buffer) -> Self {
+        let loan = Loan::new(buf);
+        Self { range, at: range.start, loan, parts: Default::default(), settling: None, error: None }
+    }
+
+    pub fn step<I: Io>(&mut self, disk: &Arc<Disk>, tools: &mut Tools<I>, base: Token) -> Status {
+        let mut blocked = false;
+        loop {
+            if let Err(error) = self.reserve(disk, tools, base, &mut blocked) {
+                keep(&mut self.error, error);
+            }
+            let mut ended = false;
+            for number in 0..PARTS {
+                ended |= self.step_part(disk, tools, base, number, &mut blocked);
+            }
+            // A part that ended makes room for the next one.
+            if !ended {
+                break;
+            }
+        }
+        match () {
+            () if self.in_kernel() => Status::Busy,
+            () if self.is_over() => Status::Done,
+            () if blocked => Status::Blocked,
+            () => Status::Busy,
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        let all = self.at == self.range.end || self.error.is_some();
+        all && self.settling.is_none() && self.parts.iter().all(Option::is_none)
+    }
+
+    fn in_kernel(&self) -> bool {
+        let busy = |part: &Part| matches!(part.stage, Stage::Reading(..) | Stage::Writing(_));
+        self.parts.iter().flatten().any(busy) || self.settling.as_ref().is_some_and(Flush::in_kernel)
+    }
+
+    /// Gets room for as much of the range as there are free parts.
+    fn reserve<I: Io>(
+        &mut self,
+        disk: &Arc<Disk>,
+        tools: &mut Tools<I>,
+        base: Token,
+        blocked: &mut bool,
+    ) -> Result<()> {
+        disk.refuse_poisoned()?;
+        while self.at < self.range.end && self.error.is_none() {
+            if let Some(flush) = &mut self.settling {
+                match flush.step(disk, tools, Token(base.0 + SETTLE)) {
+                    Status::Busy => return Ok(()),
+                    Status::Blocked => {
+                        *blocked = true;
+                        return Ok(());
+                    }
+                    Status::Done => self.settling.take().expect("just stepped").end()?,
+                }
+            }
+            let Some(free) = self.parts.iter().position(Option::is_none) else { return Ok(()) };
+            let top = disk.chain().top();
+            match top.image.reserve(ByteRange { start: self.at, end: self.range.end }).map_err(|e| at(top, e))? {
+                Reserve::Room(reservation) => {
+                    self.at = reservation.guest.end;
+                    let payload = self.loan.lend(reservation.guest.len() as usize);
+                    self.parts[free] = Some(Part::new(disk, reservation, payload)?);
+                }
+                Reserve::Busy => {
+                    *blocked = true;
+                    return Ok(());
+                }
+                Reserve::Settle => self.settling = Some(Flush::default()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes one part as far as it goes. True where it ended.
+    fn step_part<I: Io>(
+        &mut self,
+        disk: &Arc<Disk>,
+        tools: &mut Tools<I>,
+        base: Token,
+        number: usize,
+        blocked: &mut bool,
+    ) -> bool {
+        let Some(part) = &mut self.parts[number] else { return false };
+        loop {
+            match std::mem::replace(&mut part.stage, Stage::Failed) {
+                Stage::Next if part.at == part.span.end => break,
+                Stage::Next => part.stage = part.next(disk, tools),
+                Stage::Reading(mut task, range) => {
+                    match task.step(tools, Token(base.0 + READS + number as u64 * READ_TOKENS)) {
+                        Status::Done => match task.end() {
+                            (Ok(()), Some(bytes)) => part.stage = part.lay_over(range, bytes, &mut self.loan),
+                            (outcome, _) => {
+                                let lost = || Error::invalid("a read without its buffer");
+                                keep(&mut self.error, outcome.err().unwrap_or_else(lost));
+                            }
+                        },
+                        _ => {
+                            part.stage = Stage::Reading(task, range);
+                            return false;
+                        }
+                    }
+                }
+                Stage::Waiting(buf) => {
+                    let file = &disk.chain().top().file;
+                    let host = part.host();
+                    match file.enter(host, &buf) {
+                        Some(stay) => {
+                            part.stage = Stage::Writing(stay);
+                            let file = file.way(host, &buf).clone();
+                            tools.io.submit(Token(base.0 + number as u64), Op::Write { file, at: host, buf });
+                            return false;
+                        }
+                        None => {
+                            part.stage = Stage::Waiting(buf);
+                            *blocked = true;
+                            return false;
+                        }
+                    }
+                }
+                Stage::Writing(stay) => {
+                    part.stage = Stage::Writing(stay);
+                    return false;
+                }
+                Stage::Failed => break,
+            }
+        }
+        self.end_part(disk, number);
+        true
+    }
+
+    fn end_part(&mut self, disk: &Disk, number: usize) {
+        let part = self.parts[number].take().expect("it was just stepped");
+        if let Some(payload) = part.payload {
+            self.loan.give_back(payload);
+        }
+        if part.at == part.span.end {
+            let top = disk.chain().top();
+            if let Err(error) = top.image.commit(part.reservation) {
+                keep(&mut self.error, at(top, error));
+            }
+        } else {
+            drop(part.reservation);
+        }
+        disk.bell.ring();
+    }
+
+    pub fn complete<I: Io>(&mut self, disk: &Disk, tools: &mut Tools<I>, base: Token, local: u64, done: Completion) {
+        match local {
+            SETTLE => {
+                let flush = self.settling.as_mut().expect("a settle is under way");
+                flush.complete(disk, done.result);
+            }
+            local if local >= READS => {
+                let number = (local - READS) / READ_TOKENS;
+                let part = self.parts[number as usize].as_mut().expect("a part that reads");
+                let Stage::Reading(task, _) = &mut part.stage else { unreachable!("this part reads") };
+                task.complete(tools, Token(base.0 + READS + number * READ_TOKENS), done);
+            }
+            number => self.written(disk, number as usize, done),
+        }
+    }
+
+    fn written(&mut self, disk: &Disk, number: usize, done: Completion) {
+        let part = self.parts[number].as_mut().expect("a part that writes");
+        let top = disk.chain().top();
+        if let Stage::Writing(stay) = std::mem::replace(&mut part.stage, Stage::Failed) {
+            top.file.leave(stay);
+            disk.bell.ring();
+        }
+        match Moved::of(done.op, done.result) {
+            Moved::All(buf) => {
+                part.at += buf.len() as u64;
+                part.stage = Stage::Next;
+                part.put_back(buf, &mut self.loan);
+            }
+            Moved::Part { moved, rest } => {
+                part.at += moved.len() as u64;
+                part.stage = Stage::Waiting(rest);
+                part.put_back(moved, &mut self.loan);
+            }
+            Moved::Nothing(buf) => {
+                keep(&mut self.error, part.failure(top, buf.len(), std::io::ErrorKind::WriteZero.into()));
+                part.put_back(buf, &mut self.loan);
+            }
+            Moved::Failed(buf, error) => {
+                keep(&mut self.error, part.failure(top, buf.len(), error));
+                part.put_back(buf, &mut self.loan);
+            }
+        }
+    }
+
+    pub fn end(self) -> (Result<()>, Option<Buffer>) {
+        (self.error.map_or(Ok(()), Err), Some(self.loan.end()))
+    }
+}
+
+impl Part {
+    fn new(disk: &Disk, reservation: Reservation, payload: Buffer) -> Result<Self> {
+        let mut span = reservation.guest;
+        if needs_fill(disk, &reservation)? {
+            let [head, tail] = reservation.fill;
+            span.start = head.map_or(span.start, |head| head.start);
+            span.end = tail.map_or(span.end, |tail| tail.end);
+        }
+        Ok(Self { at: span.start, reservation, span, payload: Some(payload), stage: Stage::Next })
+    }
+
+    /// Where in the file the next bytes go.
+    fn host(&self) -> u64 {
+        // The span may begin before the reservation's own bytes, at the same distance in the file.
+        (self.reservation.host + self.at) - self.reservation.guest.start
+    }
+
+    /// The next piece of the span: all of it where that is small, else what is before the payload,
+    /// the payload, what is behind it.
+    fn next<I: Io>(&mut self, disk: &Arc<Disk>, tools: &Tools<I>) -> Stage {
+        let guest = self.reservation.guest;
+        let whole = self.span == guest;
+        let piece = match () {
+            () if !whole && self.span.len() <= MERGE_MAX => self.span,
+            () if self.at == guest.start => return Stage::Waiting(self.payload.take().expect("written once")),
+            () if self.at < guest.start => ByteRange { start: self.at, end: guest.start }.prefix(MERGE_MAX),
+            () => ByteRange { start: self.at, end: self.span.end }.prefix(MERGE_MAX),
+        };
+        let buf = scratch(tools, piece.len() as usize);
+        Stage::Reading(Box::new(Task::read(Arc::clone(disk), piece, buf)), piece)
+    }
+
+    /// The payload's place in `bytes`, which were read from `range`, gets the payload.
+    fn lay_over(&mut self, range: ByteRange, mut bytes: Buffer, loan: &mut Loan) -> Stage {
+        let guest = self.reservation.guest;
+        if range.overlaps(guest) {
+            let payload = self.payload.take().expect("laid over once");
+            let start = (guest.start - range.start) as usize;
+            bytes[start..start + payload.len()].copy_from_slice(&payload);
+            loan.give_back(payload);
+        }
+        Stage::Waiting(bytes)
+    }
+
+    /// Bytes that came back from the kernel: the caller's, or our own.
+    fn put_back(&self, buf: Buffer, loan: &mut Loan) {
+        if loan.is_mine(&buf) {
+            loan.give_back(buf);
+        }
+    }
+
+    fn failure(&self, top: &Layer, len: usize, error: std::io::Error) -> Error {
+        let what =
+            format!("{}: write of {len} bytes at {} (of the disk: {})", top.path.display(), self.host(), self.at);
+        Error::io(what, error)
+    }
+}
+
+/// False where nothing is around the payload, or only zeroes that are there already.
+fn needs_fill(disk: &Disk, reservation: &Reservation) -> Result<bool> {
+    for range in reservation.fill.iter().flatten() {
+        if !reservation.zeroed || !reads_as_zero(disk, *range)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn reads_as_zero(disk: &Disk, mut range: ByteRange) -> Result<bool> {
+    while !range.is_empty() {
+        let (guest, source) = disk.chain().map(range.start, range.len(), Look::Images)?;
+        if source != Source::Zero {
+            return Ok(false);
+        }
+        range.start = guest.end;
+    }
+    Ok(true)
+}
+
+fn at(layer: &Layer, error: Error) -> Error {
+    error.at(layer.path.display())
+}

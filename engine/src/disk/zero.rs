@@ -1,0 +1,149 @@
+//! Making a range of a disk read as zeroes: by the image's tables, by a hole in its file, or by
+//! writing zeroes where neither can.
+use super::Disk;
+use super::flush::Flush;
+use super::read::scratch;
+use super::task::{Status, Task, Tools, keep};
+use crate::io::{Completion, Io, Op, Token};
+use formats::error::{Error, Result};
+use formats::image::{Zeroed, Zeroing};
+use formats::range::ByteRange;
+use rustix::io::Errno;
+use std::sync::Arc;
+
+/// Zeroes are written in pieces of so many bytes.
+const PIECE_MAX: u64 = 256 << 10;
+
+pub(super) struct Zero {
+    range: ByteRange,
+    /// Up to here it is done.
+    at: u64,
+    zeroing: Zeroing,
+    stage: Stage,
+    error: Option<Error>,
+}
+
+enum Stage {
+    Next,
+    /// The kernel makes a hole of these bytes.
+    Punching(ByteRange),
+    /// Zeroes are written up to there.
+    Writing(Box<Task>, ByteRange),
+    Settling(Flush),
+}
+
+impl Zero {
+    pub fn new(range: ByteRange, zeroing: Zeroing) -> Self {
+        Self { range, at: range.start, zeroing, stage: Stage::Next, error: None }
+    }
+
+    pub fn step<I: Io>(&mut self, disk: &Arc<Disk>, tools: &mut Tools<I>, base: Token) -> Status {
+        loop {
+            let status = match &mut self.stage {
+                Stage::Next if self.at >= self.range.end || self.error.is_some() => return Status::Done,
+                Stage::Next => match self.start(disk, tools, base) {
+                    Ok(blocked) if blocked => return Status::Blocked,
+                    Ok(_) => continue,
+                    Err(error) => {
+                        keep(&mut self.error, error);
+                        continue;
+                    }
+                },
+                Stage::Punching(_) => return Status::Busy,
+                Stage::Writing(task, _) => task.step(tools, base),
+                Stage::Settling(flush) => flush.step(disk, tools, base),
+            };
+            if status != Status::Done {
+                return status;
+            }
+            self.end_stage();
+        }
+    }
+
+    /// What a finished inner task came to.
+    fn end_stage(&mut self) {
+        let outcome = match std::mem::replace(&mut self.stage, Stage::Next) {
+            Stage::Writing(task, range) => {
+                self.at = range.end;
+                task.end().0
+            }
+            Stage::Settling(flush) => flush.end(),
+            Stage::Next | Stage::Punching(_) => Ok(()),
+        };
+        if let Err(error) = outcome {
+            keep(&mut self.error, error);
+        }
+    }
+
+    /// Asks the image. True where somebody else has to end something first.
+    fn start<I: Io>(&mut self, disk: &Arc<Disk>, tools: &mut Tools<I>, base: Token) -> Result<bool> {
+        disk.refuse_poisoned()?;
+        let top = disk.chain().top();
+        let rest = ByteRange { start: self.at, end: self.range.end };
+        match top.image.zero(rest, self.zeroing).map_err(|error| error.at(top.path.display()))? {
+            Zeroed::Done(range) => {
+                self.at = range.end;
+                disk.bell.ring();
+            }
+            Zeroed::Host { guest, host } if disk.can_punch(self.zeroing) => {
+                self.stage = Stage::Punching(guest);
+                let unmap = self.zeroing != Zeroing::Keep;
+                let file = top.file.file().clone();
+                tools.io.submit(base, Op::Zero { file, at: host, len: guest.len(), unmap });
+            }
+            Zeroed::Host { guest, .. } => self.write(disk, tools, guest),
+            Zeroed::Write(guest) => self.write(disk, tools, guest),
+            Zeroed::Busy => return Ok(true),
+            Zeroed::Settle => self.stage = Stage::Settling(Flush::default()),
+        }
+        Ok(false)
+    }
+
+    fn write<I: Io>(&mut self, disk: &Arc<Disk>, tools: &Tools<I>, range: ByteRange) {
+        if self.zeroing == Zeroing::Discard {
+            // A discard that gives nothing back is no reason to write.
+            self.at = range.end;
+            return;
+        }
+        let piece = range.prefix(PIECE_MAX);
+        let mut zeroes = scratch(tools, piece.len() as usize);
+        zeroes.fill(0);
+        self.stage = Stage::Writing(Box::new(Task::write(Arc::clone(disk), piece, zeroes)), piece);
+    }
+
+    pub fn complete<I: Io>(
+        &mut self,
+        disk: &Arc<Disk>,
+        tools: &mut Tools<I>,
+        base: Token,
+        _local: u64,
+        done: Completion,
+    ) {
+        match &mut self.stage {
+            Stage::Writing(task, _) => task.complete(tools, base, done),
+            Stage::Settling(flush) => flush.complete(disk, done.result),
+            Stage::Punching(range) => {
+                let range = *range;
+                self.stage = Stage::Next;
+                match done.result {
+                    Ok(_) => self.at = range.end,
+                    Err(error) if cannot_punch(&error) => disk.no_punching(self.zeroing),
+                    Err(error) => {
+                        let what = format!("{}: zeroing {range}", disk.name());
+                        keep(&mut self.error, Error::io(what, error));
+                    }
+                }
+            }
+            Stage::Next => unreachable!("nothing is under way"),
+        }
+    }
+
+    pub fn end(self) -> Result<()> {
+        self.error.map_or(Ok(()), Err)
+    }
+}
+
+/// Errors that say "not in this way" rather than "not at all".
+fn cannot_punch(error: &std::io::Error) -> bool {
+    matches!(Errno::from_io_error(error), Some(Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS | Errno::NODEV))
+}

@@ -1,0 +1,290 @@
+//! One guest request, from the gate to the word that it is done.
+//!
+//! ```text
+//! enter the gate ─► claim (write-both) ─► source ─► mark, or the target as well ─► flush (FUA)
+//! ```
+//!
+//! A request reads the mode once and keeps its pass to its end: one request sees one route and one
+//! mode, whatever is switched meanwhile. A failure of the target is the job's business; the guest
+//! hears of the source alone.
+use super::gate::{Gate, Pass};
+use crate::dirty::Claim;
+use crate::disk::{Status, Task, Tools};
+use crate::fault::{Fault, planted};
+use crate::io::{Buffer, Completion, Io, Loan, Token};
+use crate::mirror::Mirror;
+use formats::error::{Error, Result};
+use formats::image::Zeroing;
+use formats::range::ByteRange;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// What a guest wants.
+#[derive(Debug)]
+pub enum Action {
+    /// Fill the buffer.
+    Read(Buffer),
+    /// Write the buffer.
+    Write(Buffer),
+    /// Make it read as zeroes.
+    Zero(Zeroing),
+    /// Make durable what was answered before.
+    Flush,
+}
+
+/// One guest request, stepped like a `Task` and with as many tokens.
+pub struct GuestRequest {
+    range: ByteRange,
+    stage: Stage,
+    pass: Option<Pass>,
+    /// It has to be durable before the answer.
+    fua: bool,
+    /// It changes the disk.
+    changes: bool,
+    /// It makes zeroes.
+    zeroing: Option<Zeroing>,
+    /// Parts of the range that go to both sides still, with their claims; the first is the last.
+    both: Vec<(ByteRange, Claim)>,
+    /// What goes to both sides is decided.
+    decided: bool,
+    outcome: Result<()>,
+    buf: Option<Buffer>,
+}
+
+enum Stage {
+    Waiting(Action),
+    Source(Task),
+    /// The target's part of a write to both sides, and the payload.
+    Target(Task, Option<Loan>),
+    Flushing(Task),
+    Done,
+}
+
+impl GuestRequest {
+    /// A request for `range`, which is inside the disk; a flush has none.
+    pub fn new(action: Action, range: ByteRange, fua: bool) -> Self {
+        let zeroing = if let Action::Zero(zeroing) = action { Some(zeroing) } else { None };
+        Self {
+            range,
+            changes: matches!(action, Action::Write(_) | Action::Zero(_)),
+            stage: Stage::Waiting(action),
+            pass: None,
+            fua,
+            zeroing,
+            both: Vec::new(),
+            decided: false,
+            outcome: Ok(()),
+            buf: None,
+        }
+    }
+
+    /// Starts what can be started. Never waits.
+    pub fn step<I: Io>(&mut self, gate: &Gate, tools: &mut Tools<I>, base: Token) -> Status {
+        loop {
+            let status = match &mut self.stage {
+                Stage::Waiting(_) => {
+                    if !self.enter(gate, tools) {
+                        return Status::Blocked;
+                    }
+                    continue;
+                }
+                Stage::Source(task) | Stage::Target(task, _) | Stage::Flushing(task) => task.step(tools, base),
+                Stage::Done => return Status::Done,
+            };
+            if status != Status::Done {
+                return status;
+            }
+            self.advance();
+        }
+    }
+
+    /// Takes in what became of one of its operations; a step follows.
+    pub fn complete<I: Io>(&mut self, tools: &mut Tools<I>, base: Token, done: Completion) {
+        match &mut self.stage {
+            Stage::Source(task) | Stage::Target(task, _) | Stage::Flushing(task) => task.complete(tools, base, done),
+            Stage::Waiting(_) | Stage::Done => unreachable!("nothing is under way"),
+        }
+    }
+
+    /// What became of it, and the buffer it came with. After `Status::Done`.
+    pub fn end(self) -> (Result<()>, Option<Buffer>) {
+        (self.outcome, self.buf)
+    }
+
+    /// Through the gate and, where both sides are written, to the claims. False where it has to wait.
+    fn enter<I: Io>(&mut self, gate: &Gate, tools: &Tools<I>) -> bool {
+        if self.pass.is_none() {
+            self.pass = gate.enter(tools.waker);
+        }
+        let Some(pass) = &self.pass else { return false };
+        let disk = Arc::clone(&pass.route().disk);
+        if self.changes && disk.read_only() {
+            return self.refuse(Error::invalid(format!("{}: the export is read-only", disk.name())));
+        }
+        if let Some(mirror) = pass.route().mirror.clone().filter(|_| self.changes) {
+            if !self.claim(&mirror, tools) {
+                return false;
+            }
+            if planted(Fault::MarkBeforeWrite) {
+                mirror.written(self.range);
+            }
+        }
+        let Stage::Waiting(action) = std::mem::replace(&mut self.stage, Stage::Done) else { return true };
+        self.stage = Stage::Source(match action {
+            Action::Read(buf) => Task::read(disk, self.range, buf),
+            Action::Write(buf) => Task::write(disk, self.range, buf),
+            Action::Zero(zeroing) => Task::zero(disk, self.range, zeroing),
+            Action::Flush => Task::flush(disk),
+        });
+        true
+    }
+
+    fn refuse(&mut self, error: Error) -> bool {
+        if let Stage::Waiting(Action::Write(buf)) = std::mem::replace(&mut self.stage, Stage::Done) {
+            self.buf = Some(buf);
+        }
+        self.outcome = Err(error);
+        self.pass = None;
+        true
+    }
+
+    /// Claims what goes to both sides: the chunks that are not marked, for the copy has been there.
+    /// What is marked goes to the source alone and stays marked, so the backlog only shrinks.
+    fn claim<I: Io>(&mut self, mirror: &Mirror, tools: &Tools<I>) -> bool {
+        if self.decided || !self.goes_to_both(mirror) || planted(Fault::ClaimTargetOnly) {
+            self.decided = true;
+            return true;
+        }
+        self.try_claim(mirror) || {
+            mirror.released().listen(tools.waker);
+            self.try_claim(mirror)
+        }
+    }
+
+    /// A discard is marked instead: what it leaves behind depends on each image's clusters.
+    fn goes_to_both(&self, mirror: &Mirror) -> bool {
+        mirror.write_both() && self.zeroing != Some(Zeroing::Discard)
+    }
+
+    fn try_claim(&mut self, mirror: &Mirror) -> bool {
+        for (run, marked) in mirror.dirty.runs(self.range) {
+            if marked {
+                continue;
+            }
+            match mirror.dirty.claim(run) {
+                Some(claim) => self.both.push((run, claim)),
+                None => {
+                    self.both.drain(..).for_each(|(_, claim)| mirror.release(claim));
+                    return false;
+                }
+            }
+        }
+        self.both.reverse();
+        self.decided = true;
+        true
+    }
+
+    /// What follows a task that is done.
+    fn advance(&mut self) {
+        match std::mem::replace(&mut self.stage, Stage::Done) {
+            Stage::Source(task) => {
+                let disk = Arc::clone(task.disk());
+                let (outcome, buf) = task.end();
+                (self.outcome, self.buf) = (outcome, buf);
+                self.source_done();
+                if matches!(self.stage, Stage::Done) && self.fua && self.outcome.is_ok() {
+                    self.stage = Stage::Flushing(Task::flush(disk));
+                }
+            }
+            Stage::Target(task, loan) => self.target_done(task, loan),
+            Stage::Flushing(task) => self.outcome = task.end().0,
+            Stage::Waiting(_) | Stage::Done => {}
+        }
+        if matches!(self.stage, Stage::Done) {
+            self.pass = None;
+        }
+    }
+
+    /// The source has the write, or failed at it: mark what the target does not get now.
+    fn source_done(&mut self) {
+        let Some(mirror) = self.mirror() else { return };
+        if !self.changes || planted(Fault::MarkBeforeWrite) {
+            return;
+        }
+        if planted(Fault::ClaimTargetOnly) && self.goes_to_both(&mirror) {
+            self.try_claim(&mirror);
+        }
+        if self.outcome.is_err() {
+            // Some of its sectors may have changed: the target has to get all of them again.
+            if !planted(Fault::NoMarkOnFailure) {
+                mirror.written(self.range);
+            }
+            self.both.drain(..).for_each(|(_, claim)| mirror.release(claim));
+            return;
+        }
+        if self.both.is_empty() {
+            mirror.written(self.range);
+            return;
+        }
+        self.mark_the_rest(&mirror);
+        let loan = self.buf.take().map(Loan::new);
+        self.next_target(loan);
+    }
+
+    /// Marks what is between the parts that go to both sides.
+    fn mark_the_rest(&self, mirror: &Mirror) {
+        let mut at = self.range.start;
+        for (run, _) in self.both.iter().rev() {
+            if at < run.start {
+                mirror.written(ByteRange { start: at, end: run.start });
+            }
+            at = run.end;
+        }
+        if at < self.range.end {
+            mirror.written(ByteRange { start: at, end: self.range.end });
+        }
+    }
+
+    /// Starts the target's next part, or ends.
+    fn next_target(&mut self, mut loan: Option<Loan>) {
+        let Some(mirror) = self.mirror() else { return };
+        let Some((run, _)) = self.both.last() else {
+            self.buf = loan.map(Loan::end);
+            if self.fua {
+                self.stage = Stage::Flushing(Task::flush(Arc::clone(&mirror.source)));
+            }
+            return;
+        };
+        let target = Arc::clone(&mirror.target);
+        let task = match (&mut loan, self.zeroing) {
+            (Some(loan), _) => {
+                Task::write(target, *run, loan.lend_at((run.start - self.range.start) as usize, run.len() as usize))
+            }
+            (None, zeroing) => Task::zero(target, *run, zeroing.unwrap_or(Zeroing::Unmap)),
+        };
+        self.stage = Stage::Target(task, loan);
+    }
+
+    fn target_done(&mut self, task: Task, mut loan: Option<Loan>) {
+        let (outcome, piece) = task.end();
+        if let (Some(loan), Some(piece)) = (&mut loan, piece) {
+            loan.give_back(piece);
+        }
+        let (Some(mirror), Some((run, claim))) = (self.mirror(), self.both.pop()) else { return };
+        match outcome {
+            Ok(()) => {
+                mirror.stats.written_both.fetch_add(run.len(), Ordering::Relaxed);
+            }
+            Err(error) => {
+                mirror.written(run);
+                mirror.fail(true, error);
+            }
+        }
+        mirror.release(claim);
+        self.next_target(loan);
+    }
+
+    fn mirror(&self) -> Option<Arc<Mirror>> {
+        self.pass.as_ref()?.route().mirror.clone()
+    }
+}

@@ -1,0 +1,208 @@
+//! What a client sends: headers and payloads, however the socket cuts them.
+//!
+//! One receive is under way whenever nothing that came is left to look at. Most go into a staging
+//! buffer, so that a burst of small requests costs one; a long payload goes straight to its place.
+//! What is not looked at stays in the socket: that is what holds back a client that asks for more
+//! than there is room for.
+use crate::io::{Arena, Buffer, File, Io, Loan, Op, Token};
+use formats::nbd::wire::HEADER_LEN;
+use std::io;
+use std::ops::Range;
+
+/// Bytes that one receive takes at most, payloads that go straight to their place apart.
+pub(super) const STAGING_LEN: usize = 128 << 10;
+/// From here on, what is missing of a payload is received straight into its place: a copy from the
+/// staging buffer would cost more than another receive.
+const DIRECT_MIN: usize = 32 << 10;
+
+/// Something whole that came.
+pub(super) enum Item {
+    /// A request's header.
+    Header([u8; HEADER_LEN]),
+    /// The payload that was expected.
+    Payload(Buffer),
+}
+
+/// The receiving half of a connection.
+pub(super) struct Inbound {
+    socket: File,
+    state: State,
+    /// The buffer that was received into last, and what of it was not looked at yet.
+    received: Option<(Buffer, Range<usize>)>,
+    /// Where to receive next time; the one that is not here is in the kernel or in `received`.
+    staging: Option<Buffer>,
+    /// As long as a header: used where a long payload will follow, which so is never copied.
+    short: Option<Buffer>,
+    header: [u8; HEADER_LEN],
+    header_len: usize,
+    payload: Option<Payload>,
+    skip: u64,
+    long_payloads: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    Idle,
+    Receiving,
+    /// The client sends no more, or cannot.
+    Ended,
+}
+
+enum Payload {
+    Here {
+        buffer: Buffer,
+        filled: usize,
+    },
+    /// What is missing is being received.
+    Lent {
+        loan: Loan,
+        head: Buffer,
+    },
+}
+
+impl Inbound {
+    /// Of `socket`; its staging buffers come from `arena`.
+    pub fn new(socket: File, arena: &Arena) -> Self {
+        let take = |len| arena.take(len).unwrap_or_else(|| Buffer::alone(len));
+        Self {
+            socket,
+            state: State::Idle,
+            received: None,
+            staging: Some(take(STAGING_LEN)),
+            short: Some(take(HEADER_LEN)),
+            header: [0; HEADER_LEN],
+            header_len: 0,
+            payload: None,
+            skip: 0,
+            long_payloads: false,
+        }
+    }
+
+    /// True where the client sends no more.
+    pub fn has_ended(&self) -> bool {
+        self.state == State::Ended
+    }
+
+    /// What was received and not looked at: for the handshake, which has its own units.
+    pub fn unread(&self) -> &[u8] {
+        self.received.as_ref().map_or(&[], |(buffer, range)| &buffer[range.clone()])
+    }
+
+    /// `count` bytes of `unread` were looked at.
+    pub fn advance(&mut self, count: usize) {
+        let Some((buffer, mut range)) = self.received.take() else {
+            assert!(count == 0, "nothing was received");
+            return;
+        };
+        range.start += count;
+        assert!(range.start <= range.end, "no more is read than was received");
+        match () {
+            () if !range.is_empty() => self.received = Some((buffer, range)),
+            () if buffer.len() == HEADER_LEN => self.short = Some(buffer),
+            () => self.staging = Some(buffer),
+        }
+    }
+
+    /// The next header, or the payload that was expected; `None` where it is not all there yet.
+    pub fn next(&mut self) -> Option<Item> {
+        if self.skip > 0 {
+            let len = self.skip.min(self.unread().len() as u64);
+            self.advance(len as usize);
+            self.skip -= len;
+            if self.skip > 0 {
+                return None;
+            }
+        }
+        match self.payload.take() {
+            None => self.next_header(),
+            Some(Payload::Here { mut buffer, mut filled }) => {
+                filled += self.copy_out(&mut buffer[filled..]);
+                if filled == buffer.len() {
+                    return Some(Item::Payload(buffer));
+                }
+                self.payload = Some(Payload::Here { buffer, filled });
+                None
+            }
+            lent => {
+                self.payload = lent;
+                None
+            }
+        }
+    }
+
+    fn next_header(&mut self) -> Option<Item> {
+        let mut header = self.header;
+        self.header_len += self.copy_out(&mut header[self.header_len..]);
+        self.header = header;
+        (self.header_len == HEADER_LEN).then(|| {
+            self.header_len = 0;
+            self.long_payloads = false;
+            Item::Header(header)
+        })
+    }
+
+    fn copy_out(&mut self, into: &mut [u8]) -> usize {
+        let unread = self.unread();
+        let len = unread.len().min(into.len());
+        into[..len].copy_from_slice(&unread[..len]);
+        self.advance(len);
+        len
+    }
+
+    /// What follows is a payload for all of `buffer`, which is not empty.
+    pub fn expect_payload(&mut self, buffer: Buffer) {
+        self.long_payloads = buffer.len() >= DIRECT_MIN;
+        self.payload = Some(Payload::Here { buffer, filled: 0 });
+    }
+
+    /// What follows is `len` bytes that nobody wants.
+    pub fn skip(&mut self, len: u64) {
+        self.skip = len;
+    }
+
+    /// Receives where nothing is left to look at. After `next` gave `None`.
+    pub fn submit(&mut self, io: &mut impl Io, token: Token) {
+        if self.state != State::Idle || self.received.is_some() {
+            return;
+        }
+        let (buf, whole) = match self.payload.take() {
+            Some(Payload::Here { buffer, filled }) if buffer.len() - filled >= DIRECT_MIN => {
+                let rest_len = buffer.len() - filled;
+                let mut loan = Loan::new(buffer);
+                let head = loan.lend(filled);
+                let rest = loan.lend(rest_len);
+                self.payload = Some(Payload::Lent { loan, head });
+                (rest, true)
+            }
+            payload => {
+                let short = self.long_payloads && payload.is_none();
+                self.payload = payload;
+                let buffer = if short { &mut self.short } else { &mut self.staging };
+                (buffer.take().expect("what nobody receives into is here"), false)
+            }
+        };
+        self.state = State::Receiving;
+        io.submit(token, Op::Receive { socket: self.socket.clone(), buf, whole });
+    }
+
+    /// Takes in what became of a receive.
+    pub fn complete(&mut self, op: Op, result: io::Result<u32>) {
+        let Op::Receive { buf, .. } = op else { unreachable!("a receive was submitted") };
+        let count = result.map_or(0, |count| count as usize);
+        self.state = if count == 0 { State::Ended } else { State::Idle };
+        match self.payload.take() {
+            Some(Payload::Lent { mut loan, head }) => {
+                let filled = head.len() + count;
+                loan.give_back(head);
+                loan.give_back(buf);
+                self.payload = Some(Payload::Here { buffer: loan.end(), filled });
+            }
+            payload => {
+                self.payload = payload;
+                self.received = Some((buf, 0..count));
+                // Nothing came: the buffer goes back to its place.
+                self.advance(0);
+            }
+        }
+    }
+}

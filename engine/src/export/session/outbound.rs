@@ -1,0 +1,89 @@
+//! What a client is sent: every reply that is ready goes with the next send, one send at a time.
+//!
+//! A reply counts, with the memory it holds, until it is sent. So a client that asks and does not
+//! listen soon cannot ask any more.
+use super::Load;
+use crate::io::{Buffer, File, Gather, Io, Op, Token};
+use std::io;
+
+/// The sending half of a connection.
+pub(super) struct Outbound {
+    socket: File,
+    /// What waits for the next send.
+    waiting: Gather,
+    waiting_load: Load,
+    /// Memory of the last send, to be used again.
+    spare: Gather,
+    sending: Option<Load>,
+    /// The client cannot be reached any more.
+    broken: bool,
+}
+
+impl Outbound {
+    /// Of `socket`.
+    pub fn new(socket: File) -> Self {
+        Self {
+            socket,
+            waiting: Gather::default(),
+            waiting_load: Load::default(),
+            spare: Gather::default(),
+            sending: None,
+            broken: false,
+        }
+    }
+
+    /// Adds bytes, which are copied.
+    pub fn bytes(&mut self, bytes: &[u8]) {
+        self.waiting.push_bytes(bytes);
+    }
+
+    /// Adds a buffer, which is not.
+    pub fn buffer(&mut self, buffer: Buffer) {
+        self.waiting.push_buffer(buffer);
+    }
+
+    /// A reply is complete; its request's load is given up when it is sent.
+    pub fn ends_reply(&mut self, load: Load) {
+        self.waiting_load.add(load);
+    }
+
+    /// True where nothing waits and nothing is being sent.
+    pub fn is_idle(&self) -> bool {
+        self.sending.is_none() && (self.broken || self.waiting.is_empty())
+    }
+
+    /// True where the client cannot be reached any more.
+    pub fn is_broken(&self) -> bool {
+        self.broken
+    }
+
+    /// Sends what waits, unless a send is under way. Gives back what is never going to be sent.
+    pub fn submit(&mut self, io: &mut impl Io, token: Token) -> Load {
+        if self.broken {
+            self.waiting.clear();
+            return std::mem::take(&mut self.waiting_load);
+        }
+        if self.sending.is_none() && !self.waiting.is_empty() {
+            let gather = std::mem::replace(&mut self.waiting, std::mem::take(&mut self.spare));
+            self.sending = Some(std::mem::take(&mut self.waiting_load));
+            io.submit(token, Op::Send { socket: self.socket.clone(), gather });
+        }
+        Load::default()
+    }
+
+    /// Takes in what became of a send. Gives back the load of the replies that are gone.
+    pub fn complete(&mut self, io: &mut impl Io, token: Token, op: Op, result: io::Result<u32>) -> Load {
+        let Op::Send { socket, mut gather } = op else { unreachable!("a send was submitted") };
+        match result {
+            Ok(count) if count > 0 => gather.advance(count as usize),
+            _ => self.broken = true,
+        }
+        if !self.broken && !gather.is_empty() {
+            io.submit(token, Op::Send { socket, gather });
+            return Load::default();
+        }
+        gather.clear();
+        self.spare = gather;
+        self.sending.take().expect("a send was under way")
+    }
+}

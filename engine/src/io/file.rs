@@ -1,0 +1,93 @@
+//! Open files and sockets, and the bell-push of a thread that waits in its ring.
+use rustix::event::{EventfdFlags, eventfd};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::Arc;
+
+/// An open file or socket. Clones are the same one; the last that goes closes it.
+#[derive(Clone, Debug)]
+pub struct File(Arc<Inner>);
+
+#[derive(Debug)]
+enum Inner {
+    Open(OwnedFd),
+    Simulated(u32),
+}
+
+impl File {
+    /// A real one.
+    pub fn new(fd: impl Into<OwnedFd>) -> Self {
+        Self(Arc::new(Inner::Open(fd.into())))
+    }
+
+    /// A simulator's: nothing but a number.
+    pub fn simulated(number: u32) -> Self {
+        Self(Arc::new(Inner::Simulated(number)))
+    }
+
+    /// The simulator's number; `None` for a real file.
+    pub fn number(&self) -> Option<u32> {
+        match *self.0 {
+            Inner::Open(_) => None,
+            Inner::Simulated(number) => Some(number),
+        }
+    }
+
+    /// Ends both directions of a socket, so that what waits on it is done.
+    pub fn shut_down(&self) {
+        if let Inner::Open(fd) = &*self.0 {
+            // A socket whose peer is gone already has nothing left to shut.
+            let _ = rustix::net::shutdown(fd, rustix::net::Shutdown::Both);
+        }
+    }
+
+    /// Makes everything durable that was written before. Waits: for starting and stopping.
+    pub fn flush_now(&self) -> io::Result<()> {
+        self.as_fd().map_or(Ok(()), |fd| rustix::fs::fdatasync(fd).map_err(io::Error::from))
+    }
+
+    /// The descriptor, where there is one.
+    pub fn as_fd(&self) -> Option<BorrowedFd<'_>> {
+        match &*self.0 {
+            Inner::Open(fd) => Some(fd.as_fd()),
+            Inner::Simulated(_) => None,
+        }
+    }
+
+    pub(super) fn raw(&self) -> RawFd {
+        self.as_fd().map_or(-1, |fd| fd.as_raw_fd())
+    }
+}
+
+/// Wakes a thread that waits in its ring. Clones wake the same thread.
+#[derive(Clone, Debug)]
+pub struct Waker(File);
+
+impl Waker {
+    /// A new one; its thread keeps an `Op::Wake` of it under way.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self(File::new(eventfd(0, EventfdFlags::CLOEXEC)?)))
+    }
+
+    /// A simulator's.
+    pub fn simulated(number: u32) -> Self {
+        Self(File::simulated(number))
+    }
+
+    /// Ends the `Op::Wake` that is under way, or the next one.
+    pub fn wake(&self) {
+        if let Some(fd) = self.0.as_fd() {
+            // Fails only where the counter is full: then the thread is being woken already.
+            let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
+        }
+    }
+
+    /// True where both wake the same thread.
+    pub fn same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0.0, &other.0.0)
+    }
+
+    pub(super) fn file(&self) -> &File {
+        &self.0
+    }
+}

@@ -1,0 +1,72 @@
+//! Words of memory that several threads change, in a file that outlives the process where asked.
+//!
+//! What a killed process had stored in a mapped file is in the system's page cache, and the next
+//! process finds it there. It needs no flush; a power cut loses it.
+// UNSAFETY: mapping a file, and seeing its bytes as atomic words.
+#![expect(unsafe_code)]
+use memmap2::MmapMut;
+use std::io;
+use std::ops::Deref;
+use std::sync::atomic::AtomicU64;
+
+/// A fixed number of atomic words, all zero at first.
+#[derive(Debug)]
+pub struct Words(Inner);
+
+#[derive(Debug)]
+enum Inner {
+    Memory(Box<[AtomicU64]>),
+    File(MmapMut),
+}
+
+impl Words {
+    /// `count` words in the process's own memory.
+    pub fn in_memory(count: usize) -> Self {
+        Self(Inner::Memory((0..count).map(|_| AtomicU64::new(0)).collect()))
+    }
+
+    /// The first `count` words of `file`, which is made that long; what was in it is kept.
+    ///
+    /// The file's blocks are allocated first, for a store to a mapped page that finds no space
+    /// would end the process.
+    pub fn in_file(file: &std::fs::File, count: usize) -> io::Result<Self> {
+        let len = (count.max(1) as u64) * 8;
+        match rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), 0, len) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::OPNOTSUPP) => file.set_len(len)?,
+            Err(error) => return Err(error.into()),
+        }
+        // SAFETY: the file is in the daemon's own locked state folder; whoever cuts it under a
+        // running daemon ends the daemon (SIGBUS), as by killing it. Racing writers change words
+        // that are atomic, never a value that is assumed valid.
+        let map = unsafe { memmap2::MmapOptions::new().len(len as usize).map_mut(file)? };
+        Ok(Self(Inner::File(map)))
+    }
+}
+
+impl Deref for Words {
+    type Target = [AtomicU64];
+    fn deref(&self) -> &[AtomicU64] {
+        match &self.0 {
+            Inner::Memory(words) => words,
+            // SAFETY: a mapping is page aligned, lives as long as `self`, is a whole number of
+            // words long, and is only ever seen as atomic words, whose every bit pattern is valid.
+            Inner::File(map) => unsafe { std::slice::from_raw_parts(map.as_ptr().cast::<AtomicU64>(), map.len() / 8) },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Words;
+    use std::sync::atomic::Ordering::Relaxed;
+
+    #[test]
+    fn words_in_a_file_are_there_for_the_next_who_opens_it() {
+        let file = tempfile::tempfile().expect("a temporary file");
+        let words = Words::in_file(&file, 1000).expect("a mapping");
+        words[999].store(7, Relaxed);
+        let again = Words::in_file(&file, 1000).expect("a second mapping");
+        assert_eq!((again.len(), again[999].load(Relaxed), again[0].load(Relaxed)), (1000, 7, 0));
+    }
+}

@@ -1,0 +1,498 @@
+//! A mirror job from its start to its end.
+//!
+//! ```text
+//!            ┌───────────► failed ◄──────────┐
+//! seeding ─► converging ◄─► ready ─► pivoting ─► pivoted
+//!    └───────────┴────────────┴───► cancelled
+//! ```
+//!
+//! `Phase::on` is the table, and does nothing itself. `Job` is stepped by the control thread: it puts
+//! the mirror in the guest's way, lets the seeder look when it may, watches the backlog, and ends.
+use crate::control::{Mode, OnError};
+use crate::disk::{Disk, Status, Task, Tools};
+use crate::export::gate::{Gate, Leaving, Route};
+use crate::fault::{self, planted};
+use crate::io::{Completion, Io, Token};
+use crate::mirror::{Fault, Mirror};
+use crate::pivot::{End, Pivot, RecordFile, Step};
+use crate::seed::Seeder;
+use formats::error::{Error, Result};
+use rustix::io::Errno;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+/// Where a mirror stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Everything is brought over once.
+    Seeding,
+    /// Catching up with the guest.
+    Converging,
+    /// Clean, or as good as: a pivot may be asked for.
+    Ready,
+    /// Between the gate's closing and its opening.
+    Pivoting,
+    /// The target is the truth.
+    Pivoted,
+    /// Ended on request; the source is the truth.
+    Cancelled,
+    /// Ended on an error; the source is the truth.
+    Failed,
+}
+
+/// What happened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Happened {
+    /// Every chunk was brought over once.
+    SeedDone,
+    /// The backlog fits in a pause, and the target is durable up to it.
+    CaughtUp,
+    /// The backlog grew past it again.
+    FellBehind,
+    /// The gate closes for the end.
+    EndBegan,
+    /// The record is durable and the export switched.
+    PivotDone,
+    /// The end stopped before its point of no return.
+    EndUndone,
+    /// An operator's wish to end was carried out.
+    CancelDone,
+    /// An error that no retry mends.
+    Broke,
+}
+
+impl Phase {
+    /// The phase after `happened`; `None` where that has no place.
+    pub fn on(self, happened: Happened) -> Option<Self> {
+        use Happened::{Broke, CancelDone, CaughtUp, EndBegan, EndUndone, FellBehind, PivotDone, SeedDone};
+        Some(match (self, happened) {
+            (Self::Seeding, SeedDone) | (Self::Ready, FellBehind) => Self::Converging,
+            (Self::Converging, CaughtUp) | (Self::Pivoting, EndUndone) => Self::Ready,
+            (Self::Ready, EndBegan) => Self::Pivoting,
+            (Self::Pivoting, PivotDone) => Self::Pivoted,
+            (Self::Seeding | Self::Converging | Self::Ready | Self::Pivoting, CancelDone) => Self::Cancelled,
+            (Self::Seeding | Self::Converging | Self::Ready | Self::Pivoting, Broke) => Self::Failed,
+            _ => return None,
+        })
+    }
+
+    /// Its name, as `status` has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Seeding => "seeding",
+            Self::Converging => "converging",
+            Self::Ready => "ready",
+            Self::Pivoting => "pivoting",
+            Self::Pivoted => "pivoted",
+            Self::Cancelled => "cancelled",
+            Self::Failed => "failed",
+        }
+    }
+
+    /// True where the job is over.
+    pub fn is_over(self) -> bool {
+        matches!(self, Self::Pivoted | Self::Cancelled | Self::Failed)
+    }
+}
+
+/// A backlog that is copied within a pause, in bytes.
+const BACKLOG_READY: u64 = 8 << 20;
+/// With less than this left, `auto` writes to both sides.
+const BACKLOG_BOTH: u64 = 64 << 20;
+/// How many runs of the mapping one step of the seeding looks at.
+const LOOKS: usize = 256;
+/// How long a copy that goes on after an error waits first.
+const RETRY: Duration = Duration::from_millis(500);
+
+/// What an operator wants of a running job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wish {
+    Pivot,
+    /// Leave the target as a copy of one instant.
+    Finish,
+    /// Give up.
+    GiveUp,
+}
+
+/// What a job is made of.
+pub struct Parts {
+    /// Its name.
+    pub id: String,
+    /// The two disks and what their copiers share.
+    pub mirror: Arc<Mirror>,
+    /// The guest's way.
+    pub gate: Arc<Gate>,
+    /// The target is new and reads as zeroes.
+    pub target_is_zero: bool,
+    /// How guest writes are handled.
+    pub mode: Mode,
+    /// What to do when the target fails.
+    pub on_target_error: OnError,
+    /// How long the guest may be kept waiting for the last pass.
+    pub pause_max: Duration,
+}
+
+/// One mirror job.
+pub struct Job {
+    parts: Parts,
+    phase: Phase,
+    stage: Stage,
+    wish: Option<(Wish, Option<(End, RecordFile)>)>,
+    paused: bool,
+    /// What the seeder marked.
+    seeded: u64,
+    error: Option<String>,
+    retry_at: Option<Duration>,
+    /// The record as a finished pivot left it.
+    record: Option<RecordFile>,
+    /// Set while a failed job is being taken out of the guest's way.
+    broken: bool,
+}
+
+enum Stage {
+    /// Writes that mark nothing are still under way.
+    Attaching(Leaving),
+    Seeding(Seeder),
+    Copying,
+    /// The target is made durable before it is called ready.
+    Settling(Box<Task>),
+    Ending(Box<Pivot>),
+    /// The guest's writes that still know the mirror are under way.
+    Detaching(Leaving),
+    /// The copiers end what they have.
+    Resting,
+    Over,
+}
+
+impl Job {
+    /// Puts the mirror in the way of every guest write that comes from now on.
+    pub fn start(parts: Parts) -> Self {
+        let route = Route { disk: Arc::clone(&parts.mirror.source), mirror: Some(Arc::clone(&parts.mirror)) };
+        parts.mirror.set_write_both(parts.mode == Mode::WriteBlocking);
+        let stage = Stage::Attaching(parts.gate.replace(route));
+        Self {
+            parts,
+            phase: Phase::Seeding,
+            stage,
+            wish: None,
+            paused: false,
+            seeded: 0,
+            error: None,
+            retry_at: None,
+            record: None,
+            broken: false,
+        }
+    }
+
+    /// Where it stands.
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    /// Its name.
+    pub fn id(&self) -> &str {
+        &self.parts.id
+    }
+
+    /// What its copiers share.
+    pub fn mirror(&self) -> &Arc<Mirror> {
+        &self.parts.mirror
+    }
+
+    /// True while no copying is done on a wish or after an error.
+    pub fn is_paused(&self) -> bool {
+        self.paused
+    }
+
+    /// How guest writes are handled.
+    pub fn mode(&self) -> Mode {
+        self.parts.mode
+    }
+
+    /// Why it failed or rests.
+    pub fn error(&self) -> Option<&str> {
+        self.error.as_deref()
+    }
+
+    /// The record as a finished pivot left it.
+    pub fn take_record(&mut self) -> Option<RecordFile> {
+        self.record.take()
+    }
+
+    /// True where the wish for an end is known and not carried out yet.
+    pub fn is_ending(&self) -> bool {
+        self.wish.is_some() || matches!(self.stage, Stage::Ending(_) | Stage::Detaching(_) | Stage::Resting)
+    }
+
+    /// Bytes that are left: never 0 before it is ready.
+    pub fn remaining(&self) -> u64 {
+        let unseen = match &self.stage {
+            Stage::Attaching(_) => self.parts.mirror.source.size(),
+            Stage::Seeding(seeder) => self.parts.mirror.source.size() - seeder.seen(),
+            _ => 0,
+        };
+        let left = unseen + self.parts.mirror.dirty.marked_bytes();
+        let before_ready = matches!(self.phase, Phase::Seeding | Phase::Converging);
+        if before_ready { left.max(1) } else { left }
+    }
+
+    /// Stops copying, or goes on.
+    pub fn pause(&mut self, paused: bool) {
+        self.paused = paused;
+        if !paused {
+            self.error = None;
+            self.parts.mirror.clear_fault();
+        }
+        self.parts.mirror.hold(paused);
+    }
+
+    /// Changes how guest writes are handled from now on.
+    pub fn set_mode(&mut self, mode: Mode) {
+        self.parts.mode = mode;
+        self.choose_mode();
+    }
+
+    /// Wishes for the pivot. Only in `Phase::Ready`.
+    pub fn pivot(&mut self, end: End, record: RecordFile) {
+        self.wish = Some((Wish::Pivot, Some((end, record))));
+    }
+
+    /// Wishes for the end on the source: with a whole copy where it is ready and not `force`.
+    pub fn cancel(&mut self, force: bool, record: RecordFile) {
+        let wish = if force || self.phase != Phase::Ready { Wish::GiveUp } else { Wish::Finish };
+        self.wish = Some((wish, Some((End::Stay, record))));
+    }
+
+    /// Takes in what became of one of its operations; a step follows.
+    pub fn complete<I: Io>(&mut self, tools: &mut Tools<I>, base: Token, done: Completion) {
+        match &mut self.stage {
+            Stage::Settling(task) => task.complete(tools, base, done),
+            Stage::Ending(pivot) => {
+                if let Step::Done(outcome) = pivot.complete(tools, base, done) {
+                    self.ended(outcome);
+                }
+            }
+            _ => unreachable!("nothing is under way"),
+        }
+    }
+
+    /// Does what can be done. Never waits. True where something is to be done at once again.
+    pub fn step<I: Io>(&mut self, tools: &mut Tools<I>, base: Token) -> bool {
+        self.look_at_faults(tools.io.now());
+        match &mut self.stage {
+            Stage::Attaching(leaving) => {
+                if leaving.is_empty(tools.waker) || planted(fault::Fault::LookBeforeOldWritesEnd) {
+                    self.stage = Stage::Seeding(Seeder::new(self.parts.target_is_zero));
+                    return true;
+                }
+                self.look_at_wishes(tools)
+            }
+            Stage::Seeding(seeder) => {
+                match seeder.step(&self.parts.mirror, LOOKS) {
+                    Ok(false) => {}
+                    Ok(true) => {
+                        self.seeded = self.parts.mirror.dirty.marked_bytes();
+                        self.stage = Stage::Copying;
+                    }
+                    Err(error) => self.parts.mirror.fail(false, error),
+                }
+                self.look_at_wishes(tools);
+                true
+            }
+            Stage::Copying => {
+                self.watch(tools);
+                self.look_at_wishes(tools)
+            }
+            Stage::Settling(task) => {
+                if task.step(tools, base) == Status::Done {
+                    let Stage::Settling(task) = std::mem::replace(&mut self.stage, Stage::Copying) else { return true };
+                    match task.end().0 {
+                        Ok(()) => self.happened(Happened::CaughtUp),
+                        Err(error) => self.parts.mirror.fail(true, error),
+                    }
+                    return true;
+                }
+                false
+            }
+            Stage::Ending(pivot) => {
+                if let Step::Done(outcome) = pivot.step(tools, base) {
+                    self.ended(outcome);
+                    return true;
+                }
+                false
+            }
+            Stage::Detaching(leaving) => {
+                let empty = leaving.is_empty(tools.waker);
+                if empty {
+                    self.stage = Stage::Resting;
+                }
+                empty
+            }
+            Stage::Resting => self.rest(tools),
+            Stage::Over => false,
+        }
+    }
+
+    /// Looks at the backlog.
+    fn watch<I: Io>(&mut self, tools: &Tools<I>) {
+        self.parts.mirror.progress.listen(tools.waker);
+        self.choose_mode();
+        let mirror = &self.parts.mirror;
+        let settled = mirror.is_settled();
+        let backlog = mirror.dirty.marked_bytes();
+        match self.phase {
+            Phase::Seeding if settled || mirror.stats.copied.load(Ordering::Relaxed) >= self.seeded => {
+                self.happened(Happened::SeedDone);
+            }
+            Phase::Converging if self.paused || mirror.has_fault() => {}
+            Phase::Converging if settled || (!mirror.write_both() && backlog <= BACKLOG_READY) => {
+                self.stage = Stage::Settling(Box::new(Task::flush(Arc::clone(&mirror.target))));
+            }
+            Phase::Ready if backlog > 4 * BACKLOG_READY => self.happened(Happened::FellBehind),
+            _ => {}
+        }
+    }
+
+    /// `auto`: in the background first, to both sides when little is left.
+    fn choose_mode(&self) {
+        let mirror = &self.parts.mirror;
+        let both = match self.parts.mode {
+            Mode::Background => false,
+            Mode::WriteBlocking => true,
+            Mode::Auto => {
+                let looked = matches!(self.stage, Stage::Copying | Stage::Settling(_));
+                mirror.write_both() || (looked && mirror.dirty.marked_bytes() <= BACKLOG_BOTH)
+            }
+        };
+        if both != mirror.write_both() {
+            mirror.set_write_both(both);
+        }
+    }
+
+    fn look_at_faults(&mut self, now: Duration) {
+        if self.retry_at.is_some_and(|at| at <= now) {
+            self.retry_at = None;
+            self.parts.mirror.clear_fault();
+        }
+        let active = matches!(self.stage, Stage::Seeding(_) | Stage::Copying);
+        if !active || self.paused || self.retry_at.is_some() || !self.parts.mirror.has_fault() {
+            return;
+        }
+        let Some(fault) = self.parts.mirror.clear_fault() else { return };
+        let policy = if fault.target { self.parts.on_target_error } else { OnError::Report };
+        let no_space = fault.error.raw_os_error() == Some(Errno::NOSPC.raw_os_error());
+        self.error = Some(self.describe(&fault));
+        match policy {
+            OnError::Stop => self.stop(fault),
+            OnError::Enospc if no_space => self.stop(fault),
+            OnError::Ignore => {
+                self.parts.mirror.fail(fault.target, fault.error);
+                self.retry_at = Some(now + RETRY);
+            }
+            OnError::Report | OnError::Enospc => {
+                self.broken = true;
+                self.detach();
+            }
+        }
+    }
+
+    fn describe(&self, fault: &Fault) -> String {
+        format!("{}: {}", if fault.target { "target" } else { "source" }, fault.error.one_line())
+    }
+
+    /// Rests until it is resumed.
+    fn stop(&mut self, fault: Fault) {
+        self.parts.mirror.fail(fault.target, fault.error);
+        self.paused = true;
+    }
+
+    /// True where a wish was taken up.
+    fn look_at_wishes<I: Io>(&mut self, tools: &Tools<I>) -> bool {
+        if matches!(self.stage, Stage::Detaching(_)) {
+            return true;
+        }
+        let Some((wish, ending)) = self.wish.take() else { return false };
+        match (wish, ending) {
+            (Wish::GiveUp, _) => self.detach(),
+            (Wish::Pivot | Wish::Finish, Some((end, record))) if self.phase == Phase::Ready => {
+                // A wish to end outweighs a wish to rest.
+                self.paused = false;
+                self.parts.mirror.hold(false);
+                let (mirror, gate) = (Arc::clone(&self.parts.mirror), Arc::clone(&self.parts.gate));
+                let pivot = Pivot::begin(mirror, gate, end, record, tools.io.now(), self.parts.pause_max);
+                self.stage = Stage::Ending(Box::new(pivot));
+                self.happened(Happened::EndBegan);
+            }
+            // It fell behind meanwhile: carried out when it has caught up.
+            (wish, ending) => {
+                self.wish = Some((wish, ending));
+                return false;
+            }
+        }
+        true
+    }
+
+    /// A pivot or a finish is over.
+    fn ended(&mut self, outcome: Result<()>) {
+        let Stage::Ending(pivot) = std::mem::replace(&mut self.stage, Stage::Copying) else { return };
+        let switched = pivot.switches();
+        self.record = Some(pivot.into_record());
+        match outcome {
+            Ok(()) if switched => {
+                self.happened(Happened::PivotDone);
+                self.parts.mirror.hold(true);
+                self.stage = Stage::Over;
+            }
+            Ok(()) => {
+                self.happened(Happened::CancelDone);
+                self.parts.mirror.hold(true);
+                self.stage = Stage::Over;
+            }
+            Err(error) => {
+                self.error = Some(error.one_line());
+                self.happened(Happened::EndUndone);
+            }
+        }
+    }
+
+    /// Takes the mirror out of the guest's way.
+    fn detach(&mut self) {
+        let route = Route { disk: Arc::clone(&self.parts.mirror.source), mirror: None };
+        self.parts.mirror.hold(true);
+        self.stage = Stage::Detaching(self.parts.gate.replace(route));
+    }
+
+    /// Waits for the copiers to end what they have.
+    fn rest<I: Io>(&mut self, tools: &Tools<I>) -> bool {
+        self.parts.mirror.progress.listen(tools.waker);
+        if !self.parts.mirror.is_idle() {
+            return false;
+        }
+        self.stage = Stage::Over;
+        self.happened(if self.broken { Happened::Broke } else { Happened::CancelDone });
+        true
+    }
+
+    fn happened(&mut self, happened: Happened) {
+        match self.phase.on(happened) {
+            Some(phase) => self.phase = phase,
+            None => unreachable!("{happened:?} in {:?}", self.phase),
+        }
+    }
+
+    /// The disk that the guest is on, as far as this job decides it.
+    pub fn serving(&self) -> &Arc<Disk> {
+        match self.phase {
+            Phase::Pivoted => &self.parts.mirror.target,
+            _ => &self.parts.mirror.source,
+        }
+    }
+
+    /// Why a pivot cannot be asked for now; `None` where it can.
+    pub fn not_ready(&self) -> Option<Error> {
+        let left = self.remaining();
+        (self.phase != Phase::Ready)
+            .then(|| Error::invalid(format!("cannot pivot: {left} bytes still to copy (phase: {})", self.phase.name())))
+    }
+}

@@ -1,0 +1,175 @@
+//! What sessions and copiers of one job share: the two disks, the bitmap, the limits.
+use crate::bell::Bell;
+use crate::dirty::{Claim, DirtyBitmap};
+use crate::disk::Disk;
+use crate::rate::Rate;
+use formats::error::Error;
+use formats::range::ByteRange;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// One mirror: a source that guests write to, and a target that follows.
+pub struct Mirror {
+    /// The disk that the guest has.
+    pub source: Arc<Disk>,
+    /// The disk that it will have.
+    pub target: Arc<Disk>,
+    /// What the target lacks.
+    pub dirty: DirtyBitmap,
+    /// Only what the source's top layer holds is copied; the target has the rest below it.
+    pub shallow: bool,
+    /// How fast copiers may be.
+    pub rate: Rate,
+    /// What has been done.
+    pub stats: Stats,
+    /// Wakes copiers: there is something to copy, or they may go on.
+    pub work: Bell,
+    /// Wakes the job: something ended.
+    pub progress: Bell,
+    /// Wakes guest requests that wait for a claim.
+    released: Bell,
+    write_both: AtomicBool,
+    held: AtomicBool,
+    /// Claims that copiers took so far, and those that they hold.
+    taken: AtomicU64,
+    claims: AtomicU64,
+    fault: Mutex<Option<Fault>>,
+}
+
+/// Counters, in bytes unless they say otherwise.
+#[derive(Debug, Default)]
+pub struct Stats {
+    /// Brought over by copiers: data and zeroes.
+    pub copied: AtomicU64,
+    /// Of that, what was written to the target as data.
+    pub written: AtomicU64,
+    /// Written to the target together with the source.
+    pub written_both: AtomicU64,
+}
+
+/// One side failed; copying rests until the job has decided.
+#[derive(Debug)]
+pub struct Fault {
+    /// The target failed; else the source.
+    pub target: bool,
+    /// How.
+    pub error: Error,
+}
+
+impl Mirror {
+    /// A mirror whose bitmap is clean, in background mode.
+    pub fn new(source: Arc<Disk>, target: Arc<Disk>, chunk_bits: u32, shallow: bool) -> Self {
+        let dirty = DirtyBitmap::new(source.size(), chunk_bits);
+        Self {
+            source,
+            target,
+            dirty,
+            shallow,
+            rate: Rate::default(),
+            stats: Stats::default(),
+            work: Bell::default(),
+            progress: Bell::default(),
+            released: Bell::default(),
+            write_both: AtomicBool::new(false),
+            held: AtomicBool::new(false),
+            taken: AtomicU64::new(0),
+            claims: AtomicU64::new(0),
+            fault: Mutex::default(),
+        }
+    }
+
+    /// Called when the source has a guest's write, or failed at it, and before the guest hears.
+    pub fn written(&self, range: ByteRange) {
+        self.dirty.mark(range);
+        self.work.ring();
+    }
+
+    /// Whether guest writes go to the target as well, where the copy has been already.
+    pub fn write_both(&self) -> bool {
+        self.write_both.load(Ordering::Acquire)
+    }
+
+    /// Changes that for requests that come from now on.
+    pub fn set_write_both(&self, on: bool) {
+        self.write_both.store(on, Ordering::Release);
+    }
+
+    /// Copiers start nothing new while this is set; what is under way ends.
+    pub fn hold(&self, on: bool) {
+        self.held.store(on, Ordering::Release);
+        self.work.ring();
+    }
+
+    /// True where copiers have to rest: on somebody's wish, or because of a fault.
+    pub fn is_held(&self) -> bool {
+        self.held.load(Ordering::Acquire) || self.fault().is_some()
+    }
+
+    /// One side failed: the first fault counts, and copying rests until `clear_fault`.
+    pub fn fail(&self, target: bool, error: Error) {
+        self.fault().get_or_insert(Fault { target, error });
+        self.progress.ring();
+    }
+
+    /// The fault, if there is one; copiers go on.
+    pub fn clear_fault(&self) -> Option<Fault> {
+        let fault = self.fault().take();
+        self.work.ring();
+        fault
+    }
+
+    /// True where a fault waits for a decision.
+    pub fn has_fault(&self) -> bool {
+        self.fault().is_some()
+    }
+
+    /// A copier's next claim; its marks are cleared.
+    pub fn take(&self, within: ByteRange, chunks_max: u64) -> Option<Claim> {
+        // Counted first, so that nobody who looks for claims misses one: see `is_settled`.
+        self.claims.fetch_add(1, Ordering::SeqCst);
+        self.taken.fetch_add(1, Ordering::SeqCst);
+        let claim = self.dirty.take(within, chunks_max);
+        if claim.is_none() {
+            self.claims.fetch_sub(1, Ordering::SeqCst);
+        }
+        claim
+    }
+
+    /// A copier is done with a claim, and has marked again what failed.
+    pub fn put(&self, claim: Claim) {
+        self.dirty.release(claim);
+        self.claims.fetch_sub(1, Ordering::SeqCst);
+        self.released.ring();
+        self.progress.ring();
+    }
+
+    /// A guest's write to both sides is done.
+    pub fn release(&self, claim: Claim) {
+        self.dirty.release(claim);
+        self.released.ring();
+    }
+
+    /// Wakes who waits for claims to be released.
+    pub fn released(&self) -> &Bell {
+        &self.released
+    }
+
+    /// True where nothing is marked and no copier has a claim. With the gate closed and nobody
+    /// inside it stays true.
+    pub fn is_settled(&self) -> bool {
+        // A copier could take the last mark before we look at the marks, fail, and mark again after.
+        // So nothing may have been taken between the look at the claims and the end.
+        let taken = self.taken.load(Ordering::SeqCst);
+        let idle = self.claims.load(Ordering::SeqCst) == 0;
+        idle && self.dirty.is_clean() && self.taken.load(Ordering::SeqCst) == taken
+    }
+
+    /// True where no copier has a claim. Stays true while they are held.
+    pub fn is_idle(&self) -> bool {
+        self.claims.load(Ordering::SeqCst) == 0
+    }
+
+    fn fault(&self) -> MutexGuard<'_, Option<Fault>> {
+        self.fault.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,294 @@
+//! The end of a job with the gate closed: one list of steps, one point of no return.
+//!
+//! ```text
+//! Drain        gate closed, nobody inside: no more marks can come, so the bitmap only shrinks
+//! LastPass     copiers until nothing is marked and nothing is claimed
+//! FlushTarget  the target's metadata and payload are durable
+//! ──────────── everything above is undone by opening the gate on the source
+//! Record       the slot that does not count, checksum, flush        ◄── the point of no return
+//! ──────────── everything below is done again after a crash
+//! Switch       the gate opens on the target; waiting requests go there
+//! ```
+//!
+//! A copy of one point in time (cancel when ready) goes the same way and ends before `Record`.
+//!
+//! A record whose writing fails may be durable all the same. Nobody may be served then until one
+//! side is named for certain, so the gate stays closed and the source is recorded anew, again and
+//! again: a guest that waits loses nothing.
+use crate::disk::{Status, Task, Tools};
+use crate::export::gate::{Gate, Leaving, Route};
+use crate::fault::{Fault, planted};
+use crate::io::{Buffer, Completion, File, Io, Op, Token};
+use crate::journal::WordJournal;
+use crate::mirror::Mirror;
+use formats::error::{Error, Result};
+use formats::record::{Record, SLOT_LEN};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long to wait before a record is tried again.
+const RETRY: Duration = Duration::from_millis(500);
+
+/// The file that says which image is the truth, and what it says now.
+#[derive(Clone)]
+pub struct RecordFile {
+    file: File,
+    /// What counts, and its slot.
+    newest: Option<(Record, usize)>,
+}
+
+impl RecordFile {
+    /// The file, and what was read from it.
+    pub fn new(file: File, newest: Option<(Record, usize)>) -> Self {
+        Self { file, newest }
+    }
+
+    /// What counts now.
+    pub fn newest(&self) -> Option<&Record> {
+        self.newest.as_ref().map(|(record, _)| record)
+    }
+
+    fn generation(&self) -> u64 {
+        self.newest().map_or(0, |record| record.generation)
+    }
+
+    /// The slot that does not count.
+    fn free_slot(&self) -> usize {
+        let newest = self.newest.as_ref().map_or(1, |(_, slot)| *slot);
+        if planted(Fault::OverwriteTheNewestSlot) { newest } else { 1 - newest }
+    }
+}
+
+/// How a job ends.
+pub enum End {
+    /// The target is the disk from here on. The record, with the target as the truth.
+    Switch {
+        /// What to record; its generation is set here.
+        record: Record,
+        /// The target's journal: it has to keep what the guest is told from the switch on.
+        journal: Option<Arc<WordJournal>>,
+    },
+    /// The guest stays on the source; the target is a copy of this instant.
+    Stay,
+}
+
+/// One pivot on its way.
+pub struct Pivot {
+    mirror: Arc<Mirror>,
+    gate: Arc<Gate>,
+    end: End,
+    stage: Stage,
+    record_file: RecordFile,
+    /// The last pass ends by then or the pivot is undone.
+    deadline: Duration,
+    /// Why the source is being recorded anew.
+    failed: Option<Error>,
+}
+
+enum Stage {
+    Drain(Leaving),
+    LastPass,
+    FlushTarget(Box<Task>),
+    Record(Writing),
+    Over,
+}
+
+/// How far a record has come.
+#[derive(Clone, Copy, PartialEq)]
+enum Writing {
+    Begin,
+    Written,
+    Flushing,
+    /// It failed; a while later it is tried again, naming the source.
+    Waiting,
+}
+
+/// Where a step left a pivot.
+#[derive(Debug)]
+pub enum Step {
+    /// Go on later.
+    Busy,
+    /// Over; the gate is open. An error says why it was undone.
+    Done(Result<()>),
+}
+
+impl Pivot {
+    /// Closes the gate. The last pass may take `pause_max`.
+    pub fn begin(
+        mirror: Arc<Mirror>,
+        gate: Arc<Gate>,
+        end: End,
+        record_file: RecordFile,
+        now: Duration,
+        pause_max: Duration,
+    ) -> Self {
+        let stage = Stage::Drain(gate.close());
+        Self { mirror, gate, end, stage, record_file, deadline: now.saturating_add(pause_max), failed: None }
+    }
+
+    /// True where it ends on the target.
+    pub fn switches(&self) -> bool {
+        matches!(self.end, End::Switch { .. })
+    }
+
+    /// The record as it stands after the pivot.
+    pub fn into_record(self) -> RecordFile {
+        self.record_file
+    }
+
+    /// Takes in what is done and does what can be done. Never waits.
+    pub fn step<I: Io>(&mut self, tools: &mut Tools<I>, base: Token) -> Step {
+        loop {
+            match &mut self.stage {
+                Stage::Drain(leaving) => {
+                    if !leaving.is_empty(tools.waker) && !planted(Fault::PivotWithoutDrain) {
+                        return Step::Busy;
+                    }
+                    self.stage = Stage::LastPass;
+                }
+                Stage::LastPass => match self.last_pass(tools) {
+                    Some(Ok(())) => self.stage = self.after_last_pass(),
+                    Some(Err(error)) => return self.undo(error),
+                    None => return Step::Busy,
+                },
+                Stage::FlushTarget(task) => {
+                    if task.step(tools, base) != Status::Done {
+                        return Step::Busy;
+                    }
+                    let Stage::FlushTarget(task) = std::mem::replace(&mut self.stage, Stage::Over) else { continue };
+                    if let Err(error) = task.end().0 {
+                        return self.undo(error);
+                    }
+                    match &self.end {
+                        End::Stay => return self.stay(Ok(())),
+                        End::Switch { .. } => self.stage = Stage::Record(Writing::Begin),
+                    }
+                }
+                Stage::Record(Writing::Begin) => match self.begin_record(tools, base) {
+                    Ok(()) => return Step::Busy,
+                    Err(error) => return self.undo(error),
+                },
+                Stage::Record(_) => return Step::Busy,
+                Stage::Over => return Step::Done(Ok(())),
+            }
+        }
+    }
+
+    /// Takes in what became of one of its operations. A result says that the pivot is over.
+    pub fn complete<I: Io>(&mut self, tools: &mut Tools<I>, base: Token, done: Completion) -> Step {
+        match &mut self.stage {
+            Stage::FlushTarget(task) => {
+                task.complete(tools, base, done);
+                Step::Busy
+            }
+            Stage::Record(writing) => {
+                let writing = *writing;
+                self.record_moved(tools, base, writing, done)
+            }
+            Stage::Drain(_) | Stage::LastPass | Stage::Over => Step::Busy,
+        }
+    }
+
+    /// `None` while copiers are at it.
+    fn last_pass<I: Io>(&mut self, tools: &Tools<I>) -> Option<Result<()>> {
+        self.mirror.progress.listen(tools.waker);
+        if self.mirror.is_settled() || planted(Fault::PivotWithoutLastPass) {
+            return Some(Ok(()));
+        }
+        if self.mirror.has_fault() {
+            return Some(Err(Error::invalid("the copy failed during the last pass")));
+        }
+        (tools.io.now() > self.deadline).then(|| {
+            let left = self.mirror.dirty.marked_bytes();
+            Err(Error::invalid(format!("the last pass took longer than the pause allows, {left} bytes are left")))
+        })
+    }
+
+    fn after_last_pass(&self) -> Stage {
+        match &self.end {
+            End::Switch { .. } if planted(Fault::RecordBeforeFlush) => Stage::Record(Writing::Begin),
+            _ => Stage::FlushTarget(Box::new(Task::flush(Arc::clone(&self.mirror.target)))),
+        }
+    }
+
+    /// Everything before the record is undone by opening the gate on the source, mirrored as before.
+    fn undo(&mut self, error: Error) -> Step {
+        self.open(Route { disk: Arc::clone(&self.mirror.source), mirror: Some(Arc::clone(&self.mirror)) });
+        Step::Done(Err(error))
+    }
+
+    /// The guest stays on the source, and the mirror follows it no more.
+    fn stay(&mut self, outcome: Result<()>) -> Step {
+        self.open(Route { disk: Arc::clone(&self.mirror.source), mirror: None });
+        Step::Done(outcome)
+    }
+
+    fn open(&mut self, route: Route) {
+        self.gate.open(route);
+        self.stage = Stage::Over;
+    }
+
+    /// Puts the record on its way: the target as the truth or, after a failure, the source again.
+    fn begin_record<I: Io>(&mut self, tools: &mut Tools<I>, base: Token) -> Result<()> {
+        let End::Switch { record, journal } = &mut self.end else { return Ok(()) };
+        if let (Some(journal), None) = (journal, &self.failed) {
+            // Everything is settled: what comes after the switch is noted from its first write on.
+            journal.wake();
+        }
+        let mut new = match (&self.failed, self.record_file.newest()) {
+            (None, _) => record.clone(),
+            (Some(_), Some(old)) => old.clone(),
+            // There was none: the export's origin is the truth.
+            (Some(_), None) => Record {
+                truth: record.origin.clone(),
+                format: self.mirror.source.chain().top().format.to_owned(),
+                ..record.clone()
+            },
+        };
+        // A failed record may count after a crash: what replaces it has to be newer.
+        new.generation = self.record_file.generation() + if self.failed.is_some() { 2 } else { 1 };
+        let slot = self.record_file.free_slot();
+        let bytes = new.encode()?;
+        let mut buf = Buffer::alone(SLOT_LEN);
+        buf.copy_from_slice(&bytes);
+        *record = if self.failed.is_some() { record.clone() } else { new };
+        let file = self.record_file.file.clone();
+        tools.io.submit(base, Op::Write { file, at: (slot * SLOT_LEN) as u64, buf });
+        self.stage = Stage::Record(Writing::Written);
+        Ok(())
+    }
+
+    fn record_moved<I: Io>(&mut self, tools: &mut Tools<I>, base: Token, writing: Writing, done: Completion) -> Step {
+        match (writing, done.result) {
+            (Writing::Written, Ok(count)) if count as usize == SLOT_LEN => {
+                tools.io.submit(base, Op::Flush { file: self.record_file.file.clone() });
+                self.stage = Stage::Record(Writing::Flushing);
+            }
+            (Writing::Flushing, Ok(_)) => return self.recorded(),
+            (Writing::Waiting, _) => self.stage = Stage::Record(Writing::Begin),
+            (_, result) => {
+                let error = result.err().unwrap_or_else(|| std::io::ErrorKind::WriteZero.into());
+                let error = Error::io("writing the pivot record in the state folder", error);
+                tracing::error!("{}: the guest waits until the record is certain", error.one_line());
+                self.failed.get_or_insert(error);
+                tools.io.submit(base, Op::Timeout { after: RETRY });
+                self.stage = Stage::Record(Writing::Waiting);
+            }
+        }
+        Step::Busy
+    }
+
+    /// The record is durable: from here on there is only one way.
+    fn recorded(&mut self) -> Step {
+        let slot = self.record_file.free_slot();
+        if let Some(error) = self.failed.take() {
+            return self.undo(error);
+        }
+        if let End::Switch { record, .. } = &self.end {
+            self.record_file.newest = Some((record.clone(), slot));
+        }
+        let disk = if planted(Fault::SourceAfterRecord) { &self.mirror.source } else { &self.mirror.target };
+        self.open(Route { disk: Arc::clone(disk), mirror: None });
+        Step::Done(Ok(()))
+    }
+}

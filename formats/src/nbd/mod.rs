@@ -1,0 +1,22 @@
+//! NBD as a server speaks it: what its bytes mean, and what may be asked when.
+//!
+//! ```text
+//! bytes ─► handshake ─► Negotiated ─┐
+//! bytes ─► wire::Header ────────────┴─► request::check ─► Action      (do it)
+//!                                                     ├─► Refusal     (answer, skip its payload)
+//!                                                     └─► Hangup      (nothing can be made of it)
+//! ```
+//!
+//! Nothing here reads or writes a socket, and nothing here waits: bytes go in as they come, replies
+//! come out as bytes. The protocol is `doc/proto.md` of NetworkBlockDevice/nbd; a name in capitals
+//! is that document's. Requests have the 28-byte header; the 64-bit one is declined.
+pub mod export;
+pub mod handshake;
+mod option;
+pub mod request;
+pub mod wire;
+
+pub use export::{BlockSizes, ExportInfo, Exports};
+pub use handshake::{Handshake, Negotiated, Outcome};
+pub use request::{Action, Refusal, Verdict};
+pub use wire::Errno;

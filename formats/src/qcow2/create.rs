@@ -1,0 +1,220 @@
+//! Empty images, as `qemu-img create` makes them.
+//!
+//! ```text
+//!  header  refcount table  refcount blocks  L1 table
+//!    0         1 …              …              …       clusters, all in use, nothing else
+//! ```
+use super::geometry::Geometry;
+use super::header::{
+    BACKING_NAME_MAX, Backing, Compression, EXTENSION_BACKING_FORMAT, EXTENSION_END, EXTENSION_FEATURES, MAGIC, V2_LEN,
+    compatible, incompatible,
+};
+use super::refcounts::write_count;
+use super::table;
+use crate::error::{Context, Error, Result};
+use crate::storage::Storage;
+
+/// QEMU's length of a version 3 header: up to the padding behind the compression type.
+const V3_LEN: usize = 112;
+
+/// Names for programs that do not know a bit: type, bit, name, as QEMU writes them.
+const FEATURES: [(u8, u8, &str); 8] = [
+    (0, 0, "dirty bit"),
+    (0, 1, "corrupt bit"),
+    (0, 2, "external data file"),
+    (0, 3, "compression type"),
+    (0, 4, "extended L2 entries"),
+    (1, 0, "lazy refcounts"),
+    (2, 0, "bitmaps"),
+    (2, 1, "raw external data"),
+];
+
+/// What to create.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Create {
+    /// Bytes of the disk: a multiple of 512, for QEMU sees whole sectors only.
+    pub size: u64,
+    /// 2 or 3.
+    pub version: u32,
+    /// Cluster size is 2 to this: 9 to 21.
+    pub cluster_bits: u32,
+    /// A refcount has 2 to this bits: 0 to 6; 4 in version 2.
+    pub refcount_order: u32,
+    /// How clusters are to be compressed; version 2 has zlib only.
+    pub compression: Compression,
+    /// Others may write refcounts late (version 3).
+    pub lazy_refcounts: bool,
+    /// The image below.
+    pub backing: Option<Backing>,
+}
+
+impl Create {
+    /// What `qemu-img create` makes if it is told only a size.
+    pub fn new(size: u64) -> Self {
+        Self {
+            size,
+            version: 3,
+            cluster_bits: 16,
+            refcount_order: 4,
+            compression: Compression::Zlib,
+            lazy_refcounts: false,
+            backing: None,
+        }
+    }
+}
+
+/// Where the tables of a new image are, in clusters.
+struct Layout {
+    reftable: u64,
+    reftable_clusters: u64,
+    blocks: u64,
+    block_clusters: u64,
+    l1: u64,
+    end: u64,
+}
+
+impl Layout {
+    fn new(geometry: Geometry) -> Self {
+        let cluster = geometry.cluster_size();
+        let l1_clusters = (geometry.l1_entries() * 8).div_ceil(cluster).max(1);
+        let (mut reftable_clusters, mut block_clusters) = (1, 1);
+        // Blocks count themselves and their table, so their number is approached from below.
+        loop {
+            let end = 1 + reftable_clusters + block_clusters + l1_clusters;
+            let blocks = end.div_ceil(1 << geometry.block_bits());
+            let tables = (blocks * 8).div_ceil(cluster);
+            if blocks <= block_clusters && tables <= reftable_clusters {
+                let (blocks, l1) = (1 + reftable_clusters, 1 + reftable_clusters + block_clusters);
+                return Self { reftable: 1, reftable_clusters, blocks, block_clusters, l1, end };
+            }
+            (block_clusters, reftable_clusters) = (blocks.max(block_clusters), tables.max(reftable_clusters));
+        }
+    }
+}
+
+/// Makes an empty image in `storage`. Nothing is flushed.
+///
+/// An empty file gets its length and its tables; in anything else, such as a device, the clusters
+/// of the tables are overwritten as well.
+pub fn create(storage: &dyn Storage, create: &Create) -> Result<()> {
+    let geometry = Geometry::new(create.version, create.cluster_bits, create.refcount_order, create.size)?;
+    let layout = Layout::new(geometry);
+    let header = header(create, geometry, &layout)?;
+    let write = |at: u64, bytes: &[u8]| {
+        storage.write_at(at, bytes).context(|| format!("writing {} bytes of a new image at {at}", bytes.len()))
+    };
+    clear(storage, layout.end << geometry.cluster_bits)?;
+    let mut reftable = Vec::new();
+    table::encode((0..layout.block_clusters).map(|nth| (layout.blocks + nth) << geometry.cluster_bits), &mut reftable);
+    write(layout.reftable << geometry.cluster_bits, &reftable)?;
+    let mut blocks = vec![0; (layout.block_clusters << geometry.cluster_bits) as usize];
+    for cluster in 0..layout.end {
+        write_count(&mut blocks, geometry.refcount_order, cluster as usize, 1);
+    }
+    write(layout.blocks << geometry.cluster_bits, &blocks)?;
+    write(0, &header)
+}
+
+/// Makes the first `len` bytes read as zeroes.
+fn clear(storage: &dyn Storage, len: u64) -> Result<()> {
+    if storage.len().context(|| "asking for the file's length")? == 0 {
+        return storage.set_len(len).context(|| format!("growing the file to {len} bytes"));
+    }
+    let zeroes = vec![0; 1 << 20];
+    let mut at = 0;
+    while at < len {
+        let piece = (len - at).min(zeroes.len() as u64);
+        storage.write_at(at, &zeroes[..piece as usize]).context(|| format!("clearing {piece} bytes at {at}"))?;
+        at += piece;
+    }
+    Ok(())
+}
+
+/// The bytes of the first cluster that are not zero.
+fn header(create: &Create, geometry: Geometry, layout: &Layout) -> Result<Vec<u8>> {
+    check(create)?;
+    let mut bytes = fields(create, geometry, layout);
+    if let Some(format) = create.backing.as_ref().and_then(|backing| backing.format.as_ref()) {
+        extension(EXTENSION_BACKING_FORMAT, format.as_bytes(), &mut bytes);
+    }
+    let name = create.backing.as_ref().map_or("", |backing| &backing.name);
+    let cluster = geometry.cluster_size() as usize;
+    let features = features();
+    // A small cluster may have no room for the names, and does not need them.
+    if create.version >= 3 && bytes.len() + 8 + features.len() + 8 + name.len() <= cluster {
+        extension(EXTENSION_FEATURES, &features, &mut bytes);
+    }
+    extension(EXTENSION_END, &[], &mut bytes);
+    if name.is_empty() {
+        return Ok(bytes);
+    }
+    if name.len() > BACKING_NAME_MAX || bytes.len() + name.len() > cluster {
+        return Err(Error::invalid(format!(
+            "the backing name has {} bytes; in clusters of {cluster} bytes there is room for {}",
+            name.len(),
+            BACKING_NAME_MAX.min(cluster.saturating_sub(bytes.len()))
+        )));
+    }
+    let at = bytes.len() as u64;
+    bytes[8..16].copy_from_slice(&at.to_be_bytes());
+    bytes[16..20].copy_from_slice(&(name.len() as u32).to_be_bytes());
+    bytes.extend_from_slice(name.as_bytes());
+    Ok(bytes)
+}
+
+fn check(create: &Create) -> Result<()> {
+    if create.size % 512 != 0 {
+        return Err(Error::invalid(format!("size {} is not a multiple of 512", create.size)));
+    }
+    if create.version == 2 && (create.lazy_refcounts || create.compression != Compression::Zlib) {
+        return Err(Error::invalid("version 2 has neither lazy refcounts nor a compression type: ask for version 3"));
+    }
+    Ok(())
+}
+
+/// The header's own fields; qcow2.rst, "Header".
+fn fields(create: &Create, geometry: Geometry, layout: &Layout) -> Vec<u8> {
+    let at = |cluster: u64| cluster << geometry.cluster_bits;
+    let mut bytes = Vec::with_capacity(1024);
+    bytes.extend_from_slice(&MAGIC);
+    bytes.extend_from_slice(&create.version.to_be_bytes());
+    bytes.extend_from_slice(&[0; 12]); // the backing name, later
+    bytes.extend_from_slice(&geometry.cluster_bits.to_be_bytes());
+    bytes.extend_from_slice(&geometry.size.to_be_bytes());
+    bytes.extend_from_slice(&0_u32.to_be_bytes()); // not encrypted
+    bytes.extend_from_slice(&(geometry.l1_entries() as u32).to_be_bytes());
+    bytes.extend_from_slice(&at(layout.l1).to_be_bytes());
+    bytes.extend_from_slice(&at(layout.reftable).to_be_bytes());
+    bytes.extend_from_slice(&(layout.reftable_clusters as u32).to_be_bytes());
+    bytes.extend_from_slice(&[0; 12]); // no snapshots
+    debug_assert_eq!(bytes.len(), V2_LEN);
+    if create.version >= 3 {
+        let zstd = create.compression == Compression::Zstd;
+        bytes.extend_from_slice(&(u64::from(zstd) * incompatible::COMPRESSION).to_be_bytes());
+        bytes.extend_from_slice(&(u64::from(create.lazy_refcounts) * compatible::LAZY_REFCOUNTS).to_be_bytes());
+        bytes.extend_from_slice(&0_u64.to_be_bytes()); // autoclear
+        bytes.extend_from_slice(&geometry.refcount_order.to_be_bytes());
+        bytes.extend_from_slice(&(V3_LEN as u32).to_be_bytes());
+        bytes.push(u8::from(zstd));
+        bytes.resize(V3_LEN, 0);
+    }
+    bytes
+}
+
+fn extension(kind: u32, data: &[u8], bytes: &mut Vec<u8>) {
+    bytes.extend_from_slice(&kind.to_be_bytes());
+    bytes.extend_from_slice(&(data.len() as u32).to_be_bytes());
+    bytes.extend_from_slice(data);
+    bytes.resize(bytes.len().next_multiple_of(8), 0);
+}
+
+fn features() -> Vec<u8> {
+    let entry = |(kind, bit, name): (u8, u8, &str)| {
+        let mut entry = [0; 48];
+        entry[0] = kind;
+        entry[1] = bit;
+        entry[2..2 + name.len()].copy_from_slice(name.as_bytes());
+        entry
+    };
+    FEATURES.into_iter().flat_map(entry).collect()
+}

@@ -1,0 +1,303 @@
+//! qcow2, versions 2 and 3: where guest bytes live, and tables that a power cut finds in order.
+//!
+//! ```text
+//! header      what the header says and what of it is not supported
+//! geometry    the numbers that follow from it
+//! entry       what an L1 or L2 entry means
+//! state       the tables as they are now, under one lock
+//!   slices      the part of them that is in memory
+//!   refcounts   how often each host cluster is used
+//!   space       which of them are free
+//! map, reserve, zero     what guests ask
+//! settle      brings the tables into the file, in order
+//! replay      takes back what the journal kept through a kill
+//! create      makes an empty image
+//! check       finds leaks and corruptions
+//! ```
+//!
+//! # The orders that must not change
+//!
+//! 1. Payload and refcounts are durable before an L2 entry that points at them is written. The other
+//!    way round, a power cut leaves an entry that shows what was there before, or that two share.
+//! 2. A table is durable, as zeroes at least, before what points at it is written: an L2 table before
+//!    its L1 entry, a refcount block before its entry, a moved refcount table before the header.
+//! 3. A cluster that an entry let go of is counted down, and used again, only after the changed entry
+//!    is durable and nobody can still be reading the old place (`Image::recycle`).
+//! 4. What is committed while a settle is under way is not written by it: its payload was perhaps
+//!    not flushed. See `settle`.
+pub mod create;
+mod entry;
+mod geometry;
+pub mod header;
+mod inflate;
+mod map;
+mod refcounts;
+mod replay;
+mod reserve;
+mod settle;
+mod slices;
+mod space;
+mod state;
+mod table;
+mod zero;
+
+pub use create::{Create, create};
+pub use geometry::Geometry;
+pub use header::{Backing, Compression, Header};
+
+use crate::error::{Context, Error, Result};
+use crate::image::{Extent, Holder, Image, Progress, Reservation, Reserve, Settle, Zeroed, Zeroing};
+use crate::journal::{Change, Journal};
+use crate::range::ByteRange;
+use crate::storage::Storage;
+use state::State;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+/// How to open an image.
+#[derive(Clone, Copy, Debug)]
+pub struct Open {
+    /// It will be written to.
+    pub writable: bool,
+    /// Something is below: what this image does not have is not known to be zeroes.
+    pub has_backing: bool,
+    /// Memory for slices of tables; the L1 table (at most 32 MiB) and the refcount table (at most
+    /// 8 MiB) come on top.
+    pub metadata_bytes_max: usize,
+}
+
+/// What `info` tells of an image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Info {
+    /// 2 or 3.
+    pub version: u32,
+    /// Bytes of the disk.
+    pub virtual_size: u64,
+    /// Bytes of a cluster.
+    pub cluster_size: u64,
+    /// Width of a refcount.
+    pub refcount_bits: u32,
+    /// How clusters are compressed.
+    pub compression: Compression,
+    /// The image below.
+    pub backing: Option<Backing>,
+    /// Incompatible feature bits.
+    pub incompatible_features: u64,
+    /// Compatible feature bits.
+    pub compatible_features: u64,
+    /// Autoclear feature bits.
+    pub autoclear_features: u64,
+    /// Refcounts may be written late by those who do so; we do not.
+    pub lazy_refcounts: bool,
+    /// The dirty bit.
+    pub dirty: bool,
+    /// The corrupt bit.
+    pub corrupt: bool,
+    /// Internal snapshots.
+    pub snapshots: u32,
+    /// Persistent bitmaps.
+    pub bitmaps: u32,
+}
+
+/// An image that is open.
+pub struct Qcow2 {
+    header: Header,
+    flush_first: bool,
+    shared: Arc<Shared>,
+}
+
+/// What reservations and settles hold on to.
+struct Shared {
+    geometry: Geometry,
+    storage: Arc<dyn Storage>,
+    journal: Arc<dyn Journal>,
+    writable: bool,
+    has_backing: bool,
+    state: Mutex<State>,
+}
+
+impl Qcow2 {
+    /// Opens the image in `storage`.
+    ///
+    /// # Errors
+    ///
+    /// `Unsupported` names what is not handled and what to do, `Malformed` the field that is wrong.
+    /// Images with the dirty or corrupt bit or with internal snapshots can be read, not written.
+    pub fn open(storage: Arc<dyn Storage>, journal: Arc<dyn Journal>, open: Open) -> Result<Self> {
+        let header = read_header(&*storage)?;
+        let flush_first = open.writable && prepare_writing(&*storage, &header)?;
+        let state = State::open(&storage, &header, open)?;
+        let shared = Shared {
+            geometry: header.geometry,
+            storage,
+            journal,
+            writable: open.writable,
+            has_backing: open.has_backing,
+            state: Mutex::new(state),
+        };
+        Ok(Self { header, flush_first, shared: Arc::new(shared) })
+    }
+
+    /// What the header said.
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// The facts for `info`.
+    pub fn info(&self) -> Info {
+        self.header.info()
+    }
+
+    /// The image below, as it is recorded.
+    pub fn backing(&self) -> Option<&Backing> {
+        self.header.backing.as_ref()
+    }
+
+    /// True where the file has to be flushed before the first write of payload: opening cleared
+    /// autoclear bits, and what they vouched for is about to become wrong.
+    pub fn flush_first(&self) -> bool {
+        self.flush_first
+    }
+
+    /// Cuts off what the file was grown by and nothing uses. For a clean close: settle, `recycle`,
+    /// settle, then this.
+    pub fn trim_end(&self) -> Result<()> {
+        match self.shared.writable {
+            true => self.shared.lock().space()?.trim_end(),
+            false => Ok(()),
+        }
+    }
+}
+
+/// Reads and checks the header of the image in `storage`.
+pub fn read_header(storage: &dyn Storage) -> Result<Header> {
+    let len = storage.len().context(|| "asking for the file's length")?;
+    let read = |wanted: usize| {
+        let mut bytes = vec![0; usize::try_from(len).unwrap_or(usize::MAX).min(wanted)];
+        storage.read_at(0, &mut bytes).context(|| "reading the header")?;
+        Ok::<_, Error>(bytes)
+    };
+    let wanted = Header::len_wanted(&read(512)?)?;
+    Header::parse(&read(wanted)?)
+}
+
+/// Refuses what must not be written; says whether it changed the header.
+fn prepare_writing(storage: &dyn Storage, header: &Header) -> Result<bool> {
+    header.check_writable()?;
+    if header.autoclear == 0 {
+        return Ok(false);
+    }
+    // Nothing that a bit vouches for is kept up by us, persistent bitmaps included.
+    let cleared = storage.write_at(header::AUTOCLEAR_AT, &0_u64.to_be_bytes());
+    cleared.context(|| "clearing the autoclear features in the header")?;
+    Ok(true)
+}
+
+impl Header {
+    /// The facts for `info`.
+    pub fn info(&self) -> Info {
+        let g = self.geometry;
+        Info {
+            version: g.version,
+            virtual_size: g.size,
+            cluster_size: g.cluster_size(),
+            refcount_bits: 1 << g.refcount_order,
+            compression: self.compression,
+            backing: self.backing.clone(),
+            incompatible_features: self.incompatible,
+            compatible_features: self.compatible,
+            autoclear_features: self.autoclear,
+            lazy_refcounts: self.compatible & header::compatible::LAZY_REFCOUNTS != 0,
+            dirty: self.incompatible & header::incompatible::DIRTY != 0,
+            corrupt: self.incompatible & header::incompatible::CORRUPT != 0,
+            snapshots: self.snapshots,
+            bitmaps: self.bitmaps,
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("nobody panics with the tables half changed")
+    }
+
+    /// The tables, with the L2 slice of `cluster` in memory, or no L2 table for it.
+    ///
+    /// A slice is read without the lock: a guest that touches a cold table makes no other one wait.
+    fn lock_with(&self, cluster: u64) -> Result<MutexGuard<'_, State>> {
+        loop {
+            let state = self.lock();
+            let Some(missing) = state.missing(cluster)? else { return Ok(state) };
+            drop(state);
+            let count = self.geometry.slice_bytes() / 8;
+            let entries = table::read(&*self.storage, missing.at, count)
+                .context(|| format!("reading L2 entries of guest cluster {cluster} at {}", missing.at))?;
+            self.lock().arrived(&missing, entries.into_boxed_slice());
+        }
+    }
+
+    fn check_inside(&self, guest: ByteRange) -> Result<()> {
+        if guest.end <= self.geometry.size && !guest.is_empty() {
+            return Ok(());
+        }
+        let size = self.geometry.size;
+        Err(Error::invalid(format!("{guest} ends past the disk ({size} bytes), or is empty")))
+    }
+
+    fn check_writable(&self) -> Result<()> {
+        match self.writable {
+            true => Ok(()),
+            false => Err(Error::invalid("the image was opened for reading only")),
+        }
+    }
+}
+
+impl Image for Qcow2 {
+    fn size(&self) -> u64 {
+        self.shared.geometry.size
+    }
+
+    fn map(&self, at: u64, len_max: u64) -> Result<Extent> {
+        self.shared.map(at, len_max)
+    }
+
+    fn reserve(&self, guest: ByteRange) -> Result<Reserve> {
+        Shared::reserve(&self.shared, guest)
+    }
+
+    fn commit(&self, reservation: Reservation) -> Result<()> {
+        self.shared.commit(reservation)
+    }
+
+    fn zero(&self, guest: ByteRange, zeroing: Zeroing) -> Result<Zeroed> {
+        self.shared.zero(guest, zeroing)
+    }
+
+    fn settle(&self, progress: &mut Progress) -> Result<Settle> {
+        Shared::settle(&self.shared, progress)
+    }
+
+    fn close(&self) -> Result<()> {
+        self.trim_end()
+    }
+
+    fn recycle(&self) {
+        self.shared.recycle();
+    }
+
+    fn replay(&self, changes: &[Change]) -> Result<()> {
+        self.shared.replay(changes)
+    }
+
+    fn inflate(&self, compressed: &[u8], cluster: &mut [u8]) -> Result<()> {
+        inflate::inflate(self.header.compression, compressed, cluster)
+    }
+}
+
+impl Holder for Shared {
+    fn let_go(&self, id: u64) {
+        let mut state = self.lock();
+        if !state.end_settle(id, true) {
+            state.drop_reservation(id);
+        }
+    }
+}
