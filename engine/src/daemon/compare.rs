@@ -146,7 +146,7 @@ impl Piece {
             let rest = if first.len() > both { &first[both..] } else { &second[both..] };
             (!is_zero(rest)).then(|| both + rest.iter().position(|byte| *byte != 0).unwrap_or(0))
         } else {
-            first.iter().zip(&second).position(|(a, b)| a != b)
+            first.iter().zip(second).position(|(a, b)| a != b)
         };
         differs.map(|at| self.range.start + at as u64)
     }
