@@ -1,7 +1,7 @@
 //! Layers, top first, seen as one disk: the first layer that has a byte decides.
 use crate::disk::DataFile;
-use formats::error::Result;
-use formats::image::{Extent, Image, Place};
+use formats::error::{Context, Error, Result};
+use formats::image::{Extent, Image, Place, Progress, Settle};
 use formats::range::ByteRange;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -113,6 +113,32 @@ impl Chain {
 }
 
 impl Layer {
+    /// Makes durable what was done to the image. Waits, and nobody else may be using it: for
+    /// starting and stopping.
+    pub fn settle_now(&self) -> Result<()> {
+        let mut progress = Progress::default();
+        loop {
+            match self.image.settle(&mut progress)? {
+                Settle::Done => return Ok(()),
+                Settle::Flush => self.file.file().flush_now().context(|| "flush")?,
+                Settle::Busy => return Err(Error::invalid("somebody else is settling the image")),
+            }
+        }
+    }
+
+    /// Leaves the image as tidy as it can be: durable, and no longer than it has to be. As
+    /// `settle_now`.
+    pub fn close(&self) -> Result<()> {
+        let closed = self.settle_now().and_then(|()| {
+            // What was given up is free now that nobody is inside, and its tables say so next.
+            self.image.recycle();
+            self.settle_now()?;
+            self.image.close()?;
+            self.file.file().flush_now().context(|| "flush")
+        });
+        closed.map_err(|error| error.at(self.path.display()))
+    }
+
     fn map(&self, guest: ByteRange, look: Look) -> Result<Extent> {
         let extent = match look {
             Look::Images => self.image.map(guest.start, guest.len()),

@@ -37,22 +37,30 @@ pub struct WordJournal {
 }
 
 impl WordJournal {
-    /// The journal in `words`, empty, and what it held: changes that a kill left behind.
+    /// What a kill left in `words`, in the order in which it was noted.
     ///
     /// What another run of the system noted is of no use: its page cache is gone, and the image is
     /// as it was last settled.
-    pub fn open(words: Arc<Words>, boot: BootId) -> (Self, Vec<Change>) {
+    pub fn left_behind(words: &Words, boot: BootId) -> Vec<Change> {
+        let known = load(words, 0) == MAGIC && [load(words, 1), load(words, 2)] == boot;
+        if !known {
+            return Vec::new();
+        }
+        let present = (load(words, GENERATION) & 1) as usize;
+        [1 - present, present].into_iter().flat_map(|generation| notes(words, generation)).collect()
+    }
+
+    /// An empty journal in `words`. What was left there has to be in the image for good.
+    pub fn new(words: Arc<Words>, boot: BootId) -> Self {
         assert!(words.len() >= WORDS, "room for two generations");
         let journal = Self { words, awake: AtomicBool::new(true) };
-        let known = journal.load(0) == MAGIC && [journal.load(1), journal.load(2)] == boot;
-        let left = if known { journal.notes() } else { Vec::new() };
         journal.reset(boot);
-        (journal, left)
+        journal
     }
 
     /// A journal that notes nothing until `wake`.
     pub fn asleep(words: Arc<Words>, boot: BootId) -> Self {
-        let (journal, _) = Self::open(words, boot);
+        let journal = Self::new(words, boot);
         journal.awake.store(false, Ordering::Release);
         journal
     }
@@ -60,6 +68,13 @@ impl WordJournal {
     /// From now on everything is noted. The image must have nothing unsettled.
     pub fn wake(&self) {
         self.awake.store(true, Ordering::Release);
+    }
+
+    /// From now on nothing is noted, and what was is forgotten: the target is not the truth after all.
+    pub fn sleep(&self) {
+        self.awake.store(false, Ordering::Release);
+        self.store(COUNTS, 0);
+        self.store(COUNTS + 1, 0);
     }
 
     fn reset(&self, boot: BootId) {
@@ -70,32 +85,31 @@ impl WordJournal {
         }
     }
 
-    /// Every note that counts, the older generation first.
-    fn notes(&self) -> Vec<Change> {
-        let present = (self.load(GENERATION) & 1) as usize;
-        [1 - present, present].into_iter().flat_map(|generation| self.generation(generation)).collect()
-    }
-
-    fn generation(&self, generation: usize) -> Vec<Change> {
-        let count = self.load(COUNTS + generation).min(NOTES_MAX as u64) as usize;
-        let entry = |number| {
-            let (key, value) = (self.load(place(generation, number)), self.load(place(generation, number) + 1));
-            Change { table: (key >> INDEX_BITS) as u8, index: key & ((1 << INDEX_BITS) - 1), value }
-        };
-        (0..count).map(entry).collect()
-    }
-
     fn present(&self) -> usize {
         (self.load(GENERATION) & 1) as usize
     }
 
     fn load(&self, word: usize) -> u64 {
-        self.words[word].load(Ordering::Acquire)
+        load(&self.words, word)
     }
 
     fn store(&self, word: usize, value: u64) {
         self.words[word].store(value, Ordering::Release);
     }
+}
+
+fn load(words: &Words, word: usize) -> u64 {
+    words[word].load(Ordering::Acquire)
+}
+
+fn notes(words: &Words, generation: usize) -> Vec<Change> {
+    let count = load(words, COUNTS + generation).min(NOTES_MAX as u64) as usize;
+    let entry = |number| {
+        let at = place(generation, number);
+        let key = load(words, at);
+        Change { table: (key >> INDEX_BITS) as u8, index: key & ((1 << INDEX_BITS) - 1), value: load(words, at + 1) }
+    };
+    (0..count).map(entry).collect()
 }
 
 fn place(generation: usize, number: usize) -> usize {
@@ -144,49 +158,55 @@ mod tests {
         Change { table: 2, index, value: !index }
     }
 
+    const BOOT: [u64; 2] = [1, 2];
+
+    fn words() -> Arc<Words> {
+        Arc::new(Words::in_memory(WORDS))
+    }
+
     #[test]
-    fn what_a_kill_leaves_is_given_back_in_order_and_once() {
-        let words = Arc::new(Words::in_memory(WORDS));
-        let (journal, left) = WordJournal::open(Arc::clone(&words), [1, 2]);
-        assert!(left.is_empty());
+    fn what_a_kill_leaves_is_given_back_in_order_until_it_starts_anew() {
+        let words = words();
+        let journal = WordJournal::new(Arc::clone(&words), BOOT);
         journal.note(change(1));
         journal.turn();
         journal.note(change(2));
-        let (journal, left) = WordJournal::open(Arc::clone(&words), [1, 2]);
-        assert_eq!(left, [change(1), change(2)]);
-        assert_eq!(journal.room(), NOTES_MAX);
-        let (_, left) = WordJournal::open(words, [1, 2]);
-        assert!(left.is_empty());
+        assert_eq!(journal.room(), NOTES_MAX - 1);
+        for _ in 0..2 {
+            assert_eq!(WordJournal::left_behind(&words, BOOT), [change(1), change(2)]);
+        }
+        assert_eq!(WordJournal::new(Arc::clone(&words), BOOT).room(), NOTES_MAX);
+        assert!(WordJournal::left_behind(&words, BOOT).is_empty());
     }
 
     #[test]
     fn what_is_settled_is_forgotten() {
-        let words = Arc::new(Words::in_memory(WORDS));
-        let (journal, _) = WordJournal::open(Arc::clone(&words), [1, 2]);
+        let words = words();
+        let journal = WordJournal::new(Arc::clone(&words), BOOT);
         for round in 0..5 {
             journal.note(change(round));
             journal.turn();
             journal.note(change(100 + round));
             journal.forget();
         }
-        assert_eq!(WordJournal::open(words, [1, 2]).1, [change(104)]);
+        assert_eq!(WordJournal::left_behind(&words, BOOT), [change(104)]);
     }
 
     #[test]
-    fn another_boot_starts_anew() {
-        let words = Arc::new(Words::in_memory(WORDS));
-        WordJournal::open(Arc::clone(&words), [1, 2]).0.note(change(1));
-        assert!(WordJournal::open(words, [1, 3]).1.is_empty());
+    fn after_another_boot_nothing_is_left() {
+        let words = words();
+        WordJournal::new(Arc::clone(&words), BOOT).note(change(1));
+        assert!(WordJournal::left_behind(&words, [1, 3]).is_empty());
     }
 
     #[test]
     fn asleep_it_takes_everything_and_keeps_nothing() {
-        let words = Arc::new(Words::in_memory(WORDS));
-        let journal = WordJournal::asleep(Arc::clone(&words), [1, 2]);
+        let words = words();
+        let journal = WordJournal::asleep(Arc::clone(&words), BOOT);
         journal.note(change(1));
         assert_eq!(journal.room(), usize::MAX);
         journal.wake();
         journal.note(change(2));
-        assert_eq!(WordJournal::open(words, [1, 2]).1, [change(2)]);
+        assert_eq!(WordJournal::left_behind(&words, BOOT), [change(2)]);
     }
 }

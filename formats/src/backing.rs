@@ -1,78 +1,72 @@
-//! Names of backing images, as an overlay records them.
+//! What an image records of the image below it.
 use crate::error::{Error, Result};
+use std::path::{Path, PathBuf};
 
-/// The longest `json:` or URI that an error repeats.
-const QUOTED_MAX: usize = 80;
-
-/// What a recorded name refers to.
+/// A backing name that was understood.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BackingName {
-    /// A path; where it is relative, to the folder of the image that records it.
-    File(String),
+    /// A file's path; a relative one counts from the folder of the image that records it.
+    File(PathBuf),
 }
 
 impl BackingName {
-    /// Reads a name as QEMU does: `file:` and a path, or a protocol before the first colon, or a path.
-    ///
-    /// # Errors
-    ///
-    /// `Unsupported` for protocols other than `file:`, with their name.
+    /// Reads a recorded name. A protocol prefix is letters, digits, `+`, `-` and `.` before a colon
+    /// that comes before any slash, as QEMU has it.
     pub fn parse(name: &str) -> Result<Self> {
         if name.is_empty() {
-            return Err(Error::malformed("the backing name is empty"));
+            return Err(Error::malformed("the recorded backing name is empty"));
         }
-        let Some(protocol) = protocol(name) else { return Ok(Self::File(name.to_owned())) };
-        match (protocol, &name[protocol.len() + 1..]) {
-            ("file", "") => Err(Error::malformed("the backing name is `file:` without a path")),
-            ("file", path) => Ok(Self::File(path.to_owned())),
-            _ => Err(unsupported(protocol, name)),
+        if name.contains('\0') {
+            return Err(Error::malformed("the recorded backing name has a NUL byte in it"));
+        }
+        let Some((protocol, rest)) = protocol(name) else { return Ok(Self::File(name.into())) };
+        match protocol {
+            "file" if !rest.is_empty() => Ok(Self::File(rest.into())),
+            _ => Err(Error::unsupported(format!(
+                "its backing {name:?} is not a file's name ({protocol}:), which is not supported: make it one with \
+                 qemu-img rebase -u"
+            ))),
+        }
+    }
+
+    /// The path to open, for an image at `parent`.
+    pub fn resolve(&self, parent: &Path) -> PathBuf {
+        let Self::File(path) = self;
+        match parent.parent() {
+            Some(folder) => folder.join(path),
+            None => path.clone(),
         }
     }
 }
 
-/// What is in front of a colon, unless a slash comes first: `./a:b` is a path.
-fn protocol(name: &str) -> Option<&str> {
-    let (before, _) = name.split_once(':')?;
-    (!before.contains('/')).then_some(before)
-}
-
-fn unsupported(protocol: &str, name: &str) -> Error {
-    let shown: String = name.chars().take(QUOTED_MAX).collect();
-    Error::unsupported(format!(
-        "backing name `{shown}`: the protocol `{protocol}:` is not supported; if it is a file, record `./{shown}` with `qemu-img rebase -u`, else bring it into a file"
-    ))
+fn protocol(name: &str) -> Option<(&str, &str)> {
+    let (before, rest) = name.split_once(':')?;
+    let is_protocol = before.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"+-.".contains(&byte));
+    (is_protocol && !before.is_empty()).then_some((before, rest))
 }
 
 #[cfg(test)]
 mod tests {
     use super::BackingName;
+    use std::path::Path;
+
+    fn resolved(name: &str) -> Option<String> {
+        let name = BackingName::parse(name).ok()?;
+        Some(name.resolve(Path::new("/images/top.qcow2")).display().to_string())
+    }
 
     #[test]
-    fn names_as_qemu_reads_them() {
-        let file = |path: &str| Some(BackingName::File(path.to_owned()));
-        for (name, path) in [
-            ("base.qcow2", "base.qcow2"),
-            ("../a/base", "../a/base"),
-            ("/dev/vg/lv", "/dev/vg/lv"),
-            ("file:base.qcow2", "base.qcow2"),
-            ("file:/abs/base", "/abs/base"),
-            ("file:a:b", "a:b"),
-            ("./a:b", "./a:b"),
-            ("/a:b/c", "/a:b/c"),
-        ] {
-            assert_eq!(BackingName::parse(name).ok(), file(path), "{name}");
-        }
+    fn names_count_from_the_image_that_records_them() {
+        assert_eq!(resolved("base.qcow2").as_deref(), Some("/images/base.qcow2"));
+        assert_eq!(resolved("/other/base").as_deref(), Some("/other/base"));
+        assert_eq!(resolved("file:base").as_deref(), Some("/images/base"));
+        assert_eq!(resolved("./a:b").as_deref(), Some("/images/./a:b"));
     }
 
     #[test]
     fn other_protocols_are_refused_by_name() {
-        for name in ["json:{\"driver\":\"nbd\"}", "nbd:localhost:10809", "nbd+unix:///x?socket=s", "http://h/x", "a:b"]
-        {
-            let error = BackingName::parse(name).expect_err("no file").one_line();
-            let protocol = name.split(':').next().unwrap_or_default();
-            assert!(error.contains(&format!("`{protocol}:`")), "{error}");
+        for name in ["", "a\0b", "file:", "json:{}", "nbd://host/x", "nbd+unix:///x?socket=s", "rbd:pool/x"] {
+            assert_eq!(resolved(name), None, "{name}");
         }
-        assert!(BackingName::parse("").is_err());
-        assert!(BackingName::parse("file:").is_err());
     }
 }

@@ -202,6 +202,12 @@ pub trait Image: Send + Sync {
     /// using: it may be used again. Called when the caller knows that.
     fn recycle(&self) {}
 
+    /// Leaves the file no longer than it has to be. Called when everything is settled and nobody
+    /// will use the image any more.
+    fn close(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Takes back what the journal kept through a kill, in the order in which it was noted.
     fn replay(&self, changes: &[Change]) -> Result<()> {
         match changes {

@@ -4,8 +4,8 @@
 //! when it is whole there; until then the other one does.
 //!
 //! ```text
-//! slot      0 ........ 8 ...... 12 .... 16 ......... 24 ............ 24 + len
-//!           │ magic    │ version │ crc   │ generation │ len, payload  │ zeroes to SLOT_LEN
+//! slot      0 ........ 8 ...... 12 .... 16 ......... 24 ... 32 ............ 36 + len
+//!           │ magic    │ version │ crc   │ generation │ size  │ len, payload  │ zeroes to SLOT_LEN
 //! ```
 //!
 //! The checksum (CRC-32C) is over everything behind it. Numbers are little endian; the payload is
@@ -18,7 +18,7 @@ pub const SLOT_LEN: usize = 16 << 10;
 const MAGIC: &[u8; 8] = b"blkmrec\0";
 const VERSION: u32 = 1;
 const CRC_END: usize = 16;
-const HEADER_LEN: usize = 28;
+const HEADER_LEN: usize = 36;
 
 /// One record.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -33,6 +33,8 @@ pub struct Record {
     pub truth: String,
     /// Its format.
     pub format: String,
+    /// Bytes of the disk: a raw image's file may be longer.
+    pub size: u64,
 }
 
 impl Record {
@@ -51,6 +53,7 @@ impl Record {
         slot.extend_from_slice(&VERSION.to_le_bytes());
         slot.extend_from_slice(&[0; 4]);
         slot.extend_from_slice(&self.generation.to_le_bytes());
+        slot.extend_from_slice(&self.size.to_le_bytes());
         slot.extend_from_slice(&(payload.len() as u32).to_le_bytes());
         slot.extend_from_slice(&payload);
         slot.resize(SLOT_LEN, 0);
@@ -77,12 +80,12 @@ impl Record {
         if number(12) != crc32c::crc32c(&slot[CRC_END..]) {
             return Err(Error::malformed("the checksum is wrong"));
         }
-        let mut generation = [0; 8];
-        generation.copy_from_slice(&slot[16..24]);
-        let payload = slot.get(HEADER_LEN..HEADER_LEN + number(24) as usize);
+        let long = |at: usize| u64::from(number(at)) | u64::from(number(at + 4)) << 32;
+        let payload = slot.get(HEADER_LEN..HEADER_LEN + number(32) as usize);
         let mut rest = payload.ok_or_else(|| Error::malformed("the payload is longer than its slot"))?;
         let record = Self {
-            generation: u64::from_le_bytes(generation),
+            generation: long(16),
+            size: long(24),
             export: text(&mut rest)?,
             origin: text(&mut rest)?,
             truth: text(&mut rest)?,
@@ -141,7 +144,14 @@ mod tests {
 
     fn record(generation: u64, truth: &str) -> Record {
         let text = |text: &str| text.to_owned();
-        Record { generation, export: text("vda"), origin: text("/a"), truth: text(truth), format: text("raw") }
+        Record {
+            generation,
+            export: text("vda"),
+            origin: text("/a"),
+            truth: text(truth),
+            format: text("raw"),
+            size: 1 << 40,
+        }
     }
 
     fn file(first: &[u8], second: &[u8]) -> Vec<u8> {

@@ -105,8 +105,8 @@ fn made_up_tables_are_errors_or_another_image() {
             // Entries that are plausible: near clusters, flags, all bits.
             let entry = match random.below(4) {
                 0 => random.next(),
-                1 => random.below(clusters) * 512 | 1 << 63,
-                2 => random.below(clusters) * 512 | 1 << 62 | random.next() << 50,
+                1 => (random.below(clusters) * 512) | (1 << 63),
+                2 => (random.below(clusters) * 512) | (1 << 62) | (random.next() << 50),
                 _ => (random.next() & 7) << 61 | random.below(3),
             };
             let at = 112 + random.below(clusters.min(64) * 64 - 14) * 8;

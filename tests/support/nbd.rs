@@ -1,12 +1,19 @@
 //! A small NBD client: blocking, several requests in flight, and it knows which were answered.
+//!
+//! Its answers are taken in by a thread of their own, as a client must that has much in flight: a server
+//! may stop reading requests until its answers are read.
+use super::PATIENCE;
 use std::collections::HashMap;
 use std::fmt;
 use std::io::{self, Read, Write};
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::{Arc, Mutex};
 
 const OPTION_MAGIC: &[u8; 8] = b"IHAVEOPT";
+const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
 const OPTION_GO: u32 = 7;
 const OPTION_STRUCTURED_REPLY: u32 = 8;
 const REPLY_ACK: u32 = 1;
@@ -69,12 +76,36 @@ pub struct Answer {
 /// One connection to one export.
 pub struct Client {
     stream: UnixStream,
+    info: Info,
+    cookie: u64,
+    in_flight: InFlight,
+    answers: Receiver<io::Result<Answer>>,
+}
+
+/// What the server says of the export.
+#[derive(Default)]
+struct Info {
     size: u64,
     flags: u16,
     block_min: u32,
-    cookie: u64,
-    in_flight: HashMap<u64, Pending>,
 }
+
+impl Info {
+    fn take(&mut self, info: &[u8]) -> io::Result<()> {
+        let field = |from: usize, to: usize| info.get(from..to).ok_or_else(|| broken("info, which is too short"));
+        match u16::from_be_bytes(array(field(0, 2)?)) {
+            INFO_EXPORT => {
+                self.size = u64::from_be_bytes(array(field(2, 10)?));
+                self.flags = u16::from_be_bytes(array(field(10, 12)?));
+            }
+            INFO_BLOCK_SIZE => self.block_min = u32::from_be_bytes(array(field(2, 6)?)),
+            _ => (),
+        }
+        Ok(())
+    }
+}
+
+type InFlight = Arc<Mutex<HashMap<u64, Pending>>>;
 
 /// What was asked and not answered yet.
 struct Pending {
@@ -88,26 +119,39 @@ impl Client {
     /// Connects and chooses `export`.
     pub fn connect(socket: &Path, export: &str, replies: Replies) -> io::Result<Self> {
         let stream = UnixStream::connect(socket)?;
-        // Nothing takes this long: a server that hangs fails the test instead of holding it.
-        stream.set_read_timeout(Some(Duration::from_secs(60)))?;
-        let mut client = Self { stream, size: 0, flags: 0, block_min: 1, cookie: 0, in_flight: HashMap::new() };
-        client.handshake(export, replies)?;
-        Ok(client)
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_write_timeout(Some(PATIENCE))?;
+        let info = Handshake(&stream).choose(export, replies)?;
+        let in_flight = InFlight::default();
+        // From here on the server is silent while nothing is asked.
+        stream.set_read_timeout(None)?;
+        let mut reader = Reader { stream: stream.try_clone()?, in_flight: in_flight.clone() };
+        let (sender, answers) = channel();
+        std::thread::spawn(move || {
+            loop {
+                let answer = reader.receive();
+                let over = answer.is_err();
+                if sender.send(answer).is_err() || over {
+                    return;
+                }
+            }
+        });
+        Ok(Self { stream, info, cookie: 0, in_flight, answers })
     }
 
     /// The disk's size in bytes.
     pub fn size(&self) -> u64 {
-        self.size
+        self.info.size
     }
 
     /// The export's transmission flags.
     pub fn flags(&self) -> u16 {
-        self.flags
+        self.info.flags
     }
 
     /// What requests have to be multiples of, in bytes.
     pub fn block_min(&self) -> u32 {
-        self.block_min
+        self.info.block_min.max(1)
     }
 
     /// Sends a request and does not wait; returns its cookie.
@@ -133,22 +177,21 @@ impl Client {
             message.extend_from_slice(bytes);
         }
         let room = if matches!(request, Request::Read { .. }) { len as usize } else { 0 };
-        self.in_flight.insert(self.cookie, Pending { at, bytes: vec![0xa5; room], error: None });
+        let pending = Pending { at, bytes: vec![0xa5; room], error: None };
+        self.in_flight.lock().expect("no thread died").insert(self.cookie, pending);
         let _ = self.stream.write_all(&message);
         self.cookie
     }
 
-    /// Waits for one answer.
+    /// Waits for one answer. Something must be in flight.
+    ///
+    /// An error is the end of the connection. A server that is silent fails the test.
+    #[track_caller]
     pub fn receive(&mut self) -> io::Result<Answer> {
-        loop {
-            let answer = match self.u32()? {
-                SIMPLE_MAGIC => Some(self.simple_reply()?),
-                STRUCTURED_MAGIC => self.structured_chunk()?,
-                other => return Err(broken(format!("reply magic {other:#x}"))),
-            };
-            if let Some(answer) = answer {
-                return Ok(answer);
-            }
+        match self.answers.recv_timeout(PATIENCE) {
+            Ok(answer) => answer,
+            Err(RecvTimeoutError::Disconnected) => Err(broken("connection is over")),
+            Err(RecvTimeoutError::Timeout) => panic!("the server does not answer"),
         }
     }
 
@@ -164,20 +207,31 @@ impl Client {
     #[track_caller]
     pub fn content(&mut self) -> Vec<u8> {
         const STEP: u64 = 1 << 20;
-        let mut bytes = Vec::with_capacity(self.size as usize);
-        while (bytes.len() as u64) < self.size {
+        let mut bytes = Vec::with_capacity(self.size() as usize);
+        while (bytes.len() as u64) < self.size() {
             let at = bytes.len() as u64;
-            bytes.extend(self.ask(&Request::Read { at, len: STEP.min(self.size - at) as u32 }));
+            bytes.extend(self.ask(&Request::Read { at, len: STEP.min(self.size() - at) as u32 }));
         }
         bytes
     }
+}
 
-    fn handshake(&mut self, export: &str, replies: Replies) -> io::Result<()> {
-        if self.take(16)? != *b"NBDMAGICIHAVEOPT" {
+impl Drop for Client {
+    fn drop(&mut self) {
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
+}
+
+/// The talk before the first request.
+struct Handshake<'a>(&'a UnixStream);
+
+impl Handshake<'_> {
+    fn choose(&mut self, export: &str, replies: Replies) -> io::Result<Info> {
+        if take(self.0, 16)? != *b"NBDMAGICIHAVEOPT" {
             return Err(broken("greeting"));
         }
-        let offered = self.u16()?;
-        self.stream.write_all(&u32::from(offered & 3).to_be_bytes())?;
+        let offered = u16::from_be_bytes(array(&take(self.0, 2)?));
+        self.0.write_all(&u32::from(offered & 3).to_be_bytes())?;
         if replies == Replies::Structured {
             self.option(OPTION_STRUCTURED_REPLY, &[])?;
             if self.option_reply(OPTION_STRUCTURED_REPLY)?.0 != REPLY_ACK {
@@ -189,10 +243,11 @@ impl Client {
         wish.extend(1u16.to_be_bytes());
         wish.extend(INFO_BLOCK_SIZE.to_be_bytes());
         self.option(OPTION_GO, &wish)?;
+        let mut info = Info::default();
         loop {
             match self.option_reply(OPTION_GO)? {
-                (REPLY_ACK, _) => return Ok(()),
-                (REPLY_INFO, info) => self.take_info(&info)?,
+                (REPLY_ACK, _) => return Ok(info),
+                (REPLY_INFO, bytes) => info.take(&bytes)?,
                 (other, text) => {
                     let text = String::from_utf8_lossy(&text).into_owned();
                     return Err(broken(format!("reply {other:#x} to GO: {text}")));
@@ -201,34 +256,43 @@ impl Client {
         }
     }
 
-    fn take_info(&mut self, info: &[u8]) -> io::Result<()> {
-        let field = |from: usize, to: usize| info.get(from..to).ok_or_else(|| broken("info, which is too short"));
-        match u16::from_be_bytes(array(field(0, 2)?)) {
-            INFO_EXPORT => {
-                self.size = u64::from_be_bytes(array(field(2, 10)?));
-                self.flags = u16::from_be_bytes(array(field(10, 12)?));
-            }
-            INFO_BLOCK_SIZE => self.block_min = u32::from_be_bytes(array(field(2, 6)?)),
-            _ => (),
-        }
-        Ok(())
-    }
-
     fn option(&mut self, option: u32, data: &[u8]) -> io::Result<()> {
         let mut message = OPTION_MAGIC.to_vec();
         message.extend(option.to_be_bytes());
         message.extend((data.len() as u32).to_be_bytes());
         message.extend_from_slice(data);
-        self.stream.write_all(&message)
+        self.0.write_all(&message)
     }
 
     fn option_reply(&mut self, option: u32) -> io::Result<(u32, Vec<u8>)> {
-        if self.u64()? != 0x0003_e889_0455_65a9 || self.u32()? != option {
+        let header = take(self.0, 20)?;
+        let word = |from: usize| u32::from_be_bytes(array(&header[from..from + 4]));
+        if header[..8] != OPTION_REPLY_MAGIC.to_be_bytes() || word(8) != option {
             return Err(broken("reply to an option"));
         }
-        let kind = self.u32()?;
-        let len = self.u32()? as usize;
-        Ok((kind, self.take(len)?))
+        Ok((word(12), take(self.0, word(16) as usize)?))
+    }
+}
+
+/// Takes answers in.
+struct Reader {
+    stream: UnixStream,
+    in_flight: InFlight,
+}
+
+impl Reader {
+    /// The next whole answer.
+    fn receive(&mut self) -> io::Result<Answer> {
+        loop {
+            let answer = match self.u32()? {
+                SIMPLE_MAGIC => Some(self.simple_reply()?),
+                STRUCTURED_MAGIC => self.structured_chunk()?,
+                other => return Err(broken(format!("reply magic {other:#x}"))),
+            };
+            if let Some(answer) = answer {
+                return Ok(answer);
+            }
+        }
     }
 
     fn simple_reply(&mut self) -> io::Result<Answer> {
@@ -248,12 +312,13 @@ impl Client {
         let kind = self.u16()?;
         let cookie = self.u64()?;
         let len = self.u32()? as usize;
-        let body = self.take(len)?;
+        let body = take(&self.stream, len)?;
         match kind {
             0 => (),
             CHUNK_DATA | CHUNK_HOLE => self.fill(cookie, kind, &body)?,
             kind if kind & CHUNK_ERROR_BIT != 0 && len >= 6 => {
-                let pending = self.in_flight.get_mut(&cookie);
+                let mut in_flight = self.in_flight.lock().expect("no thread died");
+                let pending = in_flight.get_mut(&cookie);
                 pending.ok_or_else(|| broken("error for nothing that was asked"))?.error =
                     Some(u32::from_be_bytes(array(&body[..4])));
             }
@@ -268,7 +333,8 @@ impl Client {
 
     /// Puts a chunk of data, or a hole, in its place.
     fn fill(&mut self, cookie: u64, kind: u16, body: &[u8]) -> io::Result<()> {
-        let pending = self.in_flight.get_mut(&cookie).ok_or_else(|| broken("chunk for nothing that was asked"))?;
+        let mut in_flight = self.in_flight.lock().expect("no thread died");
+        let pending = in_flight.get_mut(&cookie).ok_or_else(|| broken("chunk for nothing that was asked"))?;
         let (at, rest) = body.split_first_chunk::<8>().ok_or_else(|| broken("chunk without its offset"))?;
         let len = match kind {
             CHUNK_HOLE => u32::from_be_bytes(rest.try_into().map_err(|_| broken("hole without its length"))?) as usize,
@@ -284,26 +350,27 @@ impl Client {
     }
 
     fn finish(&mut self, cookie: u64) -> io::Result<Pending> {
-        self.in_flight.remove(&cookie).ok_or_else(|| broken(format!("answer to {cookie}, which was not asked")))
-    }
-
-    fn take(&mut self, len: usize) -> io::Result<Vec<u8>> {
-        let mut bytes = vec![0; len];
-        self.stream.read_exact(&mut bytes)?;
-        Ok(bytes)
+        let pending = self.in_flight.lock().expect("no thread died").remove(&cookie);
+        pending.ok_or_else(|| broken(format!("answer to {cookie}, which was not asked")))
     }
 
     fn u16(&mut self) -> io::Result<u16> {
-        Ok(u16::from_be_bytes(array(&self.take(2)?)))
+        Ok(u16::from_be_bytes(array(&take(&self.stream, 2)?)))
     }
 
     fn u32(&mut self) -> io::Result<u32> {
-        Ok(u32::from_be_bytes(array(&self.take(4)?)))
+        Ok(u32::from_be_bytes(array(&take(&self.stream, 4)?)))
     }
 
     fn u64(&mut self) -> io::Result<u64> {
-        Ok(u64::from_be_bytes(array(&self.take(8)?)))
+        Ok(u64::from_be_bytes(array(&take(&self.stream, 8)?)))
     }
+}
+
+fn take(mut stream: &UnixStream, len: usize) -> io::Result<Vec<u8>> {
+    let mut bytes = vec![0; len];
+    stream.read_exact(&mut bytes)?;
+    Ok(bytes)
 }
 
 fn array<const N: usize>(bytes: &[u8]) -> [u8; N] {

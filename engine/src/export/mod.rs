@@ -1,3 +1,4 @@
 //! What a guest sees: a name, a disk behind a gate, and the sessions that serve it.
 pub mod gate;
 pub mod request;
+pub mod session;

@@ -15,6 +15,11 @@ impl FileStorage {
     pub fn new(file: File) -> Self {
         Self(file)
     }
+
+    /// Makes everything durable that was written before. Waits.
+    pub fn flush(&self) -> io::Result<()> {
+        self.0.sync_data()
+    }
 }
 
 impl Storage for FileStorage {

@@ -278,6 +278,10 @@ impl Image for Qcow2 {
         Shared::settle(&self.shared, progress)
     }
 
+    fn close(&self) -> Result<()> {
+        self.trim_end()
+    }
+
     fn recycle(&self) {
         self.shared.recycle();
     }

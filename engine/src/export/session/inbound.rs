@@ -49,9 +49,15 @@ enum State {
 }
 
 enum Payload {
-    Here { buffer: Buffer, filled: usize },
+    Here {
+        buffer: Buffer,
+        filled: usize,
+    },
     /// What is missing is being received.
-    Lent { loan: Loan, head: Buffer },
+    Lent {
+        loan: Loan,
+        head: Buffer,
+    },
 }
 
 impl Inbound {

@@ -31,7 +31,7 @@ pub(super) struct Run {
 }
 
 /// Puts `answer` to a request on its way.
-pub(super) fn put(out: &mut Outbound, structured: bool, cookie: u64, is_read: bool, answer: Answer) {
+pub(super) fn put(out: &mut Outbound, structured: bool, cookie: u64, answer: Answer) {
     match answer {
         // Only a READ has to have a chunk; a simple reply is shorter.
         Answer::Done => out.bytes(&wire::simple_reply(cookie, None)),
@@ -51,10 +51,7 @@ pub(super) fn put(out: &mut Outbound, structured: bool, cookie: u64, is_read: bo
         }
         // With words where the client takes them; a READ must then have a chunk.
         Answer::Failed(error, why) if structured => out.bytes(&wire::error_chunk(cookie, error, &why)),
-        Answer::Failed(error, _) => {
-            debug_assert!(!structured || !is_read);
-            out.bytes(&wire::simple_reply(cookie, Some(error)));
-        }
+        Answer::Failed(error, _) => out.bytes(&wire::simple_reply(cookie, Some(error))),
     }
 }
 

@@ -34,9 +34,10 @@ pub(super) fn extents(chain: &Chain, range: ByteRange, one: bool) -> Result<Vec<
         let (guest, source) = chain.map(at, range.end - at, Look::Holes)?;
         at = guest.end;
         let (len, state) = (guest.len() as u32, state_of(source));
+        let count = extents.len();
         match extents.last_mut() {
             Some(last) if last.state == state => last.len += len,
-            Some(_) if one || extents.len() == EXTENTS_MAX => break,
+            Some(_) if one || count == EXTENTS_MAX => break,
             _ => extents.push(BlockExtent { len, state }),
         }
     }

@@ -1,0 +1,321 @@
+//! One NBD connection, stepped: it takes in what came, starts what can be started, and never waits.
+//!
+//! ```text
+//! socket ─► inbound ─► handshake ─► transmission ─► outbound ─► socket
+//!                                     │     ▲
+//!                                     ▼     │  a slot each, answered in the order they are done
+//!                                   guest requests
+//! ```
+//!
+//! A client can have `REQUESTS_MAX` requests and `PAYLOAD_MAX` bytes of payload under way, those
+//! counted whose replies it has not taken yet. More stay in its socket until there is room.
+//!
+//! A connection ends when nothing of it is under way: what a client that is gone had asked for is
+//! done to its end before, so that no late write of it can meet those of its next connection.
+mod inbound;
+mod outbound;
+mod reply;
+mod slot;
+mod status;
+mod transmission;
+
+#[cfg(test)]
+mod tests;
+
+use super::gate::Gate;
+use crate::disk::{Task, Tools};
+use crate::io::{Arena, Completion, File, Io, Op, Token, Waker};
+use formats::nbd::handshake::Reason;
+use formats::nbd::{Exports, Handshake, Outcome};
+use inbound::{Inbound, STAGING_LEN};
+use outbound::Outbound;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use transmission::Transmission;
+
+/// Requests that one client may have under way.
+pub const REQUESTS_MAX: usize = 64;
+/// Payload that one client may have under way, in bytes; one request may always be.
+pub const PAYLOAD_MAX: u64 = 64 << 20;
+/// Memory that a session should be given, in bytes; payload that does not fit there gets its own.
+pub const ARENA_LEN: usize = (16 << 20) + STAGING_LEN + (64 << 10);
+/// Operations that a session has under way, most of the time.
+pub const RING_DEPTH: u32 = 128;
+/// A client that has not chosen an export by then is dropped.
+pub const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
+/// A client that leaves and does not take its last replies by then is dropped.
+pub const LINGER_MAX: Duration = Duration::from_secs(10);
+
+/// Tokens, from the session's own on: its own operations, then `Task::TOKENS` for each slot.
+const RECEIVE: u64 = 0;
+const SEND: u64 = 1;
+const WAKE: u64 = 2;
+const DEADLINE: u64 = 3;
+const LINGER: u64 = 4;
+const SLOTS: u64 = 8;
+/// How many tokens a session uses.
+pub const TOKENS: u64 = SLOTS + REQUESTS_MAX as u64 * Task::TOKENS;
+
+/// The disks that a client may ask for.
+pub trait Directory: Exports + Send + Sync {
+    /// The way to the disk of this name, which is never empty.
+    fn gate(&self, name: &str) -> Option<Arc<Gate>>;
+}
+
+/// Where a session stands.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// Step it again when something of it is done.
+    Running,
+    /// Nothing of it touches a disk any more, and its socket is shut down: it can be dropped.
+    Over(Ending),
+}
+
+/// Why a session ended.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Ending {
+    /// As it should.
+    #[error("the client disconnected")]
+    Disconnected,
+    /// Without a word.
+    #[error("the client is gone")]
+    Gone,
+    /// On our wish.
+    #[error("the server stops")]
+    Stopped,
+    /// Before an export was chosen.
+    #[error("handshake: {0}")]
+    Handshake(Reason),
+    /// Before an export was chosen.
+    #[error("no export was chosen in {} s", HANDSHAKE_MAX.as_secs())]
+    Deadline,
+    /// Between the choice and the first request.
+    #[error("the export {0:?} was taken away")]
+    NoExport(String),
+    /// The stream of requests makes no sense any more.
+    #[error("a request does not begin with its magic number")]
+    Magic,
+    /// Longer than anybody would skip.
+    #[error("a write of {0} bytes")]
+    TooLong(u64),
+}
+
+/// What requests, and replies that were not sent yet, hold.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Load {
+    requests: usize,
+    bytes: u64,
+}
+
+impl Load {
+    fn add(&mut self, other: Self) {
+        self.requests += other.requests;
+        self.bytes += other.bytes;
+    }
+
+    fn take(&mut self, other: Self) {
+        self.requests -= other.requests;
+        self.bytes -= other.bytes;
+    }
+}
+
+/// One connection.
+pub struct Session {
+    socket: File,
+    directory: Arc<dyn Directory>,
+    arena: Arena,
+    waker: Waker,
+    base: Token,
+    inbound: Inbound,
+    outbound: Outbound,
+    phase: Phase,
+    stop: Arc<AtomicBool>,
+    /// Set when no more is taken in.
+    leaving: Option<Ending>,
+}
+
+enum Phase {
+    New,
+    Handshake(Box<Handshake>),
+    Transmission(Box<Transmission>),
+}
+
+impl Session {
+    /// A session with the client at the other end of `socket`, whose operations are numbered from
+    /// `base` on. `waker` wakes the thread that steps it, which keeps no `Op::Wake` of its own.
+    pub fn new(socket: File, directory: Arc<dyn Directory>, arena: Arena, waker: Waker, base: Token) -> Self {
+        Self {
+            inbound: Inbound::new(socket.clone(), &arena),
+            outbound: Outbound::new(socket.clone()),
+            socket,
+            directory,
+            arena,
+            waker,
+            base,
+            phase: Phase::New,
+            stop: Arc::default(),
+            leaving: None,
+        }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn stop(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.stop)
+    }
+
+    /// The same, ending when `stop` is true and the waker was called, and what is under way is done.
+    #[must_use]
+    pub fn stopped_by(self, stop: Arc<AtomicBool>) -> Self {
+        Self { stop, ..self }
+    }
+
+    /// The name of the export that was chosen.
+    pub fn export(&self) -> Option<&str> {
+        match &self.phase {
+            Phase::Transmission(transmission) => Some(transmission.export()),
+            _ => None,
+        }
+    }
+
+    /// Takes in what is done and starts what can be started. Never waits. All of `done` is its own.
+    pub fn step<I: Io>(&mut self, io: &mut I, done: &mut Vec<Completion>) -> Progress {
+        if let Phase::New = self.phase {
+            self.start(io);
+        }
+        done.drain(..).for_each(|completion| self.complete(io, completion));
+        if self.leaving.is_none() {
+            self.take_in(io);
+        }
+        let gone = self.outbound.submit(io, self.token(SEND));
+        self.gone(gone);
+        if self.leaving.is_none() {
+            self.inbound.submit(io, self.token(RECEIVE));
+        }
+        match &self.leaving {
+            Some(ending) if self.is_idle() => {
+                self.socket.shut_down();
+                Progress::Over(ending.clone())
+            }
+            _ => Progress::Running,
+        }
+    }
+
+    fn start<I: Io>(&mut self, io: &mut I) {
+        let mut greeting = Vec::new();
+        self.phase = Phase::Handshake(Box::new(Handshake::new(&mut greeting)));
+        self.outbound.bytes(&greeting);
+        io.submit(self.token(WAKE), Op::Wake { waker: self.waker.clone() });
+        io.submit(self.token(DEADLINE), Op::Timeout { after: HANDSHAKE_MAX });
+    }
+
+    fn token(&self, own: u64) -> Token {
+        Token(self.base.0 + own)
+    }
+
+    /// No request and no reply is under way.
+    fn is_idle(&self) -> bool {
+        let requests = match &self.phase {
+            Phase::Transmission(transmission) => transmission.is_idle(),
+            _ => true,
+        };
+        requests && self.outbound.is_idle()
+    }
+
+    fn complete<I: Io>(&mut self, io: &mut I, completion: Completion) {
+        match completion.token.0 - self.base.0 {
+            RECEIVE => self.inbound.complete(completion.op, completion.result),
+            SEND => {
+                let gone = self.outbound.complete(io, self.token(SEND), completion.op, completion.result);
+                self.gone(gone);
+            }
+            WAKE => {
+                // First: who rings from now on is heard.
+                io.submit(completion.token, completion.op);
+                self.wake(io);
+            }
+            DEADLINE => self.deadline(io),
+            // Whoever has not listened until now does not.
+            LINGER => self.socket.shut_down(),
+            slot => {
+                let Phase::Transmission(transmission) = &mut self.phase else { unreachable!("slots come later") };
+                let mut tools = Tools { io, arena: &self.arena, waker: &self.waker };
+                transmission.complete(
+                    &mut self.outbound,
+                    &mut tools,
+                    Token(self.base.0 + SLOTS),
+                    slot - SLOTS,
+                    completion,
+                );
+            }
+        }
+    }
+
+    fn wake<I: Io>(&mut self, io: &mut I) {
+        if let Phase::Transmission(transmission) = &mut self.phase {
+            let mut tools = Tools { io, arena: &self.arena, waker: &self.waker };
+            transmission.wake(&mut self.outbound, &mut tools, Token(self.base.0 + SLOTS));
+        }
+    }
+
+    fn deadline(&mut self, io: &mut impl Io) {
+        if !matches!(self.phase, Phase::Transmission(_)) {
+            self.leave(io, Ending::Deadline);
+            self.socket.shut_down();
+        }
+    }
+
+    /// The client took these replies, or never will.
+    fn gone(&mut self, load: Load) {
+        if let Phase::Transmission(transmission) = &mut self.phase {
+            transmission.gone(load);
+        }
+    }
+
+    fn take_in<I: Io>(&mut self, io: &mut I) {
+        self.shake_hands(io);
+        let mut ending = None;
+        if let Phase::Transmission(transmission) = &mut self.phase {
+            let mut tools = Tools { io, arena: &self.arena, waker: &self.waker };
+            let base = Token(self.base.0 + SLOTS);
+            ending = transmission.take_in(&mut self.inbound, &mut self.outbound, &mut tools, base);
+        }
+        let stopped = self.stop.load(Ordering::Acquire).then_some(Ending::Stopped);
+        let cut_off = self.outbound.is_broken() || (self.inbound.has_ended() && self.inbound.unread().is_empty());
+        if let Some(ending) = ending.or(stopped).or(cut_off.then_some(Ending::Gone)) {
+            self.leave(io, ending);
+        }
+    }
+
+    /// One option's replies at a time: what waits to be sent has that bound.
+    fn shake_hands(&mut self, io: &mut impl Io) {
+        while let Phase::Handshake(handshake) = &mut self.phase
+            && self.leaving.is_none()
+            && self.outbound.is_idle()
+            && !self.inbound.unread().is_empty()
+        {
+            let unread = self.inbound.unread();
+            let (mut rest, mut out) = (unread, Vec::new());
+            let outcome = handshake.step(&mut rest, &*self.directory, &mut out);
+            let taken = unread.len() - rest.len();
+            self.inbound.advance(taken);
+            self.outbound.bytes(&out);
+            match outcome {
+                Outcome::More => {}
+                Outcome::Closed(reason) => self.leave(io, Ending::Handshake(reason)),
+                Outcome::Transmission(negotiated) => match self.directory.gate(&negotiated.export.name) {
+                    Some(gate) => self.phase = Phase::Transmission(Box::new(Transmission::new(*negotiated, gate))),
+                    None => self.leave(io, Ending::NoExport(negotiated.export.name)),
+                },
+            }
+        }
+    }
+
+    /// Takes nothing in any more.
+    fn leave(&mut self, io: &mut impl Io, ending: Ending) {
+        if self.leaving.is_none() {
+            self.leaving = Some(ending);
+            io.submit(self.token(LINGER), Op::Timeout { after: LINGER_MAX });
+        }
+    }
+}

@@ -1,0 +1,156 @@
+//! One request of a client, from its action to its answer.
+use super::reply::{Answer, Run};
+use super::status::{self, Runs};
+use crate::disk::{Status, Tools};
+use crate::export::gate::Gate;
+use crate::export::request::{Action as Wish, GuestRequest};
+use crate::io::{Buffer, Completion, Io, Token};
+use formats::error::{Error, Kind};
+use formats::image::Zeroing;
+use formats::nbd::{Action, Errno};
+use formats::range::ByteRange;
+
+/// Reads from this length on look for holes first: in a shorter one they are not worth the look.
+const HOLES_FROM: u64 = 16 << 10;
+
+/// One request that is under way.
+pub(super) struct Slot {
+    /// The client's name for it.
+    pub cookie: u64,
+    /// Payload that it holds, in bytes.
+    pub bytes: u64,
+    /// It waits for somebody else: step it when woken.
+    pub blocked: bool,
+    action: Action,
+    /// What goes through the gate to the disk; BLOCK_STATUS looks for itself.
+    request: Option<GuestRequest>,
+    /// A read's holes and data, where it has both.
+    runs: Vec<Run>,
+    /// What is known without asking the disk.
+    answer: Option<Answer>,
+}
+
+impl Slot {
+    /// Starts `action`; `payload` is a write's. `holes`: the client takes a hole for an answer.
+    pub fn start<I: Io>(
+        cookie: u64,
+        action: Action,
+        payload: Option<Buffer>,
+        holes: bool,
+        gate: &Gate,
+        tools: &Tools<I>,
+    ) -> Self {
+        let mut slot = Self {
+            cookie,
+            bytes: bytes_of(&action),
+            blocked: false,
+            action,
+            request: None,
+            runs: Vec::new(),
+            answer: None,
+        };
+        let (wish, range, fua) = match action {
+            Action::Read { range, unfragmented } => {
+                if holes && !unfragmented && range.len() >= HOLES_FROM {
+                    match look_for_holes(gate, tools, range) {
+                        Runs::One { hole: true } => return Self { answer: Some(Answer::Hole(range)), ..slot },
+                        Runs::One { hole: false } => {}
+                        Runs::Several(runs) => slot.runs = runs,
+                    }
+                }
+                (Wish::Read(take(tools, range.len())), range, false)
+            }
+            Action::Write { range, fua } => (Wish::Write(payload.expect("a write has a payload")), range, fua),
+            Action::Trim { range, fua } => (Wish::Zero(Zeroing::Discard), range, fua),
+            // Nobody here knows beforehand that zeroing will be faster than writing.
+            Action::WriteZeroes { fast: true, .. } => {
+                let why = "whether zeroing would be faster than writing is not known";
+                return Self { answer: Some(Answer::Failed(Errno::NotSup, why.into())), ..slot };
+            }
+            Action::WriteZeroes { range, fua, keep, .. } => {
+                (Wish::Zero(if keep { Zeroing::Keep } else { Zeroing::Unmap }), range, fua)
+            }
+            Action::Flush => (Wish::Flush, ByteRange::default(), false),
+            Action::BlockStatus { .. } => return slot,
+        };
+        slot.request = Some(GuestRequest::new(wish, range, fua));
+        slot
+    }
+
+    /// Takes it as far as it goes. The answer, when there is one.
+    pub fn step<I: Io>(&mut self, gate: &Gate, tools: &mut Tools<I>, base: Token) -> Option<Answer> {
+        if self.answer.is_some() {
+            return self.answer.take();
+        }
+        let Some(request) = &mut self.request else { return self.status(gate, tools) };
+        let status = request.step(gate, tools, base);
+        self.blocked = status == Status::Blocked;
+        (status == Status::Done).then(|| self.answer())
+    }
+
+    /// Takes in what became of one of its operations; a step follows.
+    pub fn complete<I: Io>(&mut self, tools: &mut Tools<I>, base: Token, done: Completion) {
+        self.request.as_mut().expect("only a guest's request has operations").complete(tools, base, done);
+    }
+
+    fn answer(&mut self) -> Answer {
+        let (outcome, buffer) = self.request.take().expect("it was just stepped").end();
+        match (outcome, self.action, buffer) {
+            (Err(error), action, _) => failed(&action, &error),
+            (Ok(()), Action::Read { range, .. }, Some(buffer)) => match self.runs.is_empty() {
+                true => Answer::Data(range, buffer),
+                false => Answer::Mixed(std::mem::take(&mut self.runs), buffer),
+            },
+            (Ok(()), ..) => Answer::Done,
+        }
+    }
+
+    fn status<I: Io>(&mut self, gate: &Gate, tools: &Tools<I>) -> Option<Answer> {
+        let Action::BlockStatus { range, one, context } = self.action else { unreachable!("the rest are requests") };
+        let pass = gate.enter(tools.waker);
+        self.blocked = pass.is_none();
+        Some(match status::extents(pass?.route().disk.chain(), range, one) {
+            Ok(extents) => Answer::Status(context, extents),
+            Err(error) => failed(&self.action, &error),
+        })
+    }
+}
+
+/// Payload that an action holds from its start to the end of its reply, in bytes.
+pub(super) fn bytes_of(action: &Action) -> u64 {
+    match action {
+        Action::Read { range, .. } | Action::Write { range, .. } => range.len(),
+        _ => 0,
+    }
+}
+
+/// Memory for a payload: from the session's own where there is room.
+pub(super) fn take<I: Io>(tools: &Tools<I>, len: u64) -> Buffer {
+    tools.arena.take(len as usize).unwrap_or_else(|| Buffer::alone(len as usize))
+}
+
+/// Where nobody may look now, or the look fails, all is read as data: that has its own answer.
+fn look_for_holes<I: Io>(gate: &Gate, tools: &Tools<I>, range: ByteRange) -> Runs {
+    let looked = gate.enter(tools.waker).and_then(|pass| status::runs(pass.route().disk.chain(), range).ok());
+    looked.unwrap_or(Runs::One { hole: false })
+}
+
+/// The log names the file; the client is not told where its disk lies.
+fn failed(action: &Action, error: &Error) -> Answer {
+    let (what, range) = match action {
+        Action::Read { range, .. } => ("read", *range),
+        Action::Write { range, .. } => ("write", *range),
+        Action::Trim { range, .. } => ("trim", *range),
+        Action::WriteZeroes { range, .. } => ("zeroing", *range),
+        Action::BlockStatus { range, .. } => ("block status", *range),
+        Action::Flush => ("flush", ByteRange::default()),
+    };
+    tracing::debug!(error = error.one_line(), "a guest's {what} failed");
+    let errno = match (error.raw_os_error(), error.kind()) {
+        (Some(number), _) => Errno::from_system(number),
+        (None, Kind::Invalid) => Errno::Inval,
+        (None, _) => Errno::Io,
+    };
+    let why = if range.is_empty() { format!("{what} failed") } else { format!("{what} of {range} failed") };
+    Answer::Failed(errno, why)
+}

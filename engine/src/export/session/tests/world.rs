@@ -1,0 +1,337 @@
+//! A client, a disk and a queue in memory: everything is done in an order that a seed decides, in
+//! pieces of any size.
+use super::super::{Directory, Progress, Session};
+use crate::chain::{Chain, Layer};
+use crate::disk::{DataFile, Disk};
+use crate::export::gate::{Gate, Route};
+use crate::io::{Arena, Completion, File, Io, Op, Token, Wait, Waker};
+use formats::error::Result;
+use formats::image::{Extent, Image, Place, Progress as Stage, Reservation, Reserve, Settle, Zeroed, Zeroing};
+use formats::nbd::{BlockSizes, ExportInfo, Exports};
+use formats::range::ByteRange;
+use std::collections::{BTreeSet, VecDeque};
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+const PAGE: u64 = 4096;
+const SOCKET: u32 = 1000;
+
+/// The same numbers for the same seed.
+pub struct Random(u64);
+
+impl Random {
+    pub fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    /// Below `bound`, which is not 0.
+    pub fn below(&mut self, bound: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) % bound
+    }
+}
+
+/// What an operation was, for tests that look at the order of things.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Done {
+    Receive,
+    Send,
+    Read,
+    Write,
+    Zero,
+    Flush,
+}
+
+/// The queue, with the files and the socket behind it.
+pub struct World {
+    pub random: Random,
+    /// Contents of the files, by number.
+    pub files: Vec<Vec<u8>>,
+    /// From the client; what was not received yet.
+    pub to_server: VecDeque<u8>,
+    /// What the client took.
+    pub to_client: Vec<u8>,
+    /// The client closed its end.
+    pub hung_up: bool,
+    /// The client takes nothing.
+    pub deaf: bool,
+    /// The disk ends nothing.
+    pub disk_rests: bool,
+    /// Operations move all they can.
+    pub whole: bool,
+    /// The time of every timeout has come.
+    pub expired: bool,
+    /// A waker was called: the simulated one tells nobody.
+    pub rung: bool,
+    /// The system's error for operations of this kind.
+    pub failing: Option<(Done, i32)>,
+    pub log: Vec<Done>,
+    pub pending: Vec<(Token, Op)>,
+}
+
+impl World {
+    pub fn new(seed: u64, files: Vec<Vec<u8>>) -> Self {
+        Self {
+            random: Random::new(seed),
+            files,
+            to_server: VecDeque::new(),
+            to_client: Vec::new(),
+            hung_up: false,
+            deaf: false,
+            disk_rests: false,
+            whole: false,
+            expired: false,
+            rung: false,
+            failing: None,
+            log: Vec::new(),
+            pending: Vec::new(),
+        }
+    }
+
+    /// How many operations of a kind are under way.
+    pub fn under_way(&self, kind: Done) -> usize {
+        self.pending.iter().filter(|(_, op)| kind_of(op) == Some(kind)).count()
+    }
+
+    fn can_end(&self, op: &Op) -> bool {
+        match op {
+            Op::Read { .. } | Op::Write { .. } | Op::Zero { .. } | Op::Flush { .. } => !self.disk_rests,
+            Op::Receive { buf, whole, .. } => {
+                let wanted = if *whole && self.whole { buf.len() } else { 1 };
+                self.hung_up || self.to_server.len() >= wanted
+            }
+            Op::Send { .. } => !self.deaf || self.hung_up,
+            Op::Timeout { .. } => self.expired,
+            Op::Wake { .. } => self.rung,
+            Op::Accept { .. } => false,
+        }
+    }
+
+    /// How many of `len` bytes an operation moves.
+    fn count(&mut self, len: usize) -> usize {
+        match self.whole || len == 0 || self.random.below(4) > 0 {
+            true => len,
+            false => 1 + self.random.below(len as u64) as usize,
+        }
+    }
+
+    fn end(&mut self, op: &mut Op) -> io::Result<u32> {
+        let kind = kind_of(op);
+        self.log.extend(kind);
+        if let Some((failing, errno)) = self.failing.filter(|(failing, _)| Some(*failing) == kind) {
+            assert_eq!(Some(failing), kind);
+            return Err(io::Error::from_raw_os_error(errno));
+        }
+        match op {
+            Op::Read { file, at, buf } => {
+                let count = self.count(buf.len());
+                let bytes = &self.files[number(file)][*at as usize..][..count];
+                buf[..count].copy_from_slice(bytes);
+                Ok(count as u32)
+            }
+            Op::Write { file, at, buf } => {
+                let count = self.count(buf.len());
+                self.files[number(file)][*at as usize..][..count].copy_from_slice(&buf[..count]);
+                Ok(count as u32)
+            }
+            Op::Zero { file, at, len, .. } => {
+                self.files[number(file)][*at as usize..][..*len as usize].fill(0);
+                Ok(0)
+            }
+            Op::Receive { buf, .. } => {
+                let len = buf.len().min(self.to_server.len());
+                let count = self.count(len);
+                for (place, byte) in buf.iter_mut().zip(self.to_server.drain(..count)) {
+                    *place = byte;
+                }
+                Ok(count as u32)
+            }
+            Op::Send { .. } if self.hung_up => Err(io::ErrorKind::BrokenPipe.into()),
+            Op::Send { gather, .. } => {
+                let count = self.count(gather.remaining());
+                self.to_client.extend(gather.slices().flatten().take(count));
+                Ok(count as u32)
+            }
+            Op::Wake { .. } => {
+                self.rung = false;
+                Ok(8)
+            }
+            Op::Flush { .. } | Op::Timeout { .. } | Op::Accept { .. } => Ok(0),
+        }
+    }
+}
+
+impl Io for World {
+    fn submit(&mut self, token: Token, op: Op) {
+        assert!(self.pending.iter().all(|(other, _)| *other != token), "{token:?} is under way already");
+        self.pending.push((token, op));
+    }
+
+    fn reap(&mut self, _: Wait, done: &mut Vec<Completion>) -> io::Result<()> {
+        for _ in 0..=self.random.below(3) {
+            let able: Vec<_> = (0..self.pending.len()).filter(|n| self.can_end(&self.pending[*n].1)).collect();
+            if able.is_empty() {
+                break;
+            }
+            let chosen = able[self.random.below(able.len() as u64) as usize];
+            let (token, mut op) = self.pending.swap_remove(chosen);
+            let result = self.end(&mut op);
+            done.push(Completion { token, op, result });
+        }
+        Ok(())
+    }
+
+    fn now(&self) -> Duration {
+        Duration::ZERO
+    }
+}
+
+fn number(file: &File) -> usize {
+    file.number().expect("a simulated file") as usize
+}
+
+fn kind_of(op: &Op) -> Option<Done> {
+    Some(match op {
+        Op::Receive { .. } => Done::Receive,
+        Op::Send { .. } => Done::Send,
+        Op::Read { .. } => Done::Read,
+        Op::Write { .. } => Done::Write,
+        Op::Zero { .. } => Done::Zero,
+        Op::Flush { .. } => Done::Flush,
+        Op::Timeout { .. } | Op::Wake { .. } | Op::Accept { .. } => return None,
+    })
+}
+
+/// An image whose pages are holes until they are written.
+struct Holey {
+    size: u64,
+    data: Mutex<BTreeSet<u64>>,
+}
+
+impl Image for Holey {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn map(&self, at: u64, len_max: u64) -> Result<Extent> {
+        let data = self.data.lock().unwrap_or_else(PoisonError::into_inner);
+        let here = data.contains(&(at / PAGE));
+        let end = self.size.min(at + len_max);
+        let same = (at / PAGE..end.div_ceil(PAGE)).take_while(|page| data.contains(page) == here).last();
+        let end = same.map_or(end, |page| end.min((page + 1) * PAGE));
+        let place = if here { Place::Data { host: at } } else { Place::Zero };
+        Ok(Extent { guest: ByteRange { start: at, end }, place })
+    }
+
+    fn reserve(&self, guest: ByteRange) -> Result<Reserve> {
+        Ok(Reserve::Room(Reservation { guest, host: guest.start, fill: [None, None], zeroed: true, hold: None }))
+    }
+
+    fn commit(&self, reservation: Reservation) -> Result<()> {
+        let guest = reservation.guest;
+        let mut data = self.data.lock().unwrap_or_else(PoisonError::into_inner);
+        data.extend(guest.start / PAGE..guest.end.div_ceil(PAGE));
+        Ok(())
+    }
+
+    fn zero(&self, guest: ByteRange, _: Zeroing) -> Result<Zeroed> {
+        Ok(Zeroed::Host { guest, host: guest.start })
+    }
+
+    fn settle(&self, progress: &mut Stage) -> Result<Settle> {
+        progress.stage += 1;
+        Ok(if progress.stage == 1 { Settle::Flush } else { Settle::Done })
+    }
+}
+
+/// A disk on the file of this number, all of it a hole.
+pub fn disk(file: u32, size: u64) -> Arc<Disk> {
+    let image = Box::new(Holey { size, data: Mutex::default() });
+    let file = DataFile::buffered(File::simulated(file));
+    let layer = Layer { image, file, path: "disk".into(), format: "holey" };
+    Arc::new(Disk::new(Chain::new(vec![Arc::new(layer)]), false))
+}
+
+/// One export, `vda`.
+pub struct One {
+    pub info: ExportInfo,
+    pub gate: Arc<Gate>,
+}
+
+impl Exports for One {
+    fn lookup(&self, name: &str) -> Option<ExportInfo> {
+        std::slice::from_ref(&self.info).lookup(name)
+    }
+
+    fn list(&self) -> Vec<ExportInfo> {
+        vec![self.info.clone()]
+    }
+}
+
+impl Directory for One {
+    fn gate(&self, name: &str) -> Option<Arc<Gate>> {
+        (name == self.info.name).then(|| Arc::clone(&self.gate))
+    }
+}
+
+/// A world with one session in it.
+pub struct Scene {
+    pub world: World,
+    pub session: Session,
+    pub gate: Arc<Gate>,
+    pub disk: Arc<Disk>,
+    done: Vec<Completion>,
+}
+
+impl Scene {
+    pub fn new(seed: u64, size: u64) -> Self {
+        let disk = disk(0, size);
+        let gate = Arc::new(Gate::new(Route { disk: Arc::clone(&disk), mirror: None }));
+        let info = ExportInfo {
+            name: "vda".into(),
+            description: String::new(),
+            size,
+            read_only: false,
+            multi_conn: true,
+            fast_zero: true,
+            block_sizes: BlockSizes::default(),
+        };
+        let directory = Arc::new(One { info, gate: Arc::clone(&gate) });
+        // Less than a session gets: buffers of their own come in too.
+        let arena = Arena::new(1 << 20);
+        let session = Session::new(File::simulated(SOCKET), directory, arena, Waker::simulated(0), Token(1 << 40));
+        let files = vec![vec![0; size as usize], vec![0; size as usize]];
+        Self { world: World::new(seed, files), session, gate, disk, done: Vec::new() }
+    }
+
+    /// One step, and some of what can end ends.
+    pub fn step(&mut self) -> Progress {
+        let progress = self.session.step(&mut self.world, &mut self.done);
+        if progress == Progress::Running {
+            self.world.reap(Wait::No, &mut self.done).expect("a queue in memory");
+        }
+        progress
+    }
+
+    /// Steps until nothing can end any more, or the session is over.
+    pub fn run(&mut self) -> Progress {
+        loop {
+            let progress = self.step();
+            if progress != Progress::Running || self.done.is_empty() {
+                return progress;
+            }
+        }
+    }
+
+    pub fn say(&mut self, bytes: &[u8]) {
+        self.world.to_server.extend(bytes);
+    }
+
+    /// What the client took since it was last asked.
+    pub fn heard(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.world.to_client)
+    }
+}

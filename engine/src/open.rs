@@ -1,0 +1,279 @@
+//! Opens images by their paths and puts the layers of a chain together.
+//!
+//! Raw is never guessed: a guest can write another format's header into a raw disk, and would choose
+//! by that which of the host's files it reads. A file with no known magic number, and no format named
+//! for it, is an error that says how to name it.
+use crate::chain::{Chain, Layer};
+use crate::control::TargetFormat;
+use crate::control::options::Cache;
+use crate::disk::{DataFile, Disk};
+use crate::io::{File, FileStorage, PAGE};
+use formats::backing::BackingName;
+use formats::error::{Context, Error, Result};
+use formats::image::Image;
+use formats::journal::{Change, Forgetful, Journal};
+use formats::probe::{Probed, probe};
+use formats::qcow2::{Open, Qcow2, read_header};
+use formats::raw::Raw;
+use formats::storage::Storage;
+use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
+use std::fs;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Layers that a chain may have.
+pub const LAYERS_MAX: usize = 200;
+/// Memory for one image's tables, in bytes.
+const METADATA_MAX: usize = 16 << 20;
+/// How much of a file is looked at for a magic number, in bytes.
+const PROBE_LEN: u64 = 4096;
+
+/// How an image is to be opened.
+#[derive(Clone)]
+pub struct Access {
+    /// Its top layer is written to.
+    pub writable: bool,
+    /// Whether payload goes through the page cache.
+    pub cache: Cache,
+    /// Who keeps the top layer's new mappings through a kill; nobody where nothing is promised.
+    pub journal: Option<Arc<dyn Journal>>,
+    /// The disk's size where a raw image's file may be longer.
+    pub size: Option<u64>,
+}
+
+impl Access {
+    /// For looking at.
+    pub fn read_only(cache: Cache) -> Self {
+        Self { writable: false, cache, journal: None, size: None }
+    }
+
+    /// For writing what can be written again.
+    pub fn writable(cache: Cache) -> Self {
+        Self { writable: true, ..Self::read_only(cache) }
+    }
+}
+
+/// Opens the chain whose top is at `path`.
+pub fn open_disk(path: &Path, format: Option<TargetFormat>, access: Access) -> Result<Disk> {
+    let read_only = !access.writable;
+    Ok(Disk::new(open_chain(path, format, access)?, read_only))
+}
+
+/// Opens the chain whose top is at `path`: the top as `access` says, the rest for reading.
+pub fn open_chain(path: &Path, format: Option<TargetFormat>, access: Access) -> Result<Chain> {
+    let cache = access.cache;
+    let top = Opened::new(path, format, &access)?;
+    let mut seen = vec![top.identity];
+    let mut below = top.below;
+    let mut layers = vec![Arc::new(top.layer)];
+    while let Some((path, format)) = below {
+        let parent = layers.last().map(|layer| layer.path.display().to_string()).unwrap_or_default();
+        let opened = Opened::new(&path, format, &Access::read_only(cache));
+        let opened = opened.map_err(|error| error.at(format!("backing of {parent}")))?;
+        if seen.contains(&opened.identity) {
+            return Err(Error::malformed(format!(
+                "{parent}: its backing {} is a layer above it: the chain is a loop",
+                path.display()
+            )));
+        }
+        if layers.len() == LAYERS_MAX {
+            return Err(Error::unsupported(format!(
+                "{parent}: the chain has more than {LAYERS_MAX} layers: commit or convert some"
+            )));
+        }
+        seen.push(opened.identity);
+        layers.push(Arc::new(opened.layer));
+        below = opened.below;
+    }
+    Ok(Chain::new(layers))
+}
+
+/// Opens an image alone, on the layers that are below it already.
+pub fn open_on(path: &Path, format: TargetFormat, access: Access, below: &[Arc<Layer>]) -> Result<Disk> {
+    let read_only = !access.writable;
+    let top = Opened::new(path, Some(format), &access)?;
+    let layers = std::iter::once(Arc::new(top.layer)).chain(below.iter().cloned());
+    Ok(Disk::new(Chain::new(layers.collect()), read_only))
+}
+
+/// Brings into an image what its journal kept through a kill, for good.
+pub fn recover(path: &Path, format: TargetFormat, changes: &[Change]) -> Result<()> {
+    let access = Access::writable(Cache::Writeback);
+    let top = Opened::new(path, Some(format), &access)?;
+    let brought = top.layer.image.replay(changes).and_then(|()| top.layer.settle_now());
+    brought.map_err(|error| error.at(path.display()))
+}
+
+/// What tells one file from another whatever its name: device and inode, or the device that it is.
+pub type Identity = (u64, u64);
+
+/// The identity of the file at `path`.
+pub fn identity(path: &Path) -> Result<Identity> {
+    let metadata = fs::metadata(path).context(|| format!("{}: stat", path.display()))?;
+    Ok(identity_of(&metadata))
+}
+
+fn identity_of(metadata: &fs::Metadata) -> Identity {
+    match metadata.file_type().is_block_device() {
+        true => (u64::MAX, metadata.rdev()),
+        false => (metadata.dev(), metadata.ino()),
+    }
+}
+
+/// The format of the file at `path` by its magic number.
+pub fn probe_format(path: &Path) -> Result<TargetFormat> {
+    let file = open_file(path, false)?;
+    let storage = FileStorage::new(file.buffered);
+    decide_format(&storage, None).map_err(|error| error.at(path.display()))
+}
+
+/// One layer, and what it says is below it.
+struct Opened {
+    layer: Layer,
+    identity: Identity,
+    below: Option<(PathBuf, Option<TargetFormat>)>,
+}
+
+impl Opened {
+    fn new(path: &Path, format: Option<TargetFormat>, access: &Access) -> Result<Self> {
+        let file = open_file(path, access.writable)?;
+        Self::from_file(path, file, format, access).map_err(|error| error.at(path.display()))
+    }
+
+    fn from_file(path: &Path, file: OpenFile, format: Option<TargetFormat>, access: &Access) -> Result<Self> {
+        let storage = Arc::new(FileStorage::new(file.buffered.try_clone().context(|| "open")?));
+        let format = decide_format(&*storage, format)?;
+        let (image, name, grain, below) = match format {
+            TargetFormat::Raw => {
+                let len = storage.len().context(|| "length")?;
+                let size = access.size.unwrap_or(len);
+                if size > len {
+                    return Err(Error::malformed(format!("the disk has {size} bytes, the file only {len}")));
+                }
+                let image: Box<dyn Image> = Box::new(Raw::new(storage, size));
+                (image, "raw", u64::MAX, None)
+            }
+            TargetFormat::Qcow2 => {
+                let (image, below) = open_qcow2(path, storage, access)?;
+                let grain = image.info().cluster_size;
+                (Box::new(image) as Box<dyn Image>, "qcow2", grain, below)
+            }
+        };
+        let identity = file.identity;
+        // Metadata goes through the page cache: direct payload may not share a page with it.
+        let cache = if grain < PAGE as u64 { Cache::Writeback } else { access.cache };
+        let file = file.data_file(path, access.writable, cache)?;
+        let path = path.canonicalize().context(|| "looking up its full name")?;
+        Ok(Self { layer: Layer { image, file, path, format: name }, identity, below })
+    }
+}
+
+type Below = Option<(PathBuf, Option<TargetFormat>)>;
+
+fn open_qcow2(path: &Path, storage: Arc<FileStorage>, access: &Access) -> Result<(Qcow2, Below)> {
+    let header = read_header(&*storage)?;
+    let below = match &header.backing {
+        None => None,
+        Some(backing) => {
+            let name = BackingName::parse(&backing.name)?;
+            let format = backing.format.as_deref().map(|format| backing_format(&backing.name, format)).transpose()?;
+            Some((name.resolve(path), format))
+        }
+    };
+    let journal = access.journal.clone().unwrap_or_else(|| Arc::new(Forgetful));
+    let open = Open { writable: access.writable, has_backing: below.is_some(), metadata_bytes_max: METADATA_MAX };
+    let image = Qcow2::open(Arc::clone(&storage) as Arc<dyn Storage>, journal, open)?;
+    if image.flush_first() {
+        storage.flush().context(|| "flush")?;
+    }
+    Ok((image, below))
+}
+
+fn backing_format(name: &str, format: &str) -> Result<TargetFormat> {
+    match format {
+        "raw" => Ok(TargetFormat::Raw),
+        "qcow2" => Ok(TargetFormat::Qcow2),
+        other => Err(Error::unsupported(format!(
+            "its backing {name} has the format {other}, which is not supported: convert that layer to qcow2"
+        ))),
+    }
+}
+
+/// The named format, or the one that the magic number says; never raw by guessing.
+fn decide_format(storage: &dyn Storage, named: Option<TargetFormat>) -> Result<TargetFormat> {
+    if let Some(format) = named {
+        return Ok(format);
+    }
+    let len = storage.len().context(|| "length")?.min(PROBE_LEN);
+    let mut head = vec![0; len as usize];
+    storage.read_at(0, &mut head).context(|| "reading its first bytes")?;
+    match probe(&head) {
+        Probed::Qcow2 => Ok(TargetFormat::Qcow2),
+        Probed::Unsupported(name) => Err(Error::unsupported(format!(
+            "the format {name} is not supported: convert it with qemu-img convert -O qcow2"
+        ))),
+        Probed::Unknown => Err(Error::invalid(
+            "its format is not known, and raw is never guessed: name it with format=raw (for a backing layer, \
+             record it in the layer above with qemu-img rebase -u -F raw)",
+        )),
+    }
+}
+
+/// A file that was opened, and is one that images can be in.
+struct OpenFile {
+    buffered: fs::File,
+    identity: Identity,
+}
+
+fn open_file(path: &Path, writable: bool) -> Result<OpenFile> {
+    // Not blocking: a FIFO with nobody at the other end would keep us for good.
+    let flags = OFlags::CLOEXEC | OFlags::NONBLOCK | if writable { OFlags::RDWR } else { OFlags::RDONLY };
+    let opened = rustix::fs::open(path, flags, Mode::empty()).map_err(std::io::Error::from);
+    let buffered = fs::File::from(opened.context(|| format!("{}: open", path.display()))?);
+    let metadata = buffered.metadata().context(|| format!("{}: stat", path.display()))?;
+    let kind = metadata.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(Error::invalid(format!(
+            "{}: neither a regular file nor a block device, so no image can be in it",
+            path.display()
+        )));
+    }
+    Ok(OpenFile { buffered, identity: identity_of(&metadata) })
+}
+
+impl OpenFile {
+    fn data_file(self, path: &Path, writable: bool, cache: Cache) -> Result<DataFile> {
+        let direct = match cache {
+            Cache::None => direct_file(path, &self.buffered, writable),
+            Cache::Writeback => None,
+        };
+        let buffered = File::new(self.buffered);
+        Ok(match direct {
+            Some((direct, align)) => DataFile::direct(buffered, File::new(direct), align),
+            None => DataFile::buffered(buffered),
+        })
+    }
+}
+
+/// The same file once more for direct I/O, and its alignment; `None` where there is none.
+fn direct_file(path: &Path, buffered: &fs::File, writable: bool) -> Option<(fs::File, u64)> {
+    let flags = OFlags::CLOEXEC | OFlags::DIRECT | if writable { OFlags::RDWR } else { OFlags::RDONLY };
+    let direct = fs::File::from(rustix::fs::open(path, flags, Mode::empty()).ok()?);
+    // Whoever swapped the file meanwhile gets the page cache.
+    let same = identity_of(&direct.metadata().ok()?) == identity_of(&buffered.metadata().ok()?);
+    let align = alignment(&direct);
+    (same && align <= PAGE as u64).then_some((direct, align))
+}
+
+/// What offsets, lengths and memory have to be multiples of; a page where the system does not say.
+fn alignment(file: &fs::File) -> u64 {
+    let asked = rustix::fs::statx(file.as_fd(), c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN);
+    match asked {
+        Ok(answer) if answer.stx_dio_offset_align > 0 => {
+            u64::from(answer.stx_dio_offset_align.max(answer.stx_dio_mem_align)).next_power_of_two()
+        }
+        _ => PAGE as u64,
+    }
+}

@@ -1,0 +1,175 @@
+//! The state folder: what has to be found again after a kill.
+//!
+//! ```text
+//! DIR/lock                one daemon at a time
+//! DIR/NAME.record         which image is the truth of export NAME: two slots
+//! DIR/FILE-CRC.journal    mappings of the image FILE that are only in memory; CRC is of its path
+//! ```
+use crate::io::{File, Words};
+use crate::journal::{BootId, WORDS, WordJournal};
+use crate::pivot::RecordFile;
+use formats::error::{Context, Error, Result};
+use formats::journal::Change;
+use formats::record::{Record, SLOT_LEN};
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use std::fs;
+use std::io::Read;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// An open state folder, locked.
+pub struct StateFolder {
+    folder: PathBuf,
+    boot: BootId,
+    _lock: fs::File,
+}
+
+impl StateFolder {
+    /// Opens the folder, making it where it is not there.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let named = |what: &str| format!("state folder {}: {what}", folder.display());
+        fs::create_dir_all(folder).context(|| named("it cannot be made; name another with --state"))?;
+        let folder = folder.canonicalize().context(|| named("it cannot be looked up"))?;
+        let lock = fs::File::options().create(true).truncate(false).write(true).open(folder.join("lock"));
+        let lock = lock.context(|| named("its lock file cannot be opened"))?;
+        rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
+            Error::invalid(named("another blkmirror uses it; end that one, or name another folder with --state"))
+        })?;
+        Ok(Self { boot: boot_id()?, _lock: lock, folder })
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.folder
+    }
+
+    /// True where a reboot empties it.
+    pub fn is_volatile(&self) -> bool {
+        const TMPFS: i64 = 0x0102_1994;
+        const RAMFS: i64 = 0x8584_58f6;
+        rustix::fs::statfs(&self.folder).is_ok_and(|fs| matches!(fs.f_type, TMPFS | RAMFS))
+    }
+
+    /// The record of an export; made, with two blank slots, where there is none.
+    pub fn record(&self, export: &str) -> Result<RecordFile> {
+        let path = self.folder.join(format!("{}.record", file_name(export)));
+        let named = |what: &str| format!("{}: {what}", path.display());
+        let mut file = fs::File::options().create(true).truncate(false).read(true).write(true).open(&path);
+        let file = file.as_mut().map_err(|error| Error::io(named("open"), std::io::Error::from(error.kind())))?;
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).context(|| named("read"))?;
+        if bytes.is_empty() {
+            bytes.resize(2 * SLOT_LEN, 0);
+            file.write_all_at(&bytes, 0).context(|| named("write"))?;
+            file.sync_all().context(|| named("flush"))?;
+            self.sync()?;
+        }
+        let newest = Record::newest(&bytes).map_err(|error| error.at(named(REMEDY)))?;
+        let owned = file.try_clone().context(|| named("open"))?;
+        Ok(RecordFile::new(File::new(owned), newest))
+    }
+
+    /// The journal of an image, and what a kill left in it: to be brought into the image before the
+    /// journal is used.
+    pub fn journal(&self, image: &Path) -> Result<JournalFile> {
+        Ok(JournalFile { words: self.words(image)?, boot: self.boot })
+    }
+
+    fn words(&self, image: &Path) -> Result<Arc<Words>> {
+        let name = image.file_name().map_or_else(|| "image".into(), |name| name.to_string_lossy());
+        let crc = crc32c::crc32c(image.as_os_str().as_encoded_bytes());
+        let path = self.folder.join(format!("{}-{crc:08x}.journal", file_name(&name)));
+        let named = |what: &str| format!("{}: {what}", path.display());
+        let file = fs::File::options().create(true).truncate(false).read(true).write(true).open(&path);
+        let file = file.context(|| named("open"))?;
+        Ok(Arc::new(Words::in_file(&file, WORDS).context(|| named("mapping it into memory"))?))
+    }
+
+    /// Makes the folder's own entries durable.
+    fn sync(&self) -> Result<()> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let folder = rustix::fs::open(&self.folder, flags, Mode::empty());
+        let synced = folder.and_then(rustix::fs::fsync).map_err(std::io::Error::from);
+        synced.context(|| format!("{}: flush", self.folder.display()))
+    }
+}
+
+/// An image's journal as a file of the state folder.
+pub struct JournalFile {
+    words: Arc<Words>,
+    boot: BootId,
+}
+
+impl JournalFile {
+    /// What a kill left behind, in order.
+    pub fn left_behind(&self) -> Vec<Change> {
+        WordJournal::left_behind(&self.words, self.boot)
+    }
+
+    /// Starts it anew. What was left behind has to be in the image for good.
+    pub fn start(self) -> Arc<WordJournal> {
+        Arc::new(WordJournal::new(self.words, self.boot))
+    }
+
+    /// Starts it anew, noting nothing yet: a target's, before it is the truth.
+    pub fn start_asleep(self) -> Arc<WordJournal> {
+        Arc::new(WordJournal::asleep(self.words, self.boot))
+    }
+}
+
+const REMEDY: &str = "the record is damaged, so nobody knows which image is the truth; compare the images, then \
+                      move this file away and start with the right one";
+
+/// An export's or an image's name as a file's: what is no letter, digit, dot, dash or underscore is
+/// written as its bytes in hexadecimal.
+fn file_name(name: &str) -> String {
+    let mut text = String::new();
+    for byte in name.bytes().take(100) {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' => text.push(char::from(byte)),
+            b'.' if !text.is_empty() => text.push('.'),
+            _ => text.push_str(&format!("%{byte:02x}")),
+        }
+    }
+    if name.len() > 100 {
+        text.push_str(&format!("~{:08x}", crc32c::crc32c(name.as_bytes())));
+    }
+    text
+}
+
+/// Which run of the system this is.
+fn boot_id() -> Result<BootId> {
+    const PATH: &str = "/proc/sys/kernel/random/boot_id";
+    let text = fs::read_to_string(PATH).context(|| format!("{PATH}: which run of the system this is"))?;
+    let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
+    let word = |part: Option<&str>| part.and_then(|part| u64::from_str_radix(part, 16).ok());
+    match (word(digits.get(..16)), word(digits.get(16..32))) {
+        (Some(high), Some(low)) => Ok([high, low]),
+        _ => Err(Error::malformed(format!("{PATH}: not a boot id"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{StateFolder, file_name};
+
+    #[test]
+    fn names_become_file_names_of_their_own() {
+        assert_eq!(file_name("vda"), "vda");
+        assert_eq!(file_name("../x y"), "%2e.%2fx%20y");
+        assert_ne!(file_name("a/b"), file_name("a%2fb"));
+        assert!(file_name(&"x".repeat(4096)).len() < 200);
+    }
+
+    #[test]
+    fn a_folder_has_one_daemon() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let first = StateFolder::open(folder.path()).expect("the first");
+        let second = StateFolder::open(folder.path()).err().expect("refused");
+        assert!(second.one_line().contains("another blkmirror uses it"));
+        assert!(first.record("vda").expect("a new record").newest().is_none());
+        drop(first);
+        StateFolder::open(folder.path()).expect("the next");
+    }
+}

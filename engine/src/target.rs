@@ -1,0 +1,311 @@
+//! What a copy request means for its target: checked before the first byte is written.
+//!
+//! ```text
+//! shallow reuse raw
+//!    .      .    .   created in the source's format, no backing; the whole chain
+//!    .      .    x   created as raw; the whole chain
+//!    x      .    .   created in the source's format, on the source's backing; the top layer
+//!    .      x    .   there already, its format probed; the whole chain
+//!    x      x    .   there already, on its own backing; the top layer
+//!    x      x    x   there already, raw, with the backing's contents; the top layer
+//!    x      .    x   refused, unless the source is one raw file
+//!    .      x    x   there already, raw; the whole chain
+//! ```
+use crate::chain::Layer;
+use crate::control::options::Cache;
+use crate::control::{Code, MirrorRequest, Refusal, TargetFormat};
+use crate::disk::Disk;
+use crate::io::FileStorage;
+use crate::open::{Access, Identity, identity, open_disk, open_on, probe_format};
+use formats::error::{Context, Error, Result};
+use formats::journal::Journal;
+use formats::qcow2::{Backing, Create, create, read_header};
+use formats::storage::Storage;
+use std::fs;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Sizes that a chunk may have, in bytes.
+const GRANULARITY_MIN: u64 = 512;
+const GRANULARITY_MAX: u64 = 64 << 20;
+/// A chunk's size where nobody chose one.
+const GRANULARITY: u64 = 64 << 10;
+/// Virtual sizes are whole sectors of so many bytes.
+const SECTOR: u64 = 512;
+
+/// A request that was found to be possible.
+#[derive(Debug)]
+pub struct Plan {
+    /// Full name of the target.
+    pub path: PathBuf,
+    /// Its format.
+    pub format: TargetFormat,
+    /// Only what the source's top layer holds is copied.
+    pub shallow: bool,
+    /// The target has to be made.
+    pub create: bool,
+    /// Chunks have 2 to this bytes.
+    pub chunk_bits: u32,
+    /// What the request was taken to mean, a sentence each.
+    pub notes: Vec<String>,
+}
+
+/// A target that is open.
+pub struct Target {
+    /// The disk.
+    pub disk: Disk,
+    /// It reads as zeroes.
+    pub is_zero: bool,
+}
+
+/// Gives the image of a full path the journal that keeps its mappings through a kill.
+pub type Journals<'a> = &'a dyn Fn(&Path) -> Result<Arc<dyn Journal>>;
+
+/// Checks a request against its source; changes nothing.
+pub fn plan(request: &MirrorRequest, source: &Disk) -> std::result::Result<Plan, Refusal> {
+    let layers = source.chain().layers();
+    let chunk_bits = chunk_bits(request.granularity)?;
+    let path = full_path(Path::new(&request.target))?;
+    let mut notes = Vec::new();
+    let raw = request.format == Some(TargetFormat::Raw);
+    if request.shallow && raw && !request.reuse_external && !(layers.len() == 1 && layers[0].format == "raw") {
+        return Err(unsupported(format!(
+            "{}: a shallow copy into a new raw file is not possible, for raw has no backing: leave out --shallow, or \
+             make a raw volume with the backing's contents first and use --reuse-external",
+            path.display()
+        )));
+    }
+    let shallow = request.shallow && layers.len() > 1;
+    if request.shallow && !shallow {
+        notes.push("the source has no backing, so the shallow copy is a full one".to_owned());
+    }
+    refuse_own_layers(&path, layers)?;
+    let found = Found::look(&path)?;
+    let (format, create) = match request.reuse_external {
+        true => (found.reuse(&path, request.format)?, false),
+        false => (found.create(&path, request.format, layers)?, true),
+    };
+    let plan = Plan { path, format, shallow, create, chunk_bits, notes };
+    if !create || found == Found::Device {
+        plan.check_size(source)?;
+    }
+    if plan.create && plan.format == TargetFormat::Qcow2 {
+        // What cannot be created is refused before a file is made.
+        plan.creation(source).map_err(|error| failed(&error))?;
+    }
+    Ok(plan)
+}
+
+impl Plan {
+    /// Makes or opens the target. What was made is removed again where that fails.
+    pub fn open(&self, source: &Disk, cache: Cache, journals: Journals) -> std::result::Result<Target, Refusal> {
+        let fresh = self.create && !self.path.exists();
+        self.try_open(source, cache, journals).map_err(|error| {
+            if fresh {
+                // It was not there before; what could not be made is gone again.
+                let _ = fs::remove_file(&self.path);
+            }
+            failed(&error)
+        })
+    }
+
+    fn try_open(&self, source: &Disk, cache: Cache, journals: Journals) -> Result<Target> {
+        if self.create {
+            self.make(source)?;
+        }
+        let path = self.path.canonicalize().context(|| self.path.display().to_string())?;
+        let access = Access {
+            journal: Some(journals(&path)?),
+            size: (self.format == TargetFormat::Raw).then_some(source.size()),
+            ..Access::writable(cache)
+        };
+        let disk = match self.create && self.shallow {
+            true => open_on(&self.path, self.format, access, &source.chain().layers()[1..])?,
+            false => open_disk(&self.path, Some(self.format), access)?,
+        };
+        // A block device keeps what was on it.
+        let is_zero = self.create && fs::metadata(&self.path).is_ok_and(|metadata| metadata.is_file());
+        Ok(Target { disk, is_zero: is_zero || self.format == TargetFormat::Qcow2 && self.create })
+    }
+
+    fn make(&self, source: &Disk) -> Result<()> {
+        let named = |what: &str| format!("{}: {what}", self.path.display());
+        let file = fs::File::options().read(true).write(true).create(true).truncate(false).open(&self.path);
+        let file = file.context(|| named("create"))?;
+        let is_file = file.metadata().context(|| named("stat"))?.is_file();
+        let storage = FileStorage::new(file);
+        match self.format {
+            TargetFormat::Raw if is_file => {
+                storage.set_len(source.size().next_multiple_of(SECTOR)).context(|| named("setting its length"))
+            }
+            TargetFormat::Raw => Ok(()),
+            TargetFormat::Qcow2 => create(&storage, &self.creation(source)?).map_err(|error| error.at(named("create"))),
+        }
+    }
+
+    /// A qcow2 target is like the source's top layer, where that is one.
+    fn creation(&self, source: &Disk) -> Result<Create> {
+        let layers = source.chain().layers();
+        let mut creation = Create::new(source.size().next_multiple_of(SECTOR));
+        if layers[0].format == "qcow2" {
+            let path = &layers[0].path;
+            let file = fs::File::open(path).context(|| format!("{}: open", path.display()))?;
+            let header = read_header(&FileStorage::new(file)).map_err(|error| error.at(path.display()))?;
+            creation.cluster_bits = header.geometry.cluster_bits;
+        }
+        if let (true, Some(backing)) = (self.shallow, layers.get(1)) {
+            let name = backing.path.to_str().ok_or_else(|| {
+                Error::unsupported(format!("{}: a backing's name has to be UTF-8", backing.path.display()))
+            })?;
+            creation.backing = Some(Backing { name: name.to_owned(), format: Some(backing.format.to_owned()) });
+        }
+        Ok(creation)
+    }
+
+    /// Smaller is refused; a larger raw target keeps the source's size; qcow2 has to be equal.
+    fn check_size(&self, source: &Disk) -> std::result::Result<(), Refusal> {
+        if self.create && self.format == TargetFormat::Qcow2 {
+            return Ok(());
+        }
+        let found = virtual_size(&self.path, self.format).map_err(|error| failed(&error))?;
+        let wanted = source.size();
+        let fits = match self.format {
+            TargetFormat::Raw => found >= wanted,
+            TargetFormat::Qcow2 => found == wanted.next_multiple_of(SECTOR) || found == wanted,
+        };
+        if fits {
+            return Ok(());
+        }
+        let (how, remedy) = match self.format {
+            TargetFormat::Raw => ("at least", "make it larger"),
+            TargetFormat::Qcow2 => ("exactly", "make one of the source's size"),
+        };
+        Err(unsupported(format!(
+            "{}: the target has {found} bytes, the source {wanted}: it has to have {how} as many; {remedy}",
+            self.path.display()
+        )))
+    }
+}
+
+/// What is at a path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Found {
+    Nothing,
+    Empty,
+    File,
+    Device,
+}
+
+impl Found {
+    fn look(path: &Path) -> std::result::Result<Self, Refusal> {
+        let metadata = match fs::metadata(path) {
+            Ok(metadata) => metadata,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Self::Nothing),
+            Err(error) => return Err(failed(&Error::io(path.display().to_string(), error))),
+        };
+        match metadata.file_type() {
+            kind if kind.is_block_device() => Ok(Self::Device),
+            kind if kind.is_file() && metadata.len() == 0 => Ok(Self::Empty),
+            kind if kind.is_file() => Ok(Self::File),
+            _ => Err(invalid(format!("{}: the target is neither a regular file nor a block device", path.display()))),
+        }
+    }
+
+    /// The format of a target that has to be there.
+    fn reuse(self, path: &Path, named: Option<TargetFormat>) -> std::result::Result<TargetFormat, Refusal> {
+        match (self, named) {
+            (Self::Nothing, _) => Err(Refusal {
+                code: Code::OperationFailed,
+                message: format!(
+                    "{}: the target is not there: make it first, or leave out --reuse-external",
+                    path.display()
+                ),
+            }),
+            (_, Some(format)) => Ok(format),
+            (_, None) => probe_format(path).map_err(|error| {
+                unsupported(format!("{}; name the target's format with --format or --raw", error.one_line()))
+            }),
+        }
+    }
+
+    /// The format of a target that is to be made.
+    fn create(
+        self,
+        path: &Path,
+        named: Option<TargetFormat>,
+        layers: &[Arc<Layer>],
+    ) -> std::result::Result<TargetFormat, Refusal> {
+        match self {
+            Self::File => Err(unsupported(format!(
+                "{}: the target is there already and not empty: remove it, or use it with --reuse-external",
+                path.display()
+            ))),
+            Self::Device if named.is_none() => Err(invalid(format!(
+                "{}: a block device is taken only with its format named: use --raw or --format",
+                path.display()
+            ))),
+            Self::Nothing | Self::Empty | Self::Device => {
+                let like_source = if layers[0].format == "raw" { TargetFormat::Raw } else { TargetFormat::Qcow2 };
+                Ok(named.unwrap_or(like_source))
+            }
+        }
+    }
+}
+
+fn chunk_bits(granularity: u64) -> std::result::Result<u32, Refusal> {
+    let granularity = if granularity == 0 { GRANULARITY } else { granularity };
+    let in_range = (GRANULARITY_MIN..=GRANULARITY_MAX).contains(&granularity);
+    match granularity.is_power_of_two() && in_range {
+        true => Ok(granularity.trailing_zeros()),
+        false => Err(invalid(format!(
+            "a granularity of {granularity} bytes: it has to be a power of two from {GRANULARITY_MIN} to \
+             {GRANULARITY_MAX}"
+        ))),
+    }
+}
+
+fn full_path(path: &Path) -> std::result::Result<PathBuf, Refusal> {
+    match path.is_absolute() {
+        true => Ok(path.to_owned()),
+        false => Err(invalid(format!("{}: name the target by its full path", path.display()))),
+    }
+}
+
+/// A target that is a layer of the source, by any name, would be read and written at once.
+fn refuse_own_layers(path: &Path, layers: &[Arc<Layer>]) -> std::result::Result<(), Refusal> {
+    let Ok(target) = identity(path) else { return Ok(()) };
+    let same = |layer: &&Arc<Layer>| identity(&layer.path).is_ok_and(|layer: Identity| layer == target);
+    match layers.iter().find(same) {
+        None => Ok(()),
+        Some(layer) => Err(invalid(format!(
+            "{}: the target is a layer of the source ({}): name another file",
+            path.display(),
+            layer.path.display()
+        ))),
+    }
+}
+
+fn virtual_size(path: &Path, format: TargetFormat) -> Result<u64> {
+    let file = fs::File::open(path).context(|| format!("{}: open", path.display()))?;
+    let storage = FileStorage::new(file);
+    match format {
+        TargetFormat::Raw => storage.len().context(|| format!("{}: length", path.display())),
+        TargetFormat::Qcow2 => {
+            read_header(&storage).map(|header| header.geometry.size).map_err(|error| error.at(path.display()))
+        }
+    }
+}
+
+fn invalid(message: String) -> Refusal {
+    Refusal { code: Code::InvalidArg, message }
+}
+
+fn unsupported(message: String) -> Refusal {
+    Refusal { code: Code::ConfigUnsupported, message }
+}
+
+/// Tried, and failed.
+fn failed(error: &Error) -> Refusal {
+    Refusal { code: Code::OperationFailed, message: error.one_line() }
+}

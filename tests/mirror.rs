@@ -1,0 +1,594 @@
+//! The main job over the command line: a disk is copied while its guest writes, and becomes the disk or stays a copy.
+//!
+//! After each job: what is served holds the guest's truth, QEMU reads the same from the file alone, `qemu-img check`
+//! finds nothing wrong, and the place that the disk left is as it was at that moment.
+mod support;
+
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use support::daemon::Daemon;
+use support::images::{self, Chain, overlay, probed, random_chain, three_layers};
+use support::nbd::{Client, Replies, Request};
+use support::random::Random;
+use support::tools::{allocated, check, content, info};
+use support::writer::{Habits, Writer};
+use support::{assert_same, folder};
+
+const DISK_LEN: u64 = 32 << 20;
+/// Slow enough that the job is still under way when the test looks.
+const SLOW: &str = "1048576";
+
+/// A disk of three layers that is served, its guest, and a place to move it to.
+struct Scene {
+    writer: Option<Writer>,
+    daemon: Daemon,
+    chain: Chain,
+    target: PathBuf,
+    folder: tempfile::TempDir,
+}
+
+impl Scene {
+    #[track_caller]
+    fn new(seed: u64) -> Self {
+        let folder = folder();
+        let chain = three_layers(folder.path(), DISK_LEN, seed);
+        Self::of(folder, chain, seed)
+    }
+
+    #[track_caller]
+    fn of(folder: tempfile::TempDir, chain: Chain, seed: u64) -> Self {
+        let truth = chain.content();
+        let daemon = Daemon::serve(folder.path(), &[chain.export("vda")]);
+        let habits = Habits { seed, flush_one_in: 100, ..Habits::default() };
+        let writer = Some(Writer::start(&daemon.socket(), "vda", truth, habits));
+        let target = folder.path().join("target");
+        Self { writer, daemon, chain, target, folder }
+    }
+
+    fn target(&self) -> String {
+        self.target.display().to_string()
+    }
+
+    fn source(&self) -> String {
+        self.chain.top.display().to_string()
+    }
+
+    fn writes(&self, count: u64) {
+        self.writer.as_ref().expect("a guest").wait(count);
+    }
+
+    #[track_caller]
+    fn mirror(&self, options: &[&str]) -> String {
+        self.daemon.ok("mirror", &[&["vda", &self.target()], options].concat())
+    }
+
+    #[track_caller]
+    fn mirror_refused(&self, options: &[&str]) -> String {
+        self.daemon.refused("mirror", &[&["vda", &self.target()], options].concat())
+    }
+
+    fn status(&self) -> Value {
+        self.daemon.status("vda")
+    }
+
+    /// Copies while the guest writes, pivots under load, writes on, and looks at everything.
+    #[track_caller]
+    fn moves(mut self, options: &[&str], format: &str) -> Self {
+        self.writes(50);
+        self.mirror(options);
+        self.writes(100);
+        self.daemon.wait_for("vda", "ready");
+        self.writes(50);
+        self.daemon.ok("pivot", &["vda"]);
+        let status = self.status();
+        assert_eq!(status["phase"], "pivoted", "{status}");
+        assert_eq!(status["serving"], self.target(), "{status}");
+        self.ends_on_the_target(format);
+        self
+    }
+
+    /// After the pivot: the guest writes on, and the target alone holds the truth.
+    #[track_caller]
+    fn ends_on_the_target(&mut self, format: &str) {
+        let left = self.layers();
+        self.writes(100);
+        let truth = self.writer.take().expect("a guest").stop();
+        assert!(self.layers() == left, "the source is not touched after the pivot");
+        self.holds(&truth);
+        self.daemon.stop();
+        assert_same("the target on its own", &content(&self.target, format), &truth);
+        check(&self.target, format);
+        check(&self.chain.top, self.chain.format);
+    }
+
+    /// Stops the guest: the source is served, and it alone holds the truth, which is returned.
+    #[track_caller]
+    fn ends_on_the_source(&mut self) -> Vec<u8> {
+        assert_eq!(self.status()["serving"], self.source());
+        self.writes(50);
+        let truth = self.writer.take().expect("a guest").stop();
+        self.holds(&truth);
+        self.daemon.stop();
+        assert_same("the source on its own", &self.chain.content(), &truth);
+        check(&self.chain.top, self.chain.format);
+        truth
+    }
+
+    #[track_caller]
+    fn holds(&self, truth: &[u8]) {
+        let mut client = Client::connect(&self.daemon.socket(), "vda", Replies::Structured).expect("a connection");
+        assert_same("the disk that is served", &client.content(), truth);
+    }
+
+    /// The bytes of every file of the source.
+    fn layers(&self) -> Vec<Vec<u8>> {
+        self.chain.layers.iter().map(|(file, _)| std::fs::read(file).expect("a file of ours")).collect()
+    }
+}
+
+/// The name of the backing file in an image's header.
+fn backing(file: &Path) -> Option<String> {
+    info(file)["backing-filename"].as_str().map(str::to_owned)
+}
+
+// The flag table, row by row.
+
+#[test]
+fn a_full_copy_has_the_sources_format_and_no_backing() {
+    let scene = Scene::new(1).moves(&[], "qcow2");
+    assert_eq!(probed(&scene.target), "qcow2");
+    assert_eq!(backing(&scene.target), None);
+}
+
+#[test]
+fn a_full_copy_can_be_raw() {
+    let scene = Scene::new(2).moves(&["--raw"], "raw");
+    assert_eq!(scene.target.metadata().expect("the target").len(), DISK_LEN);
+}
+
+#[test]
+fn the_format_can_be_named() {
+    let folder = folder();
+    let top = folder.path().join("disk.raw");
+    images::create(&top, "raw", DISK_LEN, &[]);
+    images::fill(&top, "raw", DISK_LEN, 512, &mut Random::new(3));
+    let chain = Chain { top: top.clone(), format: "raw", layers: vec![(top, "raw")], told: String::new() };
+    let scene = Scene::of(folder, chain, 3).moves(&["--format", "qcow2"], "qcow2");
+    assert_eq!(probed(&scene.target), "qcow2");
+}
+
+#[test]
+fn a_shallow_copy_holds_the_top_layer_alone_and_keeps_its_backing() {
+    let scene = Scene::new(4).moves(&["--shallow"], "qcow2");
+    let snap1 = scene.chain.layers[1].0.canonicalize().expect("the backing");
+    let named = info(&scene.target)["full-backing-filename"].as_str().map(PathBuf::from).expect("a backing");
+    assert_eq!(named.canonicalize().expect("the backing"), snap1);
+    assert_eq!(info(&scene.target)["backing-filename-format"], "qcow2");
+}
+
+#[test]
+fn a_shallow_copy_of_a_disk_without_backing_is_full_and_says_so() {
+    let folder = folder();
+    let top = folder.path().join("disk.qcow2");
+    images::create(&top, "qcow2", DISK_LEN, &[]);
+    images::fill(&top, "qcow2", DISK_LEN, 1 << 16, &mut Random::new(5));
+    let chain = Chain { top: top.clone(), format: "qcow2", layers: vec![(top, "qcow2")], told: String::new() };
+    let scene = Scene::of(folder, chain, 5);
+    scene.mirror(&["--shallow"]);
+    let notes = scene.status()["notes"].to_string();
+    assert!(notes.contains("full"), "{notes}");
+    scene.daemon.ok("cancel", &["vda", "--force"]);
+    assert_eq!(backing(&scene.target), None);
+}
+
+#[test]
+fn every_old_byte_of_a_reused_target_is_overwritten_or_zeroed() {
+    for (format, options) in [("qcow2", &["--reuse-external"][..]), ("raw", &["--reuse-external", "--raw"])] {
+        let scene = Scene::new(6);
+        images::holding(&scene.target, format, &vec![0xdd; DISK_LEN as usize], &[]);
+        scene.moves(options, format);
+    }
+}
+
+#[test]
+fn a_reused_shallow_target_keeps_its_header_and_its_relative_backing() {
+    let scene = Scene::new(7);
+    overlay(&scene.target, "snap1.qcow2", "qcow2", None, &["-o", "cluster_size=4096"]);
+    let scene = scene.moves(&["--shallow", "--reuse-external"], "qcow2");
+    assert_eq!(backing(&scene.target).as_deref(), Some("snap1.qcow2"));
+    assert_eq!(info(&scene.target)["cluster-size"], 4096);
+}
+
+#[test]
+fn a_reused_raw_volume_with_the_backings_contents_gets_the_top_layer() {
+    let scene = Scene::new(8);
+    std::fs::write(&scene.target, content(&scene.chain.layers[1].0, "qcow2")).expect("a file of ours");
+    scene.moves(&["--shallow", "--reuse-external", "--raw"], "raw");
+}
+
+#[test]
+fn a_larger_raw_target_is_used_and_the_export_keeps_its_size() {
+    let scene = Scene::new(9);
+    images::create(&scene.target, "raw", DISK_LEN + (1 << 20), &[]);
+    let mut scene = scene;
+    scene.mirror(&["--reuse-external", "--raw", "--wait"]);
+    scene.daemon.ok("pivot", &["vda"]);
+    let truth = scene.writer.take().expect("a guest").stop();
+    scene.holds(&truth);
+    scene.daemon.stop();
+    let found = std::fs::read(&scene.target).expect("the target");
+    assert_same("the target up to the disk's size", &found[..truth.len()], &truth);
+}
+
+#[test]
+fn an_empty_file_is_taken() {
+    let scene = Scene::new(10);
+    std::fs::File::create(&scene.target).expect("a file of ours");
+    scene.moves(&[], "qcow2");
+}
+
+#[test]
+fn disks_of_every_kind_move() {
+    for seed in 0..10 {
+        let folder = folder();
+        let home = folder.path().join("chain");
+        std::fs::create_dir(&home).expect("a folder of ours");
+        let chain = random_chain(&home, &mut Random::new(1000 + seed));
+        let whole_sectors = chain.format == "qcow2" || chain.top.metadata().is_ok_and(|file| file.len() % 512 == 0);
+        if !whole_sectors {
+            // The guest of these tests counts in sectors.
+            continue;
+        }
+        let (format, options) = match seed % 3 {
+            0 => ("raw", vec!["--raw"]),
+            1 => ("qcow2", vec!["--format", "qcow2"]),
+            _ => (chain.format, if chain.layers.len() > 1 { vec!["--shallow"] } else { vec![] }),
+        };
+        eprintln!("seed {seed}, {options:?}\n{}", chain.told);
+        Scene::of(folder, chain, seed).moves(&options, format);
+    }
+}
+
+// Modes, verbs and phases.
+
+#[test]
+fn each_mode_moves_the_disk() {
+    for (seed, mode) in [(11, "background"), (12, "write-blocking"), (13, "auto")] {
+        Scene::new(seed).moves(&["--mode", mode, "--granularity", "65536"], "qcow2");
+    }
+}
+
+#[test]
+fn wait_returns_when_the_job_is_ready_and_pivot_when_it_is_done() {
+    let mut scene = Scene::new(14);
+    scene.mirror(&["--wait"]);
+    assert_eq!(scene.status()["phase"], "ready");
+    scene.daemon.ok("pivot", &["vda"]);
+    scene.ends_on_the_target("qcow2");
+
+    let mut scene = Scene::new(15);
+    scene.mirror(&["--raw", "--wait", "--pivot"]);
+    let status = scene.status();
+    assert_eq!((&status["phase"], &status["serving"]), (&"pivoted".into(), &scene.target().into()), "{status}");
+    scene.ends_on_the_target("raw");
+}
+
+#[test]
+fn finish_leaves_a_copy_and_the_guest_on_the_source() {
+    let mut scene = Scene::new(16);
+    scene.mirror(&["--wait", "--finish"]);
+    assert_eq!(scene.status()["phase"], "cancelled");
+    check(&scene.target, "qcow2");
+    scene.ends_on_the_source();
+}
+
+#[test]
+fn a_copy_that_was_cancelled_when_ready_equals_the_disk() {
+    let mut scene = Scene::new(17);
+    scene.mirror(&["--wait"]);
+    scene.writes(100);
+    let truth = scene.writer.take().expect("a guest").stop();
+    scene.daemon.ok("cancel", &["vda"]);
+    assert_same("the copy", &content(&scene.target, "qcow2"), &truth);
+    check(&scene.target, "qcow2");
+    let habits = Habits { seed: 18, ..Habits::default() };
+    scene.writer = Some(Writer::start(&scene.daemon.socket(), "vda", truth, habits));
+    scene.ends_on_the_source();
+}
+
+#[test]
+fn a_copy_that_was_cancelled_under_load_is_the_disk_of_one_instant() {
+    const SLOT: u64 = 4096;
+    let folder = folder();
+    let disk = folder.path().join("disk.qcow2");
+    images::create(&disk, "qcow2", DISK_LEN, &[]);
+    let mut daemon = Daemon::serve(folder.path(), &[format!("vda={},format=qcow2", disk.display())]);
+    let copy = folder.path().join("copy.qcow2");
+    let slots = DISK_LEN / SLOT;
+    // Each write has a place of its own, far from the last one's, and waits for its answer before the next.
+    let place = move |number: u64| number * 1_237 % slots * SLOT;
+    let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let (stop_too, socket) = (stop.clone(), daemon.socket());
+    let guest = std::thread::spawn(move || {
+        let mut client = Client::connect(&socket, "vda", Replies::Simple).expect("a connection");
+        let mut number = 0;
+        while number < slots && !stop_too.load(std::sync::atomic::Ordering::Relaxed) {
+            client.ask(&Request::Write { at: place(number), bytes: vec![1 + (number % 255) as u8; SLOT as usize] });
+            number += 1;
+        }
+        number
+    });
+    daemon.ok("mirror", &["vda", &copy.display().to_string(), "--wait"]);
+    daemon.ok("cancel", &["vda"]);
+    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    let written = guest.join().expect("the guest");
+    daemon.stop();
+    let bytes = content(&copy, "qcow2");
+    let there = |number: u64| {
+        let slot = &bytes[place(number) as usize..][..SLOT as usize];
+        let whole = |byte: u8| slot.iter().all(|found| *found == byte);
+        assert!(whole(0) || whole(1 + (number % 255) as u8), "write {number} is torn in the copy");
+        !whole(0)
+    };
+    let first_missing = (0..written).find(|number| !there(*number)).unwrap_or(written);
+    let later = (first_missing..written).find(|number| there(*number));
+    assert_eq!(later, None, "write {first_missing} of {written} is not in the copy, and a later one is");
+}
+
+#[test]
+fn a_cancelled_job_leaves_the_guest_where_it_was() {
+    for (seed, force) in [(19, &["vda"][..]), (20, &["vda", "--force"])] {
+        let mut scene = Scene::new(seed);
+        scene.mirror(&["--speed", SLOW]);
+        scene.writes(50);
+        scene.daemon.ok("cancel", force);
+        let status = scene.status();
+        assert_eq!(status["phase"], "cancelled", "{status}");
+        assert_eq!(status["job"], Value::Null, "{status}");
+        scene.ends_on_the_source();
+    }
+    let mut scene = Scene::new(21);
+    scene.mirror(&["--wait"]);
+    scene.daemon.ok("cancel", &["vda", "--force"]);
+    assert_eq!(scene.status()["phase"], "cancelled");
+    scene.ends_on_the_source();
+}
+
+#[test]
+fn a_second_job_after_the_first_one_ended_is_as_good() {
+    let mut scene = Scene::new(22);
+    scene.mirror(&["--speed", SLOW]);
+    scene.daemon.ok("cancel", &["vda"]);
+    scene.target = scene.folder.path().join("second");
+    scene = scene.moves(&["--raw"], "raw");
+    assert!(scene.target.exists());
+}
+
+#[test]
+fn a_paused_job_copies_nothing_and_loses_no_write() {
+    let mut scene = Scene::new(23);
+    scene.mirror(&["--speed", SLOW]);
+    scene.daemon.ok("pause", &["vda"]);
+    assert_eq!(scene.status()["paused"], true);
+    // What was in flight when it was paused has ended long before these writes have.
+    scene.writes(200);
+    let before = scene.status();
+    scene.writes(200);
+    let after = scene.status();
+    assert_eq!(before["copied_bytes"], after["copied_bytes"], "{before} {after}");
+    assert_eq!(after["paused"], true);
+    scene.daemon.ok("set", &["vda", "--speed", "0"]);
+    scene.daemon.ok("resume", &["vda"]);
+    let ready = scene.daemon.wait_for("vda", "ready");
+    assert_eq!(ready["paused"], false, "{ready}");
+    scene.daemon.ok("pivot", &["vda"]);
+    scene.ends_on_the_target("qcow2");
+}
+
+#[test]
+fn progress_is_whole_at_ready_and_not_before() {
+    let scene = Scene::new(24);
+    let none = scene.status();
+    assert_eq!(none["phase"], "none");
+    assert_eq!(none["job"], Value::Null);
+    assert_eq!(none["target"], Value::Null);
+    scene.mirror(&["--speed", SLOW]);
+    let status = scene.status();
+    for field in ["total_bytes", "remaining_bytes", "copied_bytes", "dirty_bytes"] {
+        assert!(status[field].is_u64(), "{field}: {status}");
+    }
+    assert!(["seeding", "converging"].iter().any(|phase| status["phase"] == **phase), "{status}");
+    assert!(status["remaining_bytes"].as_u64() > Some(0), "{status}");
+    assert!(status["copied_bytes"].as_u64() < status["total_bytes"].as_u64(), "{status}");
+    assert_eq!(status["speed_bytes_per_s"].to_string(), SLOW);
+    assert_eq!(status["target"], scene.target());
+    assert_eq!((&status["source"], &status["serving"]), (&scene.source().into(), &scene.source().into()));
+    let all: Value = serde_json::from_str(&scene.daemon.ok("status", &["--json"])).expect("JSON");
+    assert_eq!(all.as_array().map(Vec::len), Some(1), "{all}");
+    scene.daemon.ok("set", &["vda", "--speed", "0"]);
+    support::eventually("the job is ready", || {
+        let status = scene.status();
+        let ready = status["phase"] == "ready";
+        assert!(ready || status["remaining_bytes"].as_u64() > Some(0), "{status}");
+        ready.then_some(())
+    });
+}
+
+#[test]
+fn two_disks_of_one_daemon_move_at_once() {
+    let folder = folder();
+    let homes = ["a", "b"].map(|name| folder.path().join(name));
+    homes.iter().for_each(|home| std::fs::create_dir(home).expect("a folder of ours"));
+    let chains = [three_layers(&homes[0], DISK_LEN, 25), three_layers(&homes[1], DISK_LEN, 26)];
+    let truths = [chains[0].content(), chains[1].content()];
+    let mut daemon = Daemon::serve(folder.path(), &[chains[0].export("vda"), chains[1].export("vdb")]);
+    let targets = homes.map(|home| home.join("target"));
+    let mut writers = Vec::new();
+    for (index, (name, truth)) in ["vda", "vdb"].into_iter().zip(truths).enumerate() {
+        let habits = Habits { seed: index as u64, ..Habits::default() };
+        writers.push(Writer::start(&daemon.socket(), name, truth, habits));
+        daemon.ok("mirror", &[name, &targets[index].display().to_string()]);
+    }
+    for name in ["vda", "vdb"] {
+        daemon.wait_for(name, "ready");
+        daemon.ok("pivot", &[name]);
+    }
+    writers.iter().for_each(|writer| writer.wait(50));
+    let truths: Vec<Vec<u8>> = writers.into_iter().map(Writer::stop).collect();
+    daemon.stop();
+    for (target, truth) in targets.iter().zip(&truths) {
+        assert_same("a target on its own", &content(target, "qcow2"), truth);
+        check(target, "qcow2");
+    }
+}
+
+// Refusals.
+
+/// What is refused leaves no file, starts no job, and the guest stays where it is.
+#[track_caller]
+fn leaves_nothing(scene: &mut Scene, options: &[&str]) -> String {
+    let before = std::fs::read(&scene.target).ok();
+    let said = scene.mirror_refused(options);
+    assert!(std::fs::read(&scene.target).ok() == before, "the target was touched: {said}");
+    assert_eq!(scene.status()["phase"], "none", "{said}");
+    said
+}
+
+#[test]
+fn requests_that_cannot_be_are_refused_and_leave_nothing() {
+    let mut scene = Scene::new(27);
+    leaves_nothing(&mut scene, &["--shallow", "--raw"]);
+    leaves_nothing(&mut scene, &["--reuse-external"]);
+    leaves_nothing(&mut scene, &["--granularity", "1000"]);
+
+    std::fs::write(&scene.target, b"somebody's file").expect("a file of ours");
+    leaves_nothing(&mut scene, &[]);
+    leaves_nothing(&mut scene, &["--raw"]);
+    // Probed, and not known: raw is never guessed.
+    leaves_nothing(&mut scene, &["--reuse-external"]);
+
+    for (format, options) in [("raw", &["--reuse-external", "--raw"][..]), ("qcow2", &["--reuse-external"])] {
+        images::create(&scene.target, format, DISK_LEN / 2, &[]);
+        let said = leaves_nothing(&mut scene, options);
+        assert!(said.contains(&DISK_LEN.to_string()) && said.contains(&(DISK_LEN / 2).to_string()), "{said}");
+    }
+    images::create(&scene.target, "qcow2", DISK_LEN * 2, &[]);
+    leaves_nothing(&mut scene, &["--reuse-external"]);
+
+    scene.target = scene.folder.path().join("no such folder").join("target");
+    leaves_nothing(&mut scene, &[]);
+    scene.ends_on_the_source();
+}
+
+#[test]
+fn a_layer_of_the_source_is_no_target_by_whatever_name() {
+    let mut scene = Scene::new(28);
+    let (symbolic, hard) = (scene.folder.path().join("symbolic"), scene.folder.path().join("hard"));
+    std::os::unix::fs::symlink(&scene.chain.layers[1].0, &symbolic).expect("a link");
+    std::fs::hard_link(&scene.chain.layers[0].0, &hard).expect("a link");
+    for name in [scene.chain.top.clone(), symbolic, hard] {
+        scene.target = name;
+        for options in [&["--reuse-external"][..], &["--reuse-external", "--raw"], &[]] {
+            scene.mirror_refused(options);
+            assert_eq!(scene.status()["phase"], "none");
+        }
+    }
+    scene.ends_on_the_source();
+}
+
+#[test]
+fn a_dry_run_answers_and_does_nothing() {
+    let mut scene = Scene::new(29);
+    scene.mirror(&["--dry-run"]);
+    assert!(!scene.target.exists(), "a dry run makes no file");
+    leaves_nothing(&mut scene, &["--dry-run", "--shallow", "--raw"]);
+    assert_eq!(scene.status()["phase"], "none");
+    scene.ends_on_the_source();
+}
+
+#[test]
+fn while_a_job_is_active_a_second_one_and_an_early_pivot_are_refused() {
+    let mut scene = Scene::new(30);
+    scene.mirror(&["--speed", SLOW]);
+    let other = scene.folder.path().join("other");
+    scene.daemon.refused("mirror", &["vda", &other.display().to_string()]);
+    assert!(!other.exists(), "a refused request leaves no file");
+    let said = scene.daemon.refused("pivot", &["vda"]);
+    assert!(said.chars().any(|letter| letter.is_ascii_digit()), "it says how much remains: {said}");
+    scene.daemon.ok("cancel", &["vda"]);
+    for verb in ["pivot", "cancel", "pause", "resume"] {
+        scene.daemon.refused(verb, &["vda"]);
+        scene.daemon.refused(verb, &["no such export"]);
+    }
+    scene.ends_on_the_source();
+}
+
+#[test]
+fn the_programs_words_for_misuse_are_no_refusals() {
+    let scene = Scene::new(31);
+    for args in [&["mirror"][..], &["mirror", "vda"], &["mirror", "vda", "x", "--mode", "fast"], &["no-such-verb"]] {
+        let mut command = Command::new(support::daemon::program());
+        command.arg(args[0]).arg("--control").arg(scene.daemon.control_socket()).args(&args[1..]);
+        assert_eq!(support::tools::output(&mut command).status.code(), Some(2), "{args:?}");
+    }
+}
+
+// Thinness.
+
+/// A disk of `DISK_LEN` with two small islands, written zeroes between them, and nothing in the rest.
+fn thin_disk(folder: &Path) -> Chain {
+    let top = folder.join("disk.qcow2");
+    images::create(&top, "qcow2", DISK_LEN, &[]);
+    support::tools::ran(
+        Command::new("qemu-io")
+            .args(["-f", "qcow2", "-c", "write -P 1 1M 256k", "-c", "write -P 2 20M 256k"])
+            .args(["-c", "write -P 0 2M 16M", "-c", "write -z 28M 1M"])
+            .arg(&top),
+    );
+    Chain { top: top.clone(), format: "qcow2", layers: vec![(top, "qcow2")], told: String::new() }
+}
+
+#[test]
+fn a_target_is_never_thicker_than_its_source_and_zeroes_become_holes() {
+    for (format, options) in [("qcow2", &[][..]), ("raw", &["--raw"])] {
+        let folder = folder();
+        let chain = thin_disk(folder.path());
+        let target = folder.path().join("target");
+        let mut daemon = Daemon::serve(folder.path(), &[chain.export("vda")]);
+        let name = target.display().to_string();
+        daemon.ok("mirror", &[&["vda", &name, "--wait", "--pivot"], options].concat());
+        daemon.stop();
+        assert_same(format, &content(&target, format), &chain.content());
+        check(&target, format);
+        let (islands_len, tables_len) = (512 << 10, 1 << 20);
+        assert!(allocated(&target) <= islands_len + tables_len, "{format}: {} bytes", allocated(&target));
+        assert!(allocated(&target) <= chain.allocated(), "{format}: thicker than its source");
+    }
+}
+
+#[test]
+fn a_reused_target_gives_back_what_the_source_does_not_have() {
+    let folder = folder();
+    let chain = thin_disk(folder.path());
+    let target = folder.path().join("target.raw");
+    std::fs::write(&target, vec![0xdd; DISK_LEN as usize]).expect("a file of ours");
+    let mut daemon = Daemon::serve(folder.path(), &[chain.export("vda")]);
+    let name = target.display().to_string();
+    daemon.ok("mirror", &["vda", &name, "--reuse-external", "--raw", "--wait", "--pivot"]);
+    daemon.stop();
+    assert_same("the target", &content(&target, "raw"), &chain.content());
+    assert!(allocated(&target) <= 2 << 20, "{} bytes", allocated(&target));
+}
+
+#[test]
+fn a_disk_that_nobody_writes_moves_as_well() {
+    let folder = folder();
+    let chain = three_layers(folder.path(), DISK_LEN, 32);
+    let truth = chain.content();
+    let target = folder.path().join("target");
+    let mut daemon = Daemon::serve_with(folder.path(), &[chain.export("vda")], &["--cache", "writeback"]);
+    daemon.ok("mirror", &["vda", &target.display().to_string(), "--wait", "--pivot"]);
+    daemon.stop();
+    assert_same("the target", &content(&target, "qcow2"), &truth);
+}
