@@ -1,5 +1,5 @@
 //! Open files and sockets, and the bell-push of a thread that waits in its ring.
-use rustix::event::{EventfdFlags, eventfd};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
@@ -39,6 +39,14 @@ impl File {
             // A socket whose peer is gone already has nothing left to shut.
             let _ = rustix::net::shutdown(fd, rustix::net::Shutdown::Both);
         }
+    }
+
+    /// True where the other end of a socket is closed, also when bytes of it wait to be received.
+    pub fn hung_up(&self) -> bool {
+        let Some(fd) = self.as_fd() else { return false };
+        let mut asked = [PollFd::from_borrowed_fd(fd, PollFlags::RDHUP)];
+        // An error means that it is no socket any more.
+        poll(&mut asked, Some(&Timespec::default())).map_or(true, |answers| answers > 0)
     }
 
     /// Small messages are sent at once; a Unix socket does so anyway.

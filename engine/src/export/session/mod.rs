@@ -304,7 +304,10 @@ impl Session {
                 Outcome::More => {}
                 Outcome::Closed(reason) => self.leave(io, Ending::Handshake(reason)),
                 Outcome::Transmission(negotiated) => match self.directory.gate(&negotiated.export.name) {
-                    Some(gate) => self.phase = Phase::Transmission(Box::new(Transmission::new(*negotiated, gate))),
+                    Some(gate) => {
+                        self.phase =
+                            Phase::Transmission(Box::new(Transmission::new(*negotiated, gate, self.socket.clone())))
+                    }
                     None => self.leave(io, Ending::NoExport(negotiated.export.name)),
                 },
             }
