@@ -57,6 +57,16 @@ impl File {
         }
     }
 
+    /// Lets a Unix socket hold up to `len` bytes that its peer has not taken yet, as far as the system
+    /// allows: a long reply is then handed over in few pieces. TCP finds its own measure.
+    pub fn hold_to_send(&self, len: usize) {
+        use rustix::net::{AddressFamily, sockopt};
+        if let Some(fd) = self.as_fd().filter(|fd| sockopt::socket_domain(fd) == Ok(AddressFamily::UNIX)) {
+            // Less is only slower.
+            let _ = sockopt::set_socket_send_buffer_size(fd, len);
+        }
+    }
+
     /// Makes everything durable that was written before. Waits: for starting and stopping.
     pub fn flush_now(&self) -> io::Result<()> {
         self.as_fd().map_or(Ok(()), |fd| rustix::fs::fdatasync(fd).map_err(io::Error::from))
