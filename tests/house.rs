@@ -226,12 +226,7 @@ fn faults(source: &Source) -> Vec<String> {
         "only engine/src/daemon starts threads or waits; all else is stepped",
     ));
     let may_record = ["engine/src/pivot.rs", "formats/src/record.rs"];
-    faults.extend(misplaced(
-        source,
-        &[".encode()"],
-        &may_record,
-        "only engine/src/pivot.rs writes the record",
-    ));
+    faults.extend(misplaced(source, &[".encode()"], &may_record, "only engine/src/pivot.rs writes the record"));
     faults
 }
 
