@@ -1,3 +1,48 @@
 //! The program: words in, requests out.
+//!
+//! ```text
+//! args     what can be said on the command line, each word once
+//! client   asks a running daemon, by QMP over its control socket
+//! verbs    one file for what each verb does
+//! text     what a status looks like to a person
+//! output   results on stdout, everything else on stderr
+//! ```
+mod args;
+mod client;
+mod failure;
+mod output;
+mod size;
+mod text;
+mod verbs;
 
-fn main() {}
+use args::{Args, Verb};
+use clap::Parser;
+use failure::Failure;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    output::log_to_stderr(args.verbose);
+    match run(args.verb) {
+        // Whoever read our results has heard enough.
+        Ok(()) | Err(Failure::Unheard) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("blkmirror: {failure}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(verb: Verb) -> Result<(), Failure> {
+    match verb {
+        Verb::Mirror(mirror) => verbs::mirror::run(mirror),
+        Verb::Status(status) => verbs::status::run(&status),
+        Verb::Pivot(job) => verbs::job::pivot(&job),
+        Verb::Cancel(cancel) => verbs::job::cancel(&cancel),
+        Verb::Pause(job) => verbs::job::pause(&job),
+        Verb::Resume(job) => verbs::job::resume(&job),
+        Verb::Set(set) => verbs::job::set(&set),
+        Verb::Watch(watch) => verbs::watch::run(&watch),
+        Verb::Quit(daemon) => verbs::job::quit(&daemon),
+    }
+}

@@ -106,9 +106,8 @@ const LOOKS: usize = 256;
 const RETRY: Duration = Duration::from_millis(500);
 
 /// What an operator wants of a running job.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Wish {
-    Pivot,
+    Pivot(End, RecordFile),
     /// Leave the target as a copy of one instant.
     Finish,
     /// Give up.
@@ -138,14 +137,17 @@ pub struct Job {
     parts: Parts,
     phase: Phase,
     stage: Stage,
-    wish: Option<(Wish, Option<(End, RecordFile)>)>,
+    wish: Option<Wish>,
     paused: bool,
     /// What the seeder marked.
     seeded: u64,
     error: Option<String>,
+    undone: Option<String>,
     retry_at: Option<Duration>,
     /// The record as a finished pivot left it.
     record: Option<RecordFile>,
+    /// It ended with the target a whole copy.
+    complete: bool,
     /// Set while a failed job is being taken out of the guest's way.
     broken: bool,
 }
@@ -179,8 +181,10 @@ impl Job {
             paused: false,
             seeded: 0,
             error: None,
+            undone: None,
             retry_at: None,
             record: None,
+            complete: false,
             broken: false,
         }
     }
@@ -220,6 +224,11 @@ impl Job {
         self.record.take()
     }
 
+    /// True where it has ended and the target is a whole copy.
+    pub fn is_complete(&self) -> bool {
+        self.complete
+    }
+
     /// True where the wish for an end is known and not carried out yet.
     pub fn is_ending(&self) -> bool {
         self.wish.is_some() || matches!(self.stage, Stage::Ending(_) | Stage::Detaching(_) | Stage::Resting)
@@ -255,13 +264,17 @@ impl Job {
 
     /// Wishes for the pivot. Only in `Phase::Ready`.
     pub fn pivot(&mut self, end: End, record: RecordFile) {
-        self.wish = Some((Wish::Pivot, Some((end, record))));
+        self.wish = Some(Wish::Pivot(end, record));
     }
 
     /// Wishes for the end on the source: with a whole copy where it is ready and not `force`.
-    pub fn cancel(&mut self, force: bool, record: RecordFile) {
-        let wish = if force || self.phase != Phase::Ready { Wish::GiveUp } else { Wish::Finish };
-        self.wish = Some((wish, Some((End::Stay, record))));
+    pub fn cancel(&mut self, force: bool) {
+        self.wish = Some(if force || self.phase != Phase::Ready { Wish::GiveUp } else { Wish::Finish });
+    }
+
+    /// Why a pivot or a finish was undone, once.
+    pub fn take_undone(&mut self) -> Option<String> {
+        self.undone.take()
     }
 
     /// Takes in what became of one of its operations; a step follows.
@@ -412,45 +425,43 @@ impl Job {
         if matches!(self.stage, Stage::Detaching(_)) {
             return true;
         }
-        let Some((wish, ending)) = self.wish.take() else { return false };
-        match (wish, ending) {
-            (Wish::GiveUp, _) => self.detach(),
-            (Wish::Pivot | Wish::Finish, Some((end, record))) if self.phase == Phase::Ready => {
-                // A wish to end outweighs a wish to rest.
-                self.paused = false;
-                self.parts.mirror.hold(false);
-                let (mirror, gate) = (Arc::clone(&self.parts.mirror), Arc::clone(&self.parts.gate));
-                let pivot = Pivot::begin(mirror, gate, end, record, tools.io.now(), self.parts.pause_max);
-                self.stage = Stage::Ending(Box::new(pivot));
-                self.happened(Happened::EndBegan);
-            }
+        match self.wish.take() {
+            None => return false,
+            Some(Wish::GiveUp) => self.detach(),
             // It fell behind meanwhile: carried out when it has caught up.
-            (wish, ending) => {
-                self.wish = Some((wish, ending));
+            Some(wish) if self.phase != Phase::Ready => {
+                self.wish = Some(wish);
                 return false;
             }
+            Some(Wish::Pivot(end, record)) => self.begin_end(end, Some(record), tools.io.now()),
+            Some(Wish::Finish) => self.begin_end(End::Stay, None, tools.io.now()),
         }
         true
+    }
+
+    /// Closes the gate for the end. A wish to end outweighs a wish to rest.
+    fn begin_end(&mut self, end: End, record: Option<RecordFile>, now: Duration) {
+        self.paused = false;
+        self.parts.mirror.hold(false);
+        let (mirror, gate) = (Arc::clone(&self.parts.mirror), Arc::clone(&self.parts.gate));
+        self.stage = Stage::Ending(Box::new(Pivot::begin(mirror, gate, end, record, now, self.parts.pause_max)));
+        self.happened(Happened::EndBegan);
     }
 
     /// A pivot or a finish is over.
     fn ended(&mut self, outcome: Result<()>) {
         let Stage::Ending(pivot) = std::mem::replace(&mut self.stage, Stage::Copying) else { return };
         let switched = pivot.switches();
-        self.record = Some(pivot.into_record());
+        self.record = pivot.into_record();
         match outcome {
-            Ok(()) if switched => {
-                self.happened(Happened::PivotDone);
-                self.parts.mirror.hold(true);
-                self.stage = Stage::Over;
-            }
             Ok(()) => {
-                self.happened(Happened::CancelDone);
+                self.complete = true;
                 self.parts.mirror.hold(true);
                 self.stage = Stage::Over;
+                self.happened(if switched { Happened::PivotDone } else { Happened::CancelDone });
             }
             Err(error) => {
-                self.error = Some(error.one_line());
+                self.undone = Some(error.one_line());
                 self.happened(Happened::EndUndone);
             }
         }

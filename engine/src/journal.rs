@@ -70,6 +70,13 @@ impl WordJournal {
         self.awake.store(true, Ordering::Release);
     }
 
+    /// From now on nothing is noted, and what was is forgotten: the target is not the truth after all.
+    pub fn sleep(&self) {
+        self.awake.store(false, Ordering::Release);
+        self.store(COUNTS, 0);
+        self.store(COUNTS + 1, 0);
+    }
+
     fn reset(&self, boot: BootId) {
         for (word, value) in
             [(0, 0), (GENERATION, 0), (COUNTS, 0), (COUNTS + 1, 0), (1, boot[0]), (2, boot[1]), (0, MAGIC)]

@@ -78,7 +78,8 @@ pub struct Pivot {
     gate: Arc<Gate>,
     end: End,
     stage: Stage,
-    record_file: RecordFile,
+    /// Absent where nothing is to be recorded.
+    record_file: Option<RecordFile>,
     /// The last pass ends by then or the pivot is undone.
     deadline: Duration,
     /// Why the source is being recorded anew.
@@ -118,7 +119,7 @@ impl Pivot {
         mirror: Arc<Mirror>,
         gate: Arc<Gate>,
         end: End,
-        record_file: RecordFile,
+        record_file: Option<RecordFile>,
         now: Duration,
         pause_max: Duration,
     ) -> Self {
@@ -132,7 +133,7 @@ impl Pivot {
     }
 
     /// The record as it stands after the pivot.
-    pub fn into_record(self) -> RecordFile {
+    pub fn into_record(self) -> Option<RecordFile> {
         self.record_file
     }
 
@@ -213,6 +214,9 @@ impl Pivot {
 
     /// Everything before the record is undone by opening the gate on the source, mirrored as before.
     fn undo(&mut self, error: Error) -> Step {
+        if let End::Switch { journal: Some(journal), .. } = &self.end {
+            journal.sleep();
+        }
         self.open(Route { disk: Arc::clone(&self.mirror.source), mirror: Some(Arc::clone(&self.mirror)) });
         Step::Done(Err(error))
     }
@@ -230,12 +234,14 @@ impl Pivot {
 
     /// Puts the record on its way: the target as the truth or, after a failure, the source again.
     fn begin_record<I: Io>(&mut self, tools: &mut Tools<I>, base: Token) -> Result<()> {
-        let End::Switch { record, journal } = &mut self.end else { return Ok(()) };
+        let (End::Switch { record, journal }, Some(record_file)) = (&mut self.end, &self.record_file) else {
+            return Err(Error::invalid("a pivot without a record"));
+        };
         if let (Some(journal), None) = (journal, &self.failed) {
             // Everything is settled: what comes after the switch is noted from its first write on.
             journal.wake();
         }
-        let mut new = match (&self.failed, self.record_file.newest()) {
+        let mut new = match (&self.failed, record_file.newest()) {
             (None, _) => record.clone(),
             (Some(_), Some(old)) => old.clone(),
             // There was none: the export's origin is the truth.
@@ -246,22 +252,23 @@ impl Pivot {
             },
         };
         // A failed record may count after a crash: what replaces it has to be newer.
-        new.generation = self.record_file.generation() + if self.failed.is_some() { 2 } else { 1 };
-        let slot = self.record_file.free_slot();
+        new.generation = record_file.generation() + if self.failed.is_some() { 2 } else { 1 };
+        let slot = record_file.free_slot();
         let bytes = new.encode()?;
         let mut buf = Buffer::alone(SLOT_LEN);
         buf.copy_from_slice(&bytes);
         *record = if self.failed.is_some() { record.clone() } else { new };
-        let file = self.record_file.file.clone();
+        let file = record_file.file.clone();
         tools.io.submit(base, Op::Write { file, at: (slot * SLOT_LEN) as u64, buf });
         self.stage = Stage::Record(Writing::Written);
         Ok(())
     }
 
     fn record_moved<I: Io>(&mut self, tools: &mut Tools<I>, base: Token, writing: Writing, done: Completion) -> Step {
+        let Some(record_file) = &self.record_file else { return Step::Busy };
         match (writing, done.result) {
             (Writing::Written, Ok(count)) if count as usize == SLOT_LEN => {
-                tools.io.submit(base, Op::Flush { file: self.record_file.file.clone() });
+                tools.io.submit(base, Op::Flush { file: record_file.file.clone() });
                 self.stage = Stage::Record(Writing::Flushing);
             }
             (Writing::Flushing, Ok(_)) => return self.recorded(),
@@ -280,12 +287,11 @@ impl Pivot {
 
     /// The record is durable: from here on there is only one way.
     fn recorded(&mut self) -> Step {
-        let slot = self.record_file.free_slot();
         if let Some(error) = self.failed.take() {
             return self.undo(error);
         }
-        if let End::Switch { record, .. } = &self.end {
-            self.record_file.newest = Some((record.clone(), slot));
+        if let (End::Switch { record, .. }, Some(file)) = (&self.end, &mut self.record_file) {
+            file.newest = Some((record.clone(), file.free_slot()));
         }
         let disk = if planted(Fault::SourceAfterRecord) { &self.mirror.source } else { &self.mirror.target };
         self.open(Route { disk: Arc::clone(disk), mirror: None });

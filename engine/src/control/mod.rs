@@ -29,6 +29,9 @@ pub enum Request {
         /// Give up at once, also when ready.
         force: bool,
     },
+    /// End a ready job, its target a copy of that instant; refused before ready, where `Cancel` gives
+    /// up. Answered when it is done.
+    Finish(String),
     /// Stop copying; guest writes are still tracked.
     Pause(String),
     /// Go on copying.

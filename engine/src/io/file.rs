@@ -41,6 +41,14 @@ impl File {
         }
     }
 
+    /// Small messages are sent at once; a Unix socket does so anyway.
+    pub fn no_delay(&self) {
+        if let Some(fd) = self.as_fd() {
+            // A socket that is not TCP has no such option.
+            let _ = rustix::net::sockopt::set_tcp_nodelay(fd, true);
+        }
+    }
+
     /// Makes everything durable that was written before. Waits: for starting and stopping.
     pub fn flush_now(&self) -> io::Result<()> {
         self.as_fd().map_or(Ok(()), |fd| rustix::fs::fdatasync(fd).map_err(io::Error::from))

@@ -163,7 +163,7 @@ fn header(create: &Create, geometry: Geometry, layout: &Layout) -> Result<Vec<u8
 }
 
 fn check(create: &Create) -> Result<()> {
-    if create.size % 512 != 0 {
+    if !create.size.is_multiple_of(512) {
         return Err(Error::invalid(format!("size {} is not a multiple of 512", create.size)));
     }
     if create.version == 2 && (create.lazy_refcounts || create.compression != Compression::Zlib) {

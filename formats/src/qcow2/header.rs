@@ -166,7 +166,7 @@ impl Header {
             )));
         }
         let len = bytes.u32(100)? as usize;
-        if len < V3_LEN_MIN || len % 8 != 0 {
+        if len < V3_LEN_MIN || !len.is_multiple_of(8) {
             return Err(Error::malformed(format!("header_length {len} is not a multiple of 8 from 104 on")));
         }
         Ok((len, bytes.u32(96)?, [bytes.u64(72)?, bytes.u64(80)?, bytes.u64(88)?]))

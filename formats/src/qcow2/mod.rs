@@ -25,6 +25,7 @@
 //!    is durable and nobody can still be reading the old place (`Image::recycle`).
 //! 4. What is committed while a settle is under way is not written by it: its payload was perhaps
 //!    not flushed. See `settle`.
+pub mod check;
 pub mod create;
 mod entry;
 mod geometry;
@@ -41,6 +42,7 @@ mod state;
 mod table;
 mod zero;
 
+pub use check::{Check, check};
 pub use create::{Create, create};
 pub use geometry::Geometry;
 pub use header::{Backing, Compression, Header};

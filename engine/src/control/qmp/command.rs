@@ -61,6 +61,7 @@ const COMMANDS: &[(&str, Parse)] = &[
         let Cancel { export, force } = arguments.parse()?;
         Ok(waiting(Request::Cancel { export, force }))
     }),
+    ("blkmirror-finish", |arguments| arguments.parse().map(|NamedExport { export }| waiting(Request::Finish(export)))),
     ("blkmirror-mirror", |arguments| arguments.parse::<MirrorRequest>().map(|it| waiting(Request::Mirror(it)))),
     ("blkmirror-pause", |arguments| arguments.parse().map(|NamedExport { export }| waiting(Request::Pause(export)))),
     ("blkmirror-pivot", |arguments| arguments.parse().map(|NamedExport { export }| waiting(Request::Pivot(export)))),
@@ -77,7 +78,7 @@ const COMMANDS: &[(&str, Parse)] = &[
     }),
     ("block-job-change", |arguments| {
         let ChangeJob { id, copy_mode, .. } = arguments.parse()?;
-        Ok(Plan::OfJob(id, Verb::Change(copy_mode.into())))
+        Ok(Plan::OfJob(id, Verb::Change(copy_mode)))
     }),
     ("block-job-complete", |arguments| of_device(arguments, Verb::Complete)),
     ("block-job-pause", |arguments| of_device(arguments, Verb::Pause)),

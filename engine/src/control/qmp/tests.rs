@@ -246,6 +246,7 @@ fn qmp_verbs_begin_and_our_verbs_end() {
     let ours = [
         ("blkmirror-pivot", json!({ "export": "vda" }), Request::Pivot(vda())),
         ("blkmirror-cancel", json!({ "export": "vda" }), Request::Cancel { export: vda(), force: false }),
+        ("blkmirror-finish", json!({ "export": "vda" }), Request::Finish(vda())),
         ("blkmirror-pause", json!({ "export": "vda" }), Request::Pause(vda())),
         ("blkmirror-resume", json!({ "export": "vda" }), Request::Resume(vda())),
         ("blkmirror-abort", json!({ "export": "vda", "flags": 2 }), Request::Pivot(vda())),

@@ -159,9 +159,15 @@ impl Session {
         }
     }
 
-    /// Set to true, and the waker called, it ends the session when what is under way is done.
-    pub fn stop(&self) -> Arc<AtomicBool> {
+    #[cfg(test)]
+    pub(crate) fn stop(&self) -> Arc<AtomicBool> {
         Arc::clone(&self.stop)
+    }
+
+    /// The same, ending when `stop` is true and the waker was called, and what is under way is done.
+    #[must_use]
+    pub fn stopped_by(self, stop: Arc<AtomicBool>) -> Self {
+        Self { stop, ..self }
     }
 
     /// The name of the export that was chosen.

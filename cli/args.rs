@@ -1,0 +1,180 @@
+//! What can be said on the command line. Help and manual come from here.
+use crate::size;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{ArgGroup, Args as Arguments, Parser, Subcommand};
+use engine::control::{Mode, OnError, TargetFormat};
+use serde::de::DeserializeOwned;
+use serde::de::value::{Error as NameError, StrDeserializer};
+use std::path::PathBuf;
+
+/// Moves a virtual machine's disk to a new place while the guest goes on writing.
+///
+/// Exit status: 0 done, 1 refused or failed, 2 misused.
+#[derive(Debug, Parser)]
+#[command(name = "blkmirror", version, arg_required_else_help = true)]
+pub struct Args {
+    #[command(subcommand)]
+    pub verb: Verb,
+    /// Say more on stderr; twice for everything
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Copy an export's disk to a new place while its guest writes
+    Mirror(Mirror),
+    /// Say how one export stands, or all of them
+    Status(Status),
+    /// Make the target of a ready mirror the disk that is served
+    Pivot(Job),
+    /// End a mirror; the guest stays on the source
+    Cancel(Cancel),
+    /// Stop copying; guest writes are still tracked
+    Pause(Job),
+    /// Go on copying
+    Resume(Job),
+    /// Change a mirror while it runs
+    Set(Set),
+    /// Follow one export, or all of them, a line for each change
+    Watch(Watch),
+    /// End the daemon
+    Quit(Daemon),
+}
+
+/// Which daemon.
+#[derive(Debug, Arguments)]
+pub struct Daemon {
+    /// The daemon's control socket
+    #[arg(long, value_name = "PATH")]
+    pub control: PathBuf,
+}
+
+/// Whose job.
+#[derive(Debug, Arguments)]
+pub struct Job {
+    #[command(flatten)]
+    pub daemon: Daemon,
+    /// The export's name
+    pub export: String,
+}
+
+#[derive(Debug, Arguments)]
+pub struct Mirror {
+    #[command(flatten)]
+    pub job: Job,
+    /// Where the copy goes: a file or a block device
+    pub target: String,
+    /// Copy only what the top layer holds; the target has the same backing as the source
+    #[arg(long)]
+    pub shallow: bool,
+    /// The target is there already
+    #[arg(long)]
+    pub reuse_external: bool,
+    /// The target is raw
+    #[arg(long, conflicts_with = "format")]
+    pub raw: bool,
+    /// The target's format; the source's where it is not given
+    #[arg(long, value_name = "FORMAT", value_parser = formats())]
+    pub format: Option<TargetFormat>,
+    /// How guest writes are handled
+    #[arg(long, default_value = "auto", value_parser = modes())]
+    pub mode: Mode,
+    /// Bytes a second, with K, M, G or T; 0 is no limit
+    #[arg(long, value_name = "BYTES_PER_S", default_value = "0", value_parser = size::parse)]
+    pub speed: u64,
+    /// Bytes a chunk, a power of two; chosen where it is not given
+    #[arg(long, value_name = "BYTES", default_value = "0", hide_default_value = true, value_parser = size::parse)]
+    pub granularity: u64,
+    /// What to do when the target fails
+    #[arg(long, value_name = "POLICY", default_value = "report", value_parser = policies())]
+    pub on_target_error: OnError,
+    /// The job's name; the export's where it is not given
+    #[arg(long, value_name = "NAME")]
+    pub job_id: Option<String>,
+    /// Return when the mirror is ready, not when it has started
+    #[arg(long)]
+    pub wait: bool,
+    /// When it is ready, make the target the disk that is served; waits
+    #[arg(long, conflicts_with = "finish")]
+    pub pivot: bool,
+    /// When it is ready, end it: the target is a copy of that instant; waits
+    #[arg(long)]
+    pub finish: bool,
+    /// Say whether it could be done, and do nothing
+    #[arg(long, conflicts_with_all = ["wait", "pivot", "finish"])]
+    pub dry_run: bool,
+}
+
+#[derive(Debug, Arguments)]
+pub struct Status {
+    #[command(flatten)]
+    pub daemon: Daemon,
+    /// The export's name; all of them where it is not given
+    pub export: Option<String>,
+    /// An object for one export, an array for all
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Arguments)]
+pub struct Cancel {
+    #[command(flatten)]
+    pub job: Job,
+    /// Give up at once, also when the mirror is ready
+    #[arg(long)]
+    pub force: bool,
+}
+
+#[derive(Debug, Arguments)]
+#[command(group = ArgGroup::new("what").args(["speed", "mode"]).required(true).multiple(true))]
+pub struct Set {
+    #[command(flatten)]
+    pub job: Job,
+    /// Bytes a second, with K, M, G or T; 0 is no limit
+    #[arg(long, value_name = "BYTES_PER_S", value_parser = size::parse)]
+    pub speed: Option<u64>,
+    /// How guest writes are handled
+    #[arg(long, value_parser = modes())]
+    pub mode: Option<Mode>,
+}
+
+#[derive(Debug, Arguments)]
+pub struct Watch {
+    #[command(flatten)]
+    pub daemon: Daemon,
+    /// The export's name; all of them where it is not given
+    pub export: Option<String>,
+}
+
+fn formats() -> impl TypedValueParser<Value = TargetFormat> {
+    named(&["qcow2", "raw"])
+}
+
+fn modes() -> impl TypedValueParser<Value = Mode> {
+    named(&["auto", "background", "write-blocking"])
+}
+
+fn policies() -> impl TypedValueParser<Value = OnError> {
+    named(&["report", "stop", "enospc", "ignore"])
+}
+
+/// One of `names`, as the control API has them.
+fn named<T>(names: &'static [&'static str]) -> impl TypedValueParser<Value = T>
+where
+    T: DeserializeOwned + Clone + Send + Sync + 'static,
+{
+    PossibleValuesParser::new(names).try_map(|name| T::deserialize(StrDeserializer::<NameError>::new(&name)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Args;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_whole() {
+        Args::command().debug_assert();
+    }
+}

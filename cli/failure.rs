@@ -1,0 +1,48 @@
+//! Why a verb came to nothing.
+use engine::control::Code;
+use std::fmt;
+
+/// Why a verb came to nothing. Printed once, by `main`.
+#[derive(Debug)]
+pub enum Failure {
+    /// The daemon said no.
+    Refused {
+        /// libvirt's name for it, where the daemon gave one.
+        code: Option<Code>,
+        /// The daemon's words.
+        message: String,
+    },
+    /// Tried, and failed.
+    Failed(String),
+    /// Nobody reads our results any more.
+    Unheard,
+}
+
+impl Failure {
+    /// A failure in words.
+    pub fn new(message: impl Into<String>) -> Self {
+        Self::Failed(message.into())
+    }
+
+    /// True where the daemon refused with `code`.
+    pub fn is(&self, code: Code) -> bool {
+        matches!(self, Self::Refused { code: Some(refused), .. } if *refused == code)
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Refused { code: Some(code), message } => write!(f, "{message} ({})", name(*code)),
+            Self::Refused { code: None, message } | Self::Failed(message) => f.write_str(message),
+            Self::Unheard => f.write_str("nobody reads the results"),
+        }
+    }
+}
+
+fn name(code: Code) -> String {
+    match serde_json::to_value(code) {
+        Ok(serde_json::Value::String(name)) => name,
+        _ => format!("{code:?}"),
+    }
+}

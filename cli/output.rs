@@ -1,0 +1,43 @@
+//! Results on stdout, everything else on stderr.
+use crate::failure::Failure;
+use std::io::{self, ErrorKind, IsTerminal, Write};
+use tracing::Level;
+
+/// Writes one line of a result.
+///
+/// # Errors
+/// `Unheard` where the reader has gone, the system's words otherwise.
+pub fn say(line: impl AsRef<str>) -> Result<(), Failure> {
+    let mut stdout = io::stdout().lock();
+    writeln!(stdout, "{}", line.as_ref()).and_then(|()| stdout.flush()).map_err(|error| match error.kind() {
+        ErrorKind::BrokenPipe => Failure::Unheard,
+        _ => Failure::new(format!("writing to stdout: {error}")),
+    })
+}
+
+/// Writes a remark that is no result.
+pub fn remark(line: impl AsRef<str>) {
+    // Nobody is left to be told where stderr is closed.
+    let _ = writeln!(io::stderr().lock(), "{}", line.as_ref());
+}
+
+/// Sends what the engine tells of itself to stderr: `verbose` 0 warnings, 1 its doings, 2 everything.
+pub fn log_to_stderr(verbose: u8) {
+    let level = match verbose {
+        0 => Level::WARN,
+        1 => Level::DEBUG,
+        _ => Level::TRACE,
+    };
+    let is_terminal = io::stderr().is_terminal();
+    let log = tracing_subscriber::fmt()
+        .with_writer(io::stderr)
+        .with_max_level(level)
+        .with_target(verbose > 1)
+        .with_ansi(is_terminal && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty()));
+    // The journal has its own clock.
+    if std::env::var_os("JOURNAL_STREAM").is_some() && !is_terminal {
+        log.without_time().init();
+    } else {
+        log.init();
+    }
+}

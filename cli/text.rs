@@ -1,0 +1,159 @@
+//! What a status looks like to a person.
+use crate::size;
+use engine::control::Status;
+
+/// One export's status, a line for each thing that there is to say.
+pub fn lines(status: &Status) -> Vec<String> {
+    let mut facts =
+        vec![("export", status.export.clone()), ("phase", phase(status)), ("serving", status.serving.clone())];
+    if let Some(job) = &status.job {
+        facts.push(("job", job.clone()));
+    }
+    if let Some(target) = &status.target {
+        facts.push(("source", status.source.clone()));
+        facts.push(("target", target.clone()));
+    }
+    if status.phase != "none" {
+        facts.push(("copied", copied(status)));
+    }
+    if status.is_active() {
+        facts.push(("remaining", remaining(status)));
+        facts.push(("speed", speed(status)));
+    }
+    facts.extend(status.notes.iter().map(|note| ("note", note.clone())));
+    facts.extend(status.error.iter().map(|error| ("error", error.clone())));
+    facts.into_iter().map(|(name, fact)| format!("{name:<9} {fact}")).collect()
+}
+
+/// Everybody's status, a line for each export below a line of headings.
+pub fn table(all: &[Status]) -> Vec<String> {
+    let headings = ["EXPORT", "PHASE", "COPIED", "LEFT", "SERVING"].map(String::from);
+    let rows: Vec<_> = std::iter::once(headings).chain(all.iter().map(row)).collect();
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths = [width(0), width(1), width(2), width(3)];
+    let line = |[export, phase, copied, left, serving]: &[String; 5]| {
+        let [a, b, c, d] = widths;
+        format!("{export:<a$}  {phase:<b$}  {copied:>c$}  {left:>d$}  {serving}")
+    };
+    rows.iter().map(line).collect()
+}
+
+/// One export's status in one line.
+pub fn line(status: &Status) -> String {
+    let Status { export, serving, .. } = status;
+    let error = status.error.as_ref().map(|error| format!(": {error}")).unwrap_or_default();
+    if !status.is_active() {
+        return format!("{export}  {}, serving {serving}{error}", phase(status));
+    }
+    format!("{export}  {}  {}  {} left{error}", phase(status), percent(status), remaining(status))
+}
+
+/// The phase, and whether the job is paused in it.
+pub fn phase(status: &Status) -> String {
+    let paused = if status.paused { ", paused" } else { "" };
+    format!("{}{paused}", status.phase)
+}
+
+/// What is left, and for how long.
+pub fn remaining(status: &Status) -> String {
+    let left = size::format(status.remaining_bytes);
+    match status.eta_s {
+        Some(eta_s) => format!("{left}, {}", duration(eta_s)),
+        None => left,
+    }
+}
+
+/// How much is done, in percent: never all of it while something is left.
+pub fn percent(status: &Status) -> String {
+    let permille = match status.total_bytes {
+        0 if status.is_active() && status.phase != "ready" => 0,
+        0 => 1000,
+        total => u128::from(status.copied_bytes.min(total)) * 1000 / u128::from(total),
+    };
+    let is_partial = status.remaining_bytes > 0 || matches!(status.phase.as_str(), "seeding" | "converging");
+    let permille = if is_partial { permille.min(999) } else { permille };
+    format!("{}.{} %", permille / 10, permille % 10)
+}
+
+fn row(status: &Status) -> [String; 5] {
+    let (copied, left) = match status.is_active() {
+        true => (percent(status), size::format(status.remaining_bytes)),
+        false => ("-".into(), "-".into()),
+    };
+    [status.export.clone(), phase(status), copied, left, status.serving.clone()]
+}
+
+fn copied(status: &Status) -> String {
+    let [copied, total] = [status.copied_bytes, status.total_bytes].map(size::format);
+    format!("{copied} of {total} ({})", percent(status))
+}
+
+fn speed(status: &Status) -> String {
+    let mode = status.mode.and_then(|mode| serde_json::to_value(mode).ok());
+    let mode = mode.as_ref().and_then(|mode| mode.as_str()).map(|mode| format!(", mode {mode}")).unwrap_or_default();
+    match status.speed_bytes_per_s {
+        0 => format!("no limit{mode}"),
+        limit => format!("at most {}/s{mode}", size::format(limit)),
+    }
+}
+
+fn duration(seconds: u64) -> String {
+    match seconds {
+        0..60 => format!("{seconds} s"),
+        60..3600 => format!("{} min {} s", seconds / 60, seconds % 60),
+        _ => format!("{} h {} min", seconds / 3600, seconds % 3600 / 60),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{line, lines, percent, table};
+    use engine::control::Status;
+
+    fn status(phase: &str, copied_bytes: u64, remaining_bytes: u64) -> Status {
+        let total_bytes = copied_bytes + remaining_bytes;
+        let (export, serving) = ("vda".into(), "/old".into());
+        Status { export, serving, phase: phase.into(), total_bytes, copied_bytes, remaining_bytes, ..Status::default() }
+    }
+
+    #[test]
+    fn nothing_is_done_before_it_is() {
+        assert_eq!(percent(&status("converging", 999_999_999, 1)), "99.9 %");
+        assert_eq!(percent(&status("converging", 100, 0)), "99.9 %");
+        assert_eq!(percent(&status("seeding", 0, 0)), "0.0 %");
+        assert_eq!(percent(&status("ready", 100, 0)), "100.0 %");
+        assert_eq!(percent(&status("pivoted", 0, 0)), "100.0 %");
+        assert_eq!(percent(&status("ready", u64::MAX / 2, u64::MAX / 2)), "50.0 %");
+    }
+
+    #[test]
+    fn a_job_that_failed_says_why() {
+        let mut failed = status("failed", 1, 1);
+        failed.error = Some("flush of target new.raw: Input/output error".into());
+        assert_eq!(line(&failed), "vda  failed, serving /old: flush of target new.raw: Input/output error");
+        assert!(lines(&failed).contains(&"error     flush of target new.raw: Input/output error".into()));
+    }
+
+    #[test]
+    fn lines_are_aligned() {
+        let mut running = status("converging", 3 << 20, 1 << 20);
+        running.target = Some("/new".into());
+        running.eta_s = Some(75);
+        let lines = lines(&running);
+        assert!(lines.contains(&"copied    3.00 MiB of 4.00 MiB (75.0 %)".into()), "{lines:?}");
+        assert!(lines.contains(&"remaining 1.00 MiB, 1 min 15 s".into()), "{lines:?}");
+    }
+
+    #[test]
+    fn the_table_has_a_row_for_each_export() {
+        let rows = table(&[status("none", 0, 0), status("converging", 3 << 20, 1 << 20)]);
+        assert_eq!(
+            rows,
+            [
+                "EXPORT  PHASE       COPIED      LEFT  SERVING",
+                "vda     none             -         -  /old",
+                "vda     converging  75.0 %  1.00 MiB  /old",
+            ]
+        );
+    }
+}

@@ -1,0 +1,149 @@
+//! `mirror`: starts a job, and with `--wait`, `--pivot` or `--finish` stays with it.
+use crate::args::Mirror;
+use crate::client::Client;
+use crate::failure::Failure;
+use crate::output::{remark, say};
+use crate::text;
+use engine::control::{Code, MirrorRequest, Started, Status, TargetFormat};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
+use std::path::absolute;
+use std::time::Duration;
+
+/// How often progress is looked at.
+const EVERY: Duration = Duration::from_millis(200);
+
+/// Starts a mirror and stays with it for as long as was asked.
+pub fn run(args: Mirror) -> Result<(), Failure> {
+    let mut client = Client::connect(&args.job.daemon.control)?;
+    let stay = Stay::of(&args);
+    let request = request(args)?;
+    let started: Started = client.call_and_wait("blkmirror-mirror", &request)?;
+    for note in &started.notes {
+        remark(format!("{}: {note}", request.export));
+    }
+    let MirrorRequest { export, target, .. } = &request;
+    match stay {
+        Stay::DryRun => say(format!("{export}: could be mirrored to {target}")),
+        Stay::Started => say(format!("{export}: mirror to {target} started, job {}", started.job)),
+        Stay::Ready => until_ready(&mut client, export).and_then(|()| say(format!("{export}: ready, target {target}"))),
+        Stay::Pivoted => pivot(&mut client, export),
+        Stay::Finished => finish(&mut client, export, target),
+    }
+}
+
+/// What is waited for.
+#[derive(Clone, Copy)]
+enum Stay {
+    DryRun,
+    Started,
+    Ready,
+    Pivoted,
+    Finished,
+}
+
+impl Stay {
+    fn of(args: &Mirror) -> Self {
+        match args {
+            Mirror { dry_run: true, .. } => Self::DryRun,
+            Mirror { pivot: true, .. } => Self::Pivoted,
+            Mirror { finish: true, .. } => Self::Finished,
+            Mirror { wait: true, .. } => Self::Ready,
+            _ => Self::Started,
+        }
+    }
+}
+
+fn request(args: Mirror) -> Result<MirrorRequest, Failure> {
+    Ok(MirrorRequest {
+        export: args.job.export,
+        target: place(args.target)?,
+        shallow: args.shallow,
+        reuse_external: args.reuse_external,
+        format: if args.raw { Some(TargetFormat::Raw) } else { args.format },
+        mode: args.mode,
+        speed: args.speed,
+        granularity: args.granularity,
+        on_target_error: args.on_target_error,
+        dry_run: args.dry_run,
+        job_id: args.job_id,
+    })
+}
+
+/// The daemon has a working folder of its own, so a path is made absolute here.
+fn place(target: String) -> Result<String, Failure> {
+    if target.contains("://") {
+        return Ok(target);
+    }
+    let path = absolute(&target).map_err(|error| Failure::new(format!("target '{target}': {error}")))?;
+    path.into_os_string().into_string().map_err(|_| Failure::new("the working folder's name is not UTF-8"))
+}
+
+fn pivot(client: &mut Client, export: &str) -> Result<(), Failure> {
+    when_ready(client, export, "blkmirror-pivot")?;
+    let status = client.status(export)?;
+    say(format!("{export}: pivoted, serving {}", status.serving))
+}
+
+fn finish(client: &mut Client, export: &str, target: &str) -> Result<(), Failure> {
+    when_ready(client, export, "blkmirror-finish")?;
+    say(format!("{export}: finished, {target} is a copy of this instant"))
+}
+
+/// Ends the job by `command` when it is ready.
+fn when_ready(client: &mut Client, export: &str, command: &str) -> Result<(), Failure> {
+    loop {
+        until_ready(client, export)?;
+        let ended: Result<Value, _> = client.call_and_wait(command, &json!({ "export": export }));
+        match ended {
+            Ok(_) => return Ok(()),
+            // The guest wrote more meanwhile than a pause allows to bring over: again when that is done.
+            Err(failure) if failure.is(Code::BlockCopyActive) => client.wait_for_event(EVERY)?,
+            Err(failure) => return Err(failure),
+        }
+    }
+}
+
+/// Waits until the job is ready, with a progress bar where stderr is a terminal.
+fn until_ready(client: &mut Client, export: &str) -> Result<(), Failure> {
+    let bar = bar(export);
+    let mut last_error = None;
+    loop {
+        let status = client.status(export)?;
+        bar.set_length(status.total_bytes);
+        bar.set_position(status.copied_bytes);
+        bar.set_message(format!("{}, {} left", text::phase(&status), text::remaining(&status)));
+        if status.error.is_some() && status.error != last_error && status.is_active() {
+            bar.suspend(|| remark(text::line(&status)));
+        }
+        if is_ready(&status)? {
+            bar.finish_and_clear();
+            return Ok(());
+        }
+        last_error = status.error;
+        client.wait_for_event(EVERY)?;
+    }
+}
+
+/// Whether the job is ready; an error where it has ended without us.
+fn is_ready(status: &Status) -> Result<bool, Failure> {
+    let Status { export, phase, .. } = status;
+    match phase.as_str() {
+        "ready" => Ok(!status.paused),
+        "failed" => {
+            let error = status.error.as_deref().unwrap_or("no reason was given");
+            Err(Failure::new(format!("{export}: the mirror failed: {error}")))
+        }
+        "cancelled" | "pivoted" | "none" => {
+            Err(Failure::new(format!("{export}: somebody else ended the mirror ({phase})")))
+        }
+        _ => Ok(false),
+    }
+}
+
+fn bar(export: &str) -> ProgressBar {
+    // An indicatif bar draws on stderr, and only where that is a terminal.
+    let style = ProgressStyle::with_template("{prefix} {wide_bar} {bytes}/{total_bytes} {binary_bytes_per_sec} {msg}");
+    let bar = ProgressBar::new(0).with_prefix(export.to_string());
+    if let Ok(style) = style { bar.with_style(style) } else { bar }
+}

@@ -1,0 +1,35 @@
+//! `watch`: a line for each change.
+use crate::args::Watch;
+use crate::client::Client;
+use crate::failure::Failure;
+use crate::output::say;
+use crate::text;
+use engine::control::Status;
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// How often progress is looked at; a change of phase is told at once.
+const EVERY: Duration = Duration::from_secs(1);
+
+/// Follows the exports until the daemon ends or nobody reads.
+pub fn run(args: &Watch) -> Result<(), Failure> {
+    let mut client = Client::connect(&args.daemon.control)?;
+    let mut told = BTreeMap::new();
+    loop {
+        for status in look(&mut client, args)? {
+            let line = text::line(&status);
+            if told.get(&status.export) != Some(&line) {
+                say(&line)?;
+                told.insert(status.export, line);
+            }
+        }
+        client.wait_for_event(EVERY)?;
+    }
+}
+
+fn look(client: &mut Client, args: &Watch) -> Result<Vec<Status>, Failure> {
+    match &args.export {
+        Some(export) => client.status(export).map(|status| vec![status]),
+        None => client.all(),
+    }
+}

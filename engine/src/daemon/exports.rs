@@ -1,0 +1,155 @@
+//! The disks that a daemon serves: what its command line names, or what a pivot put in its place.
+use crate::control::options::{Cache, ExportOptions};
+use crate::control::{Status, TargetFormat};
+use crate::disk::Disk;
+use crate::export::gate::{Gate, Route};
+use crate::export::session::Directory;
+use crate::open::{Access, open_disk, probe_format, recover};
+use crate::pivot::RecordFile;
+use crate::state::StateFolder;
+use formats::error::{Context, Result};
+use formats::nbd::{BlockSizes, ExportInfo, Exports};
+use formats::record::Record;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// One export as the control thread knows it.
+pub(super) struct Export {
+    /// Its name.
+    pub name: String,
+    /// Full path of the image that the command line names.
+    pub origin: PathBuf,
+    /// The guest's way to its disk.
+    pub gate: Arc<Gate>,
+    /// Which image is the truth; nobody can pivot a read-only export, so it has none.
+    pub record: Option<RecordFile>,
+    /// How the last job stood when it ended.
+    pub last: Option<Status>,
+}
+
+impl Export {
+    /// Opens what is the truth of an export.
+    pub fn open(options: &ExportOptions, cache: Cache, state: &StateFolder) -> Result<Self> {
+        let named = || format!("export {}: {}", options.name, options.file.display());
+        let origin = options.file.canonicalize().context(named)?;
+        let (disk, record) = match options.readonly {
+            true => (open_disk(&origin, options.format, Access::read_only(cache)), None),
+            false => {
+                let record = state.record(&options.name)?;
+                let truth = Truth::of(options, &origin, record.newest())?;
+                (truth.open(cache, state), Some(record))
+            }
+        };
+        let disk = disk.map_err(|error| error.at(format!("export {}", options.name)))?;
+        let gate = Arc::new(Gate::new(Route { disk: Arc::new(disk), mirror: None }));
+        Ok(Self { name: options.name.clone(), origin, gate, record, last: None })
+    }
+
+    /// Path of the image that is served.
+    pub fn serving(&self) -> String {
+        self.gate.route().disk.name()
+    }
+
+    /// What a client is told of it.
+    fn info(&self) -> ExportInfo {
+        let disk = self.gate.route().disk;
+        ExportInfo {
+            name: self.name.clone(),
+            description: String::new(),
+            size: disk.size(),
+            read_only: disk.read_only(),
+            // A flush covers everything that was answered, whatever connection it came by.
+            multi_conn: true,
+            fast_zero: false,
+            block_sizes: BlockSizes::default(),
+        }
+    }
+}
+
+/// The image that has the guest's acknowledged writes.
+struct Truth {
+    path: PathBuf,
+    format: TargetFormat,
+    /// A disk that a pivot brought into a larger raw file or device keeps its size.
+    size: Option<u64>,
+}
+
+impl Truth {
+    fn of(options: &ExportOptions, origin: &Path, record: Option<&Record>) -> Result<Self> {
+        match record {
+            Some(record) if Path::new(&record.origin) == origin && Path::new(&record.truth) != origin => {
+                tracing::warn!(
+                    "export {}: {} was left by a pivot; its truth is {}, which is served",
+                    options.name,
+                    origin.display(),
+                    record.truth
+                );
+                let format = if record.format == "raw" { TargetFormat::Raw } else { TargetFormat::Qcow2 };
+                let size = (format == TargetFormat::Raw).then_some(record.size);
+                Ok(Self { path: PathBuf::from(&record.truth), format, size })
+            }
+            Some(record) if Path::new(&record.origin) != origin => {
+                if Path::new(&record.truth) != origin {
+                    tracing::warn!(
+                        "export {}: another image was served by this name before ({}); {} is served now",
+                        options.name,
+                        record.truth,
+                        origin.display()
+                    );
+                }
+                Self::named(options, origin)
+            }
+            _ => Self::named(options, origin),
+        }
+    }
+
+    fn named(options: &ExportOptions, origin: &Path) -> Result<Self> {
+        let format = match options.format {
+            Some(format) => format,
+            None => probe_format(origin)?,
+        };
+        Ok(Self { path: origin.to_owned(), format, size: None })
+    }
+
+    fn open(self, cache: Cache, state: &StateFolder) -> Result<Disk> {
+        let path = self.path.canonicalize().context(|| self.path.display().to_string())?;
+        let journal = state.journal(&path)?;
+        let left = journal.left_behind();
+        if !left.is_empty() {
+            recover(&path, self.format, &left)?;
+            tracing::info!("{}: {} mappings that a kill left behind were brought in", path.display(), left.len());
+        }
+        let access = Access { journal: Some(journal.start()), size: self.size, ..Access::writable(cache) };
+        open_disk(&path, Some(self.format), access)
+    }
+}
+
+/// What sessions look exports up in.
+pub(super) struct Table(Vec<(ExportInfo, Arc<Gate>)>);
+
+impl Table {
+    /// The exports as they are; the first is the default.
+    pub fn new(exports: &[Export]) -> Self {
+        Self(exports.iter().map(|export| (export.info(), Arc::clone(&export.gate))).collect())
+    }
+}
+
+impl Exports for Table {
+    fn lookup(&self, name: &str) -> Option<ExportInfo> {
+        match name {
+            "" => self.0.first(),
+            name => self.0.iter().find(|(info, _)| info.name == name),
+        }
+        .map(|(info, _)| info.clone())
+    }
+
+    fn list(&self) -> Vec<ExportInfo> {
+        self.0.iter().map(|(info, _)| info.clone()).collect()
+    }
+}
+
+impl Directory for Table {
+    fn gate(&self, name: &str) -> Option<Arc<Gate>> {
+        self.0.iter().find(|(info, _)| info.name == name).map(|(_, gate)| Arc::clone(gate))
+    }
+}

@@ -1,0 +1,165 @@
+//! A job with its threads: how it is started, how it stands, and what is tidied when it is over.
+use super::exports::Export;
+use super::threads::Worker;
+use crate::control::options::Cache;
+use crate::control::{Code, MirrorRequest, Refusal, Started, Status};
+use crate::copier::Depth;
+use crate::disk::Disk;
+use crate::job::{Job, Parts, Phase};
+use crate::journal::WordJournal;
+use crate::mirror::Mirror;
+use crate::pivot::End;
+use crate::state::StateFolder;
+use crate::target::plan;
+use formats::record::Record;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+/// What one copy thread has under way.
+pub(super) const DEPTH: Depth = Depth { slots: 16, run_len: 1 << 20 };
+/// How long a pivot may keep the guest waiting for its last pass.
+const PAUSE_MAX: Duration = Duration::from_secs(5);
+/// Over how long the copy's rate is measured.
+const RATE_OVER: Duration = Duration::from_secs(1);
+
+/// A job under way.
+pub(super) struct Active {
+    pub job: Job,
+    threads: Vec<Worker>,
+    target: PathBuf,
+    journal: Arc<WordJournal>,
+    notes: Vec<String>,
+    /// The phase that was told last.
+    told: Option<Phase>,
+    pace: Pace,
+}
+
+/// How fast the copy has been lately.
+struct Pace {
+    since: Instant,
+    copied: u64,
+    bytes_per_s: u64,
+}
+
+impl Active {
+    /// Starts a job, or says why not. No job where it was only asked whether it could be.
+    pub fn start(
+        request: &MirrorRequest,
+        export: &Export,
+        cache: Cache,
+        state: &StateFolder,
+    ) -> Result<(Started, Option<Self>), Refusal> {
+        let source = export.gate.route().disk;
+        if source.read_only() {
+            let message =
+                format!("export {} is read-only: there is nothing to mirror, copy it with convert", export.name);
+            return Err(Refusal { code: Code::OperationInvalid, message });
+        }
+        let plan = plan(request, &source)?;
+        let id = request.job_id.clone().unwrap_or_else(|| export.name.clone());
+        let started = Started { job: id.clone(), notes: plan.notes.clone() };
+        if request.dry_run {
+            return Ok((started, None));
+        }
+        let target = plan.open(&source, cache, state)?;
+        let path = target.disk.chain().top().path.clone();
+        let mirror = Arc::new(Mirror::new(source, Arc::new(target.disk), plan.chunk_bits, plan.shallow));
+        mirror.rate.set(request.speed);
+        let threads = copiers(&mirror).map_err(|error| {
+            let message = format!("starting the copy threads of export {}: {error}", export.name);
+            Refusal { code: Code::OperationFailed, message }
+        })?;
+        let job = Job::start(Parts {
+            id,
+            mirror,
+            gate: Arc::clone(&export.gate),
+            target_is_zero: target.is_zero,
+            mode: request.mode,
+            on_target_error: request.on_target_error,
+            pause_max: PAUSE_MAX,
+        });
+        let pace = Pace { since: Instant::now(), copied: 0, bytes_per_s: 0 };
+        let journal = target.journal;
+        let active = Self { job, threads, target: path, journal, notes: plan.notes, told: None, pace };
+        Ok((started, Some(active)))
+    }
+
+    /// The end that makes the target the disk of `export`.
+    pub fn switch(&self, export: &Export) -> End {
+        let mirror = self.job.mirror();
+        End::Switch {
+            record: Record {
+                generation: 0,
+                export: export.name.clone(),
+                origin: export.origin.display().to_string(),
+                truth: self.target.display().to_string(),
+                format: mirror.target.chain().top().format.to_owned(),
+                size: mirror.source.size(),
+            },
+            journal: Some(Arc::clone(&self.journal)),
+        }
+    }
+
+    /// The phase, where it was not told yet.
+    pub fn news(&mut self) -> Option<Phase> {
+        let phase = self.job.phase();
+        (self.told.replace(phase) != Some(phase)).then_some(phase)
+    }
+
+    /// Measures how fast the copy is.
+    pub fn measure(&mut self) {
+        let copied = self.job.mirror().stats.copied.load(Ordering::Relaxed);
+        let over = self.pace.since.elapsed();
+        if over >= RATE_OVER {
+            let bytes = u128::from(copied.saturating_sub(self.pace.copied)) * 1_000_000;
+            let bytes_per_s = u64::try_from(bytes / over.as_micros().max(1)).unwrap_or(u64::MAX);
+            self.pace = Pace { since: Instant::now(), copied, bytes_per_s };
+        }
+    }
+
+    /// How it stands.
+    pub fn status(&self, export: &Export) -> Status {
+        let mirror = self.job.mirror();
+        let (copied, remaining) = (mirror.stats.copied.load(Ordering::Relaxed), self.job.remaining());
+        let rate = self.pace.bytes_per_s;
+        Status {
+            export: export.name.clone(),
+            serving: self.job.serving().name(),
+            phase: self.job.phase().name().to_owned(),
+            paused: self.job.is_paused(),
+            job: Some(self.job.id().to_owned()),
+            mode: Some(self.job.mode()),
+            total_bytes: copied + remaining,
+            copied_bytes: copied,
+            remaining_bytes: remaining,
+            dirty_bytes: mirror.dirty.marked_bytes(),
+            speed_bytes_per_s: mirror.rate.limit(),
+            eta_s: (rate > 0 && !self.job.phase().is_over()).then(|| remaining.div_ceil(rate)),
+            source: mirror.source.name(),
+            target: Some(self.target.display().to_string()),
+            error: self.job.error().map(str::to_owned),
+            notes: self.notes.clone(),
+        }
+    }
+
+    /// Ends the threads of a job that is over, or that nobody will see the end of, and leaves the
+    /// disk that is served no more as tidy as it can be.
+    pub fn close(self) {
+        self.job.mirror().hold(true);
+        self.threads.into_iter().for_each(Worker::end);
+        let mirror = self.job.mirror();
+        let left: &Disk = if self.job.phase() == Phase::Pivoted { &mirror.source } else { &mirror.target };
+        if let Err(error) = left.chain().top().close() {
+            tracing::warn!("closing an image that is served no more: {}", error.one_line());
+        }
+    }
+}
+
+/// As many copy threads as pay: direct I/O does not need this thread's processor, the page cache does.
+fn copiers(mirror: &Arc<Mirror>) -> std::io::Result<Vec<Worker>> {
+    let direct = mirror.target.chain().top().file.is_direct();
+    let count = if direct { 1 } else { 2 };
+    (0..count).map(|number| Worker::copier(Arc::clone(mirror), DEPTH, number, count)).collect()
+}

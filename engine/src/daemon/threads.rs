@@ -1,0 +1,125 @@
+//! The threads: one a connection, one to a few for each job's copies. Each has a ring and memory of
+//! its own, steps one thing, and waits in its ring.
+use crate::copier::{Copier, Depth, Progress};
+use crate::disk::Tools;
+use crate::export::session::{self, ARENA_LEN, Directory, RING_DEPTH, Session};
+use crate::io::{Arena, File, Io, Op, Ring, Token, Wait, Waker};
+use crate::mirror::Mirror;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+const WAKE: Token = Token(u64::MAX);
+const TIMEOUT: Token = Token(u64::MAX - 1);
+
+/// A thread that can be told to end.
+pub(super) struct Worker {
+    stop: Arc<AtomicBool>,
+    waker: Waker,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    /// A thread for one NBD connection.
+    pub fn session(socket: File, directory: Arc<dyn Directory>) -> io::Result<Self> {
+        let stop = Arc::<AtomicBool>::default();
+        let waker = Waker::new()?;
+        let (stop_there, waker_there) = (Arc::clone(&stop), waker.clone());
+        let body = move || match serve(&socket, directory, waker_there, stop_there) {
+            Ok(()) => {}
+            Err(error) => {
+                tracing::error!(%error, "a connection's thread failed; the connection is dropped");
+                socket.shut_down();
+            }
+        };
+        let thread = std::thread::Builder::new().name("nbd".into()).spawn(body)?;
+        Ok(Self { stop, waker, thread: Some(thread) })
+    }
+
+    /// A thread that copies for `mirror`: number `number` of `count`.
+    pub fn copier(mirror: Arc<Mirror>, depth: Depth, number: u64, count: u64) -> io::Result<Self> {
+        let stop = Arc::<AtomicBool>::default();
+        let waker = Waker::new()?;
+        let (stop_there, waker_there) = (Arc::clone(&stop), waker.clone());
+        let start = mirror.source.size() / count * number;
+        let body = move || {
+            if let Err(error) = copy(&mirror, depth, start, &waker_there, &stop_there) {
+                let what = "a copy thread failed".to_owned();
+                mirror.fail(true, formats::error::Error::io(what, error));
+            }
+        };
+        let thread = std::thread::Builder::new().name("copy".into()).spawn(body)?;
+        Ok(Self { stop, waker, thread: Some(thread) })
+    }
+
+    /// True where it has ended by itself.
+    pub fn is_over(&self) -> bool {
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
+    /// Asks it to end when what it has under way is done.
+    pub fn ask_to_end(&self) {
+        self.stop.store(true, Ordering::SeqCst);
+        self.waker.wake();
+    }
+
+    /// Waits for its end, after asking for it.
+    pub fn end(mut self) {
+        self.ask_to_end();
+        self.join();
+    }
+
+    fn join(&mut self) {
+        if let Some(Err(_)) = self.thread.take().map(JoinHandle::join) {
+            tracing::error!("a thread ended by a panic: please report what it said");
+        }
+    }
+}
+
+fn serve(socket: &File, directory: Arc<dyn Directory>, waker: Waker, stop: Arc<AtomicBool>) -> io::Result<()> {
+    let arena = Arena::new(ARENA_LEN);
+    let mut ring = Ring::new(RING_DEPTH, &arena)?;
+    let mut session = Session::new(socket.clone(), directory, arena, waker, Token(0)).stopped_by(stop);
+    let mut done = Vec::new();
+    loop {
+        if let session::Progress::Over(ending) = session.step(&mut ring, &mut done) {
+            tracing::info!(export = session.export(), "connection ended: {ending}");
+            return Ok(());
+        }
+        ring.reap(Wait::One, &mut done)?;
+    }
+}
+
+fn copy(mirror: &Arc<Mirror>, depth: Depth, start: u64, waker: &Waker, stop: &AtomicBool) -> io::Result<()> {
+    let arena = Arena::new(depth.memory());
+    let mut ring = Ring::new(depth.operations(), &arena)?;
+    let mut copier = Copier::new(Arc::clone(mirror), depth, start);
+    let mut done = Vec::new();
+    let mut timed = false;
+    ring.submit(WAKE, Op::Wake { waker: waker.clone() });
+    loop {
+        let progress = copier.step(&mut Tools { io: &mut ring, arena: &arena, waker }, &mut done);
+        if stop.load(Ordering::SeqCst) && copier.is_idle() {
+            return Ok(());
+        }
+        if let (Progress::Throttled(wait), false) = (progress, timed) {
+            timed = true;
+            let after = wait.clamp(Duration::from_micros(100), Duration::from_millis(100));
+            ring.submit(TIMEOUT, Op::Timeout { after });
+        }
+        ring.reap(Wait::One, &mut done)?;
+        done.retain(|completion| match completion.token {
+            WAKE => {
+                ring.submit(WAKE, Op::Wake { waker: waker.clone() });
+                false
+            }
+            TIMEOUT => {
+                timed = false;
+                false
+            }
+            _ => true,
+        });
+    }
+}

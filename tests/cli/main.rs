@@ -1,0 +1,391 @@
+//! The command line's words: usage, results, messages, exit codes. The daemon is a scripted one that
+//! speaks through the real session.
+#![expect(clippy::unwrap_used, reason = "where the test itself cannot go on, it ends")]
+mod fake;
+
+use assert_cmd::Command;
+use engine::control::qmp::Call;
+use engine::control::{Code, MirrorRequest, Mode, OnError, Refusal, Reply, Request, Started, Status, TargetFormat};
+use fake::Fake;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// What one run of the program said, and how it ended.
+#[derive(Debug)]
+struct Run {
+    code: Option<i32>,
+    stdout: String,
+    stderr: String,
+}
+
+fn blkmirror(words: &[&str]) -> Run {
+    let output = Command::cargo_bin("blkmirror").unwrap().args(words).output().unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    Run { code: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }
+}
+
+/// `blkmirror VERB --control SOCKET REST…`.
+fn ask(fake: &Fake, words: &[&str]) -> Run {
+    let (verb, rest) = words.split_first().unwrap();
+    let mut all = vec![*verb, "--control", fake.path()];
+    all.extend(rest);
+    blkmirror(&all)
+}
+
+fn status(phase: &str) -> Status {
+    Status {
+        export: "vda".into(),
+        serving: "/images/old.qcow2".into(),
+        phase: phase.into(),
+        job: Some("vda".into()),
+        mode: Some(Mode::Background),
+        total_bytes: 4 << 20,
+        copied_bytes: 3 << 20,
+        remaining_bytes: 1 << 20,
+        eta_s: Some(2),
+        source: "/images/old.qcow2".into(),
+        target: Some("/images/new.raw".into()),
+        ..Status::default()
+    }
+}
+
+fn one(phase: &str) -> Result<Reply, Refusal> {
+    Ok(Reply::One(Box::new(status(phase))))
+}
+
+fn started() -> Result<Reply, Refusal> {
+    Ok(Reply::Started(Started { job: "vda".into(), notes: vec!["the source has no backing: a full copy".into()] }))
+}
+
+#[test]
+fn misuse_is_2_and_help_is_0() {
+    let misused: &[&[&str]] = &[
+        &[],
+        &["nonsense"],
+        &["status"],
+        &["mirror", "--control", "/s", "vda"],
+        &["mirror", "--control", "/s", "vda", "/t", "--raw", "--format", "qcow2"],
+        &["mirror", "--control", "/s", "vda", "/t", "--pivot", "--finish"],
+        &["mirror", "--control", "/s", "vda", "/t", "--dry-run", "--wait"],
+        &["mirror", "--control", "/s", "vda", "/t", "--mode", "fast"],
+        &["mirror", "--control", "/s", "vda", "/t", "--speed", "fast"],
+        &["mirror", "--control", "/s", "vda", "/t", "--format", "vmdk"],
+        &["set", "--control", "/s", "vda"],
+        &["pivot", "--control", "/s", "vda", "--force"],
+        &["status", "--control", "/s", "--shallow"],
+    ];
+    for words in misused {
+        let run = blkmirror(words);
+        assert_eq!(run.code, Some(2), "{words:?}: {run:?}");
+        assert!(run.stdout.is_empty() && run.stderr.contains("--help"), "{words:?}: {run:?}");
+    }
+    for words in [&["--help"][..], &["--version"], &["mirror", "--help"]] {
+        let run = blkmirror(words);
+        assert_eq!((run.code, run.stderr.as_str()), (Some(0), ""), "{words:?}");
+    }
+}
+
+#[test]
+fn the_help_names_every_verb_once() {
+    let help = blkmirror(&["--help"]).stdout;
+    for verb in ["mirror", "status", "pivot", "cancel", "pause", "resume", "set", "watch", "quit"] {
+        let rows = help.lines().filter(|line| line.trim_start().starts_with(&format!("{verb} "))).count();
+        assert_eq!(rows, 1, "{verb} in {help}");
+    }
+}
+
+#[test]
+fn where_no_daemon_listens_the_remedy_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("control");
+    let path = path.to_str().unwrap();
+    for words in [&["status"][..], &["mirror", "vda", "/t"], &["quit"], &["watch"], &["set", "vda", "--speed", "0"]] {
+        let mut all = vec![words[0], "--control", path];
+        all.extend(&words[1..]);
+        let run = blkmirror(&all);
+        let expected =
+            format!("blkmirror: no daemon listens at {path}: start one with `blkmirror serve --control {path} …`\n");
+        assert_eq!((run.code, run.stdout.as_str(), run.stderr), (Some(1), "", expected), "{words:?}");
+    }
+}
+
+#[test]
+fn a_socket_that_is_no_daemons_is_told_apart() {
+    let fake = Fake::silent();
+    let run = ask(&fake, &["status"]);
+    assert_eq!(run.code, Some(1));
+    assert!(run.stderr.contains("not the control socket of a daemon"), "{run:?}");
+}
+
+#[test]
+fn a_mirror_has_every_word_of_its_request() {
+    let fake = Fake::start(|_| started());
+    let run = ask(
+        &fake,
+        &[
+            "mirror",
+            "vda",
+            "/images/new",
+            "--shallow",
+            "--reuse-external",
+            "--format",
+            "qcow2",
+            "--mode",
+            "write-blocking",
+            "--speed",
+            "10M",
+            "--granularity",
+            "64K",
+            "--on-target-error",
+            "enospc",
+            "--job-id",
+            "j",
+        ],
+    );
+    assert_eq!(run.code, Some(0), "{run:?}");
+    assert_eq!(run.stdout, "vda: mirror to /images/new started, job vda\n");
+    assert_eq!(run.stderr, "vda: the source has no backing: a full copy\n");
+    let request = MirrorRequest {
+        export: "vda".into(),
+        target: "/images/new".into(),
+        shallow: true,
+        reuse_external: true,
+        format: Some(TargetFormat::Qcow2),
+        mode: Mode::WriteBlocking,
+        speed: 10 << 20,
+        granularity: 64 << 10,
+        on_target_error: OnError::Enospc,
+        dry_run: false,
+        job_id: Some("j".into()),
+    };
+    assert_eq!(fake.calls(), [Call { request: Request::Mirror(request), wait: true }]);
+}
+
+#[test]
+fn raw_is_a_format_and_a_relative_target_is_the_callers() {
+    let fake = Fake::start(|_| started());
+    let run = ask(&fake, &["mirror", "vda", "new.raw", "--raw", "--dry-run"]);
+    assert_eq!(run.code, Some(0), "{run:?}");
+    let target = std::env::current_dir().unwrap().join("new.raw").to_str().unwrap().to_string();
+    assert_eq!(run.stdout, format!("vda: could be mirrored to {target}\n"));
+    let format = Some(TargetFormat::Raw);
+    let request = MirrorRequest { export: "vda".into(), target, format, dry_run: true, ..MirrorRequest::default() };
+    assert_eq!(fake.requests(), [Request::Mirror(request)]);
+}
+
+#[test]
+fn a_uri_stays_as_it_is() {
+    let fake = Fake::start(|_| started());
+    ask(&fake, &["mirror", "vda", "nbd://host/new"]);
+    let [Request::Mirror(request)] = &fake.requests()[..] else { panic!("one request") };
+    assert_eq!(request.target, "nbd://host/new");
+}
+
+#[test]
+fn a_refusal_is_1_with_libvirts_name() {
+    let fake = Fake::start(|_| Err(Refusal::new(Code::BlockCopyActive, "vda: a copy is under way")));
+    let verbs: &[&[&str]] = &[
+        &["mirror", "vda", "/t"],
+        &["mirror", "vda", "/t", "--wait"],
+        &["status", "vda"],
+        &["pivot", "vda"],
+        &["cancel", "vda"],
+        &["pause", "vda"],
+        &["resume", "vda"],
+        &["set", "vda", "--speed", "0"],
+        &["quit"],
+        &["watch"],
+    ];
+    for words in verbs {
+        let run = ask(&fake, words);
+        assert_eq!(run.code, Some(1), "{words:?}");
+        let expected = "blkmirror: vda: a copy is under way (BLOCK_COPY_ACTIVE)\n";
+        assert_eq!((run.stdout.as_str(), run.stderr.as_str()), ("", expected), "{words:?}");
+    }
+}
+
+#[test]
+fn waiting_ends_when_the_job_is_ready() {
+    let looks = AtomicUsize::new(0);
+    let fake = Fake::start(move |request| match request {
+        Request::Mirror(_) => started(),
+        _ => one(["seeding", "converging", "ready"][looks.fetch_add(1, Ordering::SeqCst).min(2)]),
+    });
+    let run = ask(&fake, &["mirror", "vda", "/images/new.raw", "--wait"]);
+    assert_eq!((run.code, run.stdout.as_str()), (Some(0), "vda: ready, target /images/new.raw\n"), "{run:?}");
+    assert_eq!(fake.requests().len(), 4, "no look after it was ready");
+}
+
+#[test]
+fn pivot_waits_for_ready_and_tries_again_when_the_guest_was_faster() {
+    let tries = AtomicUsize::new(0);
+    let fake = Fake::start(move |request| match request {
+        Request::Mirror(_) => started(),
+        Request::Pivot(_) if tries.fetch_add(1, Ordering::SeqCst) == 0 => {
+            Err(Refusal::new(Code::BlockCopyActive, "12 MiB still to copy"))
+        }
+        Request::Pivot(_) => Ok(Reply::Done {}),
+        _ => one("ready"),
+    });
+    let run = ask(&fake, &["mirror", "vda", "/t", "--pivot"]);
+    assert_eq!((run.code, run.stdout.as_str()), (Some(0), "vda: pivoted, serving /images/old.qcow2\n"), "{run:?}");
+    let pivots =
+        fake.calls().into_iter().filter(|call| call.request == Request::Pivot("vda".into())).collect::<Vec<_>>();
+    assert!(pivots.len() == 2 && pivots.iter().all(|call| call.wait), "{pivots:?}");
+}
+
+#[test]
+fn finish_never_gives_up_a_job_that_fell_behind() {
+    let tries = AtomicUsize::new(0);
+    let fake = Fake::start(move |request| match request {
+        Request::Mirror(_) => started(),
+        Request::Finish(_) if tries.fetch_add(1, Ordering::SeqCst) == 0 => {
+            Err(Refusal::new(Code::BlockCopyActive, "12 MiB still to copy"))
+        }
+        Request::Finish(_) => Ok(Reply::Done {}),
+        _ => one("ready"),
+    });
+    let run = ask(&fake, &["mirror", "vda", "/t", "--finish"]);
+    assert_eq!((run.code, run.stdout.as_str()), (Some(0), "vda: finished, /t is a copy of this instant\n"), "{run:?}");
+    assert!(!fake.requests().iter().any(|request| matches!(request, Request::Cancel { .. })));
+}
+
+#[test]
+fn a_job_that_ends_otherwise_is_a_failure() {
+    for (phase, words) in
+        [("failed", "the mirror failed: target is full"), ("cancelled", "somebody else ended the mirror")]
+    {
+        let fake = Fake::start(move |request| match request {
+            Request::Mirror(_) => started(),
+            _ => Ok(Reply::One(Box::new(Status { error: Some("target is full".into()), ..status(phase) }))),
+        });
+        let run = ask(&fake, &["mirror", "vda", "/t", "--wait"]);
+        assert!(run.code == Some(1) && run.stdout.is_empty() && run.stderr.contains(words), "{run:?}");
+    }
+}
+
+#[test]
+fn status_in_json_is_an_object_for_one_and_an_array_for_all() {
+    let fake = Fake::start(|request| match request {
+        Request::Status(Some(_)) => one("converging"),
+        _ => Ok(Reply::All(vec![status("none"), status("ready")])),
+    });
+    let run = ask(&fake, &["status", "vda", "--json"]);
+    let one: serde_json::Value = serde_json::from_str(&run.stdout).unwrap();
+    let fields = [
+        "export",
+        "serving",
+        "phase",
+        "paused",
+        "job",
+        "mode",
+        "total_bytes",
+        "copied_bytes",
+        "remaining_bytes",
+        "dirty_bytes",
+        "speed_bytes_per_s",
+        "eta_s",
+        "source",
+        "target",
+        "error",
+    ];
+    for field in fields {
+        assert!(one.get(field).is_some(), "{field} in {}", run.stdout);
+    }
+    assert_eq!((one["mode"].as_str(), one["error"].is_null()), (Some("background"), true));
+    let all: serde_json::Value = serde_json::from_str(&ask(&fake, &["status", "--json"]).stdout).unwrap();
+    assert_eq!((all[0]["phase"].as_str(), all[1]["phase"].as_str()), (Some("none"), Some("ready")));
+}
+
+#[test]
+fn status_for_people_is_a_few_lines() {
+    let fake = Fake::start(|request| match request {
+        Request::Status(Some(_)) => one("converging"),
+        _ => Ok(Reply::All(vec![status("converging")])),
+    });
+    let run = ask(&fake, &["status", "vda"]);
+    let expected = "\
+export    vda
+phase     converging
+serving   /images/old.qcow2
+job       vda
+source    /images/old.qcow2
+target    /images/new.raw
+copied    3.00 MiB of 4.00 MiB (75.0 %)
+remaining 1.00 MiB, 2 s
+speed     no limit, mode background
+";
+    assert_eq!((run.code, run.stdout.as_str()), (Some(0), expected));
+    let run = ask(&fake, &["status"]);
+    let expected = "\
+EXPORT  PHASE       COPIED      LEFT  SERVING
+vda     converging  75.0 %  1.00 MiB  /images/old.qcow2
+";
+    assert_eq!(run.stdout, expected);
+}
+
+#[test]
+fn the_short_verbs_say_what_was_done() {
+    let fake = Fake::start(|request| match request {
+        Request::Status(_) => one("pivoted"),
+        _ => Ok(Reply::Done {}),
+    });
+    let vda = || String::from("vda");
+    let cases: [(&[&str], &str, Request); 7] = [
+        (&["pivot", "vda"], "vda: pivoted, serving /images/old.qcow2\n", Request::Pivot(vda())),
+        (
+            &["cancel", "vda"],
+            "vda: cancelled, serving /images/old.qcow2\n",
+            Request::Cancel { export: vda(), force: false },
+        ),
+        (
+            &["cancel", "vda", "--force"],
+            "vda: cancelled, serving /images/old.qcow2\n",
+            Request::Cancel { export: vda(), force: true },
+        ),
+        (&["pause", "vda"], "vda: paused\n", Request::Pause(vda())),
+        (&["resume", "vda"], "vda: goes on\n", Request::Resume(vda())),
+        (
+            &["set", "vda", "--speed", "2G"],
+            "vda: changed\n",
+            Request::Set { export: vda(), speed: Some(2 << 30), mode: None },
+        ),
+        (
+            &["set", "vda", "--mode", "background"],
+            "vda: changed\n",
+            Request::Set { export: vda(), speed: None, mode: Some(Mode::Background) },
+        ),
+    ];
+    for (words, expected, request) in cases {
+        let run = ask(&fake, words);
+        assert_eq!((run.code, run.stdout.as_str(), run.stderr.as_str()), (Some(0), expected, ""), "{words:?}");
+        assert!(fake.requests().contains(&request), "{words:?}");
+    }
+}
+
+#[test]
+fn quit_returns_when_the_daemon_has_gone() {
+    let fake = Fake::start(|_| Ok(Reply::Done {}));
+    let run = ask(&fake, &["quit"]);
+    assert_eq!((run.code, run.stdout), (Some(0), format!("{}: the daemon has ended\n", fake.path())));
+    assert_eq!(fake.requests(), [Request::Quit]);
+}
+
+#[test]
+fn watch_tells_each_change_once_and_that_the_daemon_went() {
+    let looks = AtomicUsize::new(0);
+    let fake = Fake::start(move |_| match looks.fetch_add(1, Ordering::SeqCst) {
+        0 | 1 => one("converging"),
+        2 => one("ready"),
+        _ => Err(Refusal::new(Code::OperationFailed, "enough")),
+    });
+    let run = ask(&fake, &["watch", "vda"]);
+    assert_eq!(run.stdout, "vda  converging  75.0 %  1.00 MiB, 2 s left\nvda  ready  75.0 %  1.00 MiB, 2 s left\n");
+    assert_eq!((run.code, run.stderr.as_str()), (Some(1), "blkmirror: enough (OPERATION_FAILED)\n"));
+}
+
+#[test]
+fn a_daemon_that_hangs_up_is_told() {
+    let fake = Fake::that_hangs_up();
+    let run = ask(&fake, &["pivot", "vda"]);
+    assert_eq!((run.code, run.stderr), (Some(1), format!("blkmirror: {}: the daemon hung up\n", fake.path())));
+}
