@@ -107,7 +107,7 @@ const RETRY: Duration = Duration::from_millis(500);
 
 /// What an operator wants of a running job.
 enum Wish {
-    Pivot(End, RecordFile),
+    Pivot(Box<(End, RecordFile)>),
     /// Leave the target as a copy of one instant.
     Finish,
     /// Give up.
@@ -264,7 +264,7 @@ impl Job {
 
     /// Wishes for the pivot. Only in `Phase::Ready`.
     pub fn pivot(&mut self, end: End, record: RecordFile) {
-        self.wish = Some(Wish::Pivot(end, record));
+        self.wish = Some(Wish::Pivot(Box::new((end, record))));
     }
 
     /// Wishes for the end on the source: with a whole copy where it is ready and not `force`.
@@ -433,7 +433,7 @@ impl Job {
                 self.wish = Some(wish);
                 return false;
             }
-            Some(Wish::Pivot(end, record)) => self.begin_end(end, Some(record), tools.io.now()),
+            Some(Wish::Pivot(wish)) => self.begin_end(wish.0, Some(wish.1), tools.io.now()),
             Some(Wish::Finish) => self.begin_end(End::Stay, None, tools.io.now()),
         }
         true

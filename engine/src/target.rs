@@ -16,9 +16,7 @@ use crate::control::options::Cache;
 use crate::control::{Code, MirrorRequest, Refusal, TargetFormat};
 use crate::disk::Disk;
 use crate::io::FileStorage;
-use crate::journal::WordJournal;
 use crate::open::{Access, Identity, identity, open_disk, open_on, probe_format};
-use crate::state::StateFolder;
 use formats::error::{Context, Error, Result};
 use formats::journal::Journal;
 use formats::qcow2::{Backing, Create, create, read_header};
@@ -53,15 +51,16 @@ pub struct Plan {
     pub notes: Vec<String>,
 }
 
-/// A target that is open, and what keeps its mappings once it is the truth.
+/// A target that is open.
 pub struct Target {
     /// The disk.
     pub disk: Disk,
-    /// Asleep until then.
-    pub journal: Arc<WordJournal>,
     /// It reads as zeroes.
     pub is_zero: bool,
 }
+
+/// Gives the image of a full path the journal that keeps its mappings through a kill.
+pub type Journals<'a> = &'a dyn Fn(&Path) -> Result<Arc<dyn Journal>>;
 
 /// Checks a request against its source; changes nothing.
 pub fn plan(request: &MirrorRequest, source: &Disk) -> std::result::Result<Plan, Refusal> {
@@ -100,9 +99,9 @@ pub fn plan(request: &MirrorRequest, source: &Disk) -> std::result::Result<Plan,
 
 impl Plan {
     /// Makes or opens the target. What was made is removed again where that fails.
-    pub fn open(&self, source: &Disk, cache: Cache, state: &StateFolder) -> std::result::Result<Target, Refusal> {
+    pub fn open(&self, source: &Disk, cache: Cache, journals: Journals) -> std::result::Result<Target, Refusal> {
         let fresh = self.create && !self.path.exists();
-        self.try_open(source, cache, state).map_err(|error| {
+        self.try_open(source, cache, journals).map_err(|error| {
             if fresh {
                 // It was not there before; what could not be made is gone again.
                 let _ = fs::remove_file(&self.path);
@@ -111,15 +110,13 @@ impl Plan {
         })
     }
 
-    fn try_open(&self, source: &Disk, cache: Cache, state: &StateFolder) -> Result<Target> {
+    fn try_open(&self, source: &Disk, cache: Cache, journals: Journals) -> Result<Target> {
         if self.create {
             self.make(source)?;
         }
         let path = self.path.canonicalize().context(|| self.path.display().to_string())?;
-        let journal = state.journal(&path)?.start_asleep();
-        let kept: Arc<dyn Journal> = Arc::clone(&journal) as _;
         let access = Access {
-            journal: Some(kept),
+            journal: Some(journals(&path)?),
             size: (self.format == TargetFormat::Raw).then_some(source.size()),
             ..Access::writable(cache)
         };
@@ -129,7 +126,7 @@ impl Plan {
         };
         // A block device keeps what was on it.
         let is_zero = self.create && fs::metadata(&self.path).is_ok_and(|metadata| metadata.is_file());
-        Ok(Target { disk, journal, is_zero: is_zero || self.format == TargetFormat::Qcow2 && self.create })
+        Ok(Target { disk, is_zero: is_zero || self.format == TargetFormat::Qcow2 && self.create })
     }
 
     fn make(&self, source: &Disk) -> Result<()> {

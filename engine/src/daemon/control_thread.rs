@@ -242,6 +242,13 @@ impl ControlThread {
                 }
                 answer => answer.map(|_| Reply::Done {}),
             },
+            Request::Finish(name) => match self.finish(&name) {
+                Ok(number) if call.wait => {
+                    self.waiting.push((client, number, Wish::Cancel));
+                    return None;
+                }
+                answer => answer.map(|_| Reply::Done {}),
+            },
             Request::Pause(name) => self.with_job(&name, |active| active.job.pause(true)),
             Request::Resume(name) => self.with_job(&name, |active| active.job.pause(false)),
             Request::Set { export, speed, mode } => self.with_job(&export, |active| {
@@ -311,14 +318,27 @@ impl ControlThread {
         Ok(Reply::Done {})
     }
 
-    fn pivot(&mut self, name: &str) -> std::result::Result<usize, Refusal> {
+    /// A job that may be ended now with a whole target.
+    fn ready_job(&mut self, name: &str) -> std::result::Result<(usize, &mut Active), Refusal> {
         let (number, active) = self.job(name)?;
         if active.job.is_ending() {
             return Err(refuse(Code::OperationInvalid, format!("the job of export {name} is being ended already")));
         }
-        if let Some(reason) = active.job.not_ready() {
-            return Err(refuse(Code::BlockCopyActive, reason.one_line()));
+        match active.job.not_ready() {
+            Some(reason) => Err(refuse(Code::BlockCopyActive, reason.one_line())),
+            None => Ok((number, active)),
         }
+    }
+
+    fn finish(&mut self, name: &str) -> std::result::Result<usize, Refusal> {
+        let (number, active) = self.ready_job(name)?;
+        active.job.cancel(false);
+        self.waker.wake();
+        Ok(number)
+    }
+
+    fn pivot(&mut self, name: &str) -> std::result::Result<usize, Refusal> {
+        let (number, _) = self.ready_job(name)?;
         let export = &self.exports[number];
         let record = export.record.clone().ok_or_else(|| {
             refuse(Code::OperationInvalid, format!("export {name} is read-only: it cannot be pivoted"))

@@ -11,7 +11,9 @@ use crate::mirror::Mirror;
 use crate::pivot::End;
 use crate::state::StateFolder;
 use crate::target::plan;
+use formats::journal::Journal;
 use formats::record::Record;
+use std::cell::OnceCell;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -29,7 +31,7 @@ pub(super) struct Active {
     pub job: Job,
     threads: Vec<Worker>,
     target: PathBuf,
-    journal: Arc<WordJournal>,
+    journal: Option<Arc<WordJournal>>,
     notes: Vec<String>,
     /// The phase that was told last.
     told: Option<Phase>,
@@ -63,7 +65,13 @@ impl Active {
         if request.dry_run {
             return Ok((started, None));
         }
-        let target = plan.open(&source, cache, state)?;
+        // Asleep: nothing is promised of a target before it is the truth.
+        let journal = OnceCell::new();
+        let target = plan.open(&source, cache, &|path| {
+            let asleep = state.journal(path)?.start_asleep();
+            Ok(Arc::clone(journal.get_or_init(|| asleep)) as Arc<dyn Journal>)
+        })?;
+        let journal = journal.into_inner();
         let path = target.disk.chain().top().path.clone();
         let mirror = Arc::new(Mirror::new(source, Arc::new(target.disk), plan.chunk_bits, plan.shallow));
         mirror.rate.set(request.speed);
@@ -81,7 +89,6 @@ impl Active {
             pause_max: PAUSE_MAX,
         });
         let pace = Pace { since: Instant::now(), copied: 0, bytes_per_s: 0 };
-        let journal = target.journal;
         let active = Self { job, threads, target: path, journal, notes: plan.notes, told: None, pace };
         Ok((started, Some(active)))
     }
@@ -98,7 +105,7 @@ impl Active {
                 format: mirror.target.chain().top().format.to_owned(),
                 size: mirror.source.size(),
             },
-            journal: Some(Arc::clone(&self.journal)),
+            journal: self.journal.clone(),
         }
     }
 
@@ -158,7 +165,7 @@ impl Active {
 }
 
 /// As many copy threads as pay: direct I/O does not need this thread's processor, the page cache does.
-fn copiers(mirror: &Arc<Mirror>) -> std::io::Result<Vec<Worker>> {
+pub(super) fn copiers(mirror: &Arc<Mirror>) -> std::io::Result<Vec<Worker>> {
     let direct = mirror.target.chain().top().file.is_direct();
     let count = if direct { 1 } else { 2 };
     (0..count).map(|number| Worker::copier(Arc::clone(mirror), DEPTH, number, count)).collect()

@@ -9,11 +9,16 @@
 //! The threads meet at four places: the gate (sessions, pivot), the bitmap (sessions, copiers), the
 //! lock of an image's metadata (sessions, copiers), and the bells that wake who waits.
 mod clients;
+mod compare;
 mod control_thread;
+mod convert;
 mod exports;
 mod jobs;
 mod listen;
 mod threads;
+
+pub use compare::{Comparison, compare};
+pub use convert::{ConvertOptions, Copied, convert};
 
 use crate::control::options::ServeOptions;
 use crate::state::StateFolder;

@@ -1,0 +1,177 @@
+//! `compare`: whether two disks read alike.
+use crate::chain::{Look, Source};
+use crate::disk::{Disk, Status, Task, Tools};
+use crate::io::{Arena, Buffer, Completion, Io, Op, Ring, Token, Wait, Waker};
+use crate::zero::is_zero;
+use formats::error::{Error, Result};
+use formats::range::ByteRange;
+use std::sync::Arc;
+
+/// How much is compared at a time, in bytes.
+const PIECE: u64 = 1 << 20;
+/// How many pieces are under way.
+const DEPTH: usize = 8;
+
+/// What a comparison found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Comparison {
+    /// They read alike. Where one is longer, the rest of it is zeroes.
+    Same,
+    /// The first byte that differs, as an offset.
+    DifferAt(u64),
+}
+
+/// Compares two disks; `progress` is told how many bytes were compared.
+pub fn compare(first: Disk, second: Disk, mut progress: impl FnMut(u64)) -> Result<Comparison> {
+    let disks = [Arc::new(first), Arc::new(second)];
+    let size = disks.iter().map(|disk| disk.size()).max().unwrap_or(0);
+    let failed = |error| Error::io("the ring", error);
+    let arena = Arena::new((DEPTH * 2 + 1) * PIECE as usize);
+    let waker = Waker::new().map_err(failed)?;
+    let mut ring = Ring::new(64, &arena).map_err(failed)?;
+    let mut slots: [Option<Piece>; DEPTH] = Default::default();
+    let mut done: Vec<Completion> = Vec::new();
+    let (mut at, mut found) = (0, None::<u64>);
+    ring.submit(WAKE, Op::Wake { waker: waker.clone() });
+    loop {
+        for (number, slot) in slots.iter_mut().enumerate() {
+            // Once a difference is known, only what lies before it matters.
+            while slot.is_none() && at < found.unwrap_or(size) {
+                let range = next(&disks, at, size)?;
+                at = range.end;
+                *slot = Piece::new(&disks, range)?;
+            }
+            let Some(piece) = slot else { continue };
+            if piece.step(&mut Tools { io: &mut ring, arena: &arena, waker: &waker }, number)? {
+                let differs = piece.first_difference();
+                progress(piece.range.end);
+                found = found.into_iter().chain(differs).min();
+                *slot = None;
+            }
+        }
+        if slots.iter().all(Option::is_none) && at >= found.unwrap_or(size) {
+            return Ok(found.map_or(Comparison::Same, Comparison::DifferAt));
+        }
+        // A piece that was just ended leaves room for the next one.
+        let idle = slots.iter().any(Option::is_none) && at < found.unwrap_or(size);
+        ring.reap(if idle { Wait::No } else { Wait::One }, &mut done).map_err(failed)?;
+        for completion in done.drain(..) {
+            if completion.token == WAKE {
+                ring.submit(WAKE, Op::Wake { waker: waker.clone() });
+                continue;
+            }
+            let number = (completion.token.0 / (2 * Task::TOKENS)) as usize;
+            let piece = slots[number].as_mut().expect("a piece under way");
+            piece.complete(&mut Tools { io: &mut ring, arena: &arena, waker: &waker }, number, completion);
+        }
+    }
+}
+
+const WAKE: Token = Token(u64::MAX);
+
+/// The next bytes to compare: past what is zeroes on both sides.
+fn next(disks: &[Arc<Disk>; 2], at: u64, size: u64) -> Result<ByteRange> {
+    let mut end = size;
+    let mut zeroes = true;
+    for disk in disks.iter().filter(|disk| at < disk.size()) {
+        let (range, source) = disk.chain().map(at, size - at, Look::Holes)?;
+        zeroes &= source == Source::Zero;
+        end = end.min(range.end);
+    }
+    for disk in disks.iter().filter(|disk| at < disk.size()) {
+        end = end.min(disk.size());
+    }
+    if zeroes { Ok(ByteRange { start: at, end }) } else { Ok(ByteRange { start: at, end: size }.prefix(PIECE)) }
+}
+
+/// Some bytes of both disks.
+struct Piece {
+    range: ByteRange,
+    reads: [Side; 2],
+}
+
+enum Side {
+    Reading(Box<Task>),
+    Read(Buffer),
+    /// Past this disk's end.
+    Nothing,
+}
+
+impl Piece {
+    /// `None` where both sides are known to be zeroes.
+    fn new(disks: &[Arc<Disk>; 2], range: ByteRange) -> Result<Option<Self>> {
+        if range.len() > PIECE || all_zero(disks, range)? {
+            return Ok(None);
+        }
+        let side = |disk: &Arc<Disk>| {
+            let inside = range.intersect(ByteRange { start: 0, end: disk.size() });
+            match inside.is_empty() {
+                true => Side::Nothing,
+                false => {
+                    let buf = Buffer::alone(inside.len() as usize);
+                    Side::Reading(Box::new(Task::read(Arc::clone(disk), inside, buf)))
+                }
+            }
+        };
+        Ok(Some(Self { range, reads: [side(&disks[0]), side(&disks[1])] }))
+    }
+
+    /// True where both sides are read.
+    fn step(&mut self, tools: &mut Tools<Ring>, number: usize) -> Result<bool> {
+        let mut over = true;
+        for (side, read) in self.reads.iter_mut().enumerate() {
+            let Side::Reading(task) = read else { continue };
+            if task.step(tools, base(number, side)) != Status::Done {
+                over = false;
+                continue;
+            }
+            let Side::Reading(task) = std::mem::replace(read, Side::Nothing) else { continue };
+            let (outcome, buf) = task.end();
+            outcome?;
+            *read = buf.map_or(Side::Nothing, Side::Read);
+        }
+        Ok(over)
+    }
+
+    fn complete(&mut self, tools: &mut Tools<Ring>, number: usize, done: Completion) {
+        let side = (done.token.0 / Task::TOKENS % 2) as usize;
+        let Side::Reading(task) = &mut self.reads[side] else { unreachable!("this side reads") };
+        task.complete(tools, base(number, side), done);
+    }
+
+    fn first_difference(&self) -> Option<u64> {
+        let [first, second] = self.reads.each_ref().map(Side::bytes);
+        let both = first.len().min(second.len());
+        let differs = if first[..both] == second[..both] {
+            let rest = if first.len() > both { &first[both..] } else { &second[both..] };
+            (!is_zero(rest)).then(|| both + rest.iter().position(|byte| *byte != 0).unwrap_or(0))
+        } else {
+            first.iter().zip(second).position(|(a, b)| a != b)
+        };
+        differs.map(|at| self.range.start + at as u64)
+    }
+}
+
+impl Side {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Read(buf) => buf,
+            Self::Reading(_) | Self::Nothing => &[],
+        }
+    }
+}
+
+fn all_zero(disks: &[Arc<Disk>; 2], range: ByteRange) -> Result<bool> {
+    for disk in disks.iter().filter(|disk| range.start < disk.size()) {
+        let inside = range.end.min(disk.size());
+        let (found, source) = disk.chain().map(range.start, inside - range.start, Look::Holes)?;
+        if source != Source::Zero || found.end < inside {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+fn base(number: usize, side: usize) -> Token {
+    Token((number * 2 + side) as u64 * Task::TOKENS)
+}

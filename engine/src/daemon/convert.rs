@@ -1,0 +1,132 @@
+//! `convert`: a mirror without a guest.
+use super::jobs::copiers;
+use super::threads::Worker;
+use crate::control::options::Cache;
+use crate::control::{MirrorRequest, Mode, OnError, TargetFormat};
+use crate::io::{Arena, Io, Op, Ring, Token, Wait, Waker};
+use crate::mirror::Mirror;
+use crate::open::{Access, open_disk};
+use crate::seed::Seeder;
+use crate::target::plan;
+use formats::error::{Context, Error, Result};
+use formats::journal::Forgetful;
+use std::fs;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+/// How often progress is told.
+const TICK: Duration = Duration::from_millis(50);
+/// How many runs of the mapping are looked at between two looks at the copiers.
+const LOOKS: usize = 4096;
+
+/// What to copy to where.
+#[derive(Clone, Debug)]
+pub struct ConvertOptions {
+    /// The top layer of the source's chain.
+    pub source: PathBuf,
+    /// Its format, where it was named.
+    pub source_format: Option<TargetFormat>,
+    /// Full path of the target.
+    pub target: PathBuf,
+    /// Its format, where it was named.
+    pub format: Option<TargetFormat>,
+    /// Only what the top layer holds.
+    pub shallow: bool,
+    /// The target is there already.
+    pub reuse_external: bool,
+    /// Whether images go through the page cache.
+    pub cache: Cache,
+}
+
+/// How far a copy is.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Copied {
+    /// Bytes that were brought over.
+    pub bytes: u64,
+    /// Bytes that are to be brought over, as far as is known.
+    pub total: u64,
+}
+
+/// Copies a chain. `progress` is called now and then. The answer is notes on what was done, and how
+/// much.
+pub fn convert(options: &ConvertOptions, mut progress: impl FnMut(Copied)) -> Result<(Vec<String>, Copied)> {
+    let access = Access::read_only(options.cache);
+    let source = Arc::new(open_disk(&options.source, options.source_format, access)?);
+    let request = MirrorRequest {
+        export: String::new(),
+        target: options.target.display().to_string(),
+        shallow: options.shallow,
+        reuse_external: options.reuse_external,
+        format: options.format,
+        mode: Mode::Background,
+        speed: 0,
+        granularity: 0,
+        on_target_error: OnError::Report,
+        dry_run: false,
+        job_id: None,
+    };
+    let refused = |refusal: crate::control::Refusal| Error::invalid(refusal.message);
+    let plan = plan(&request, &source).map_err(refused)?;
+    let fresh = plan.create && !plan.path.exists();
+    let target = plan.open(&source, options.cache, &|_| Ok(Arc::new(Forgetful))).map_err(refused)?;
+    let mirror = Arc::new(Mirror::new(source, Arc::new(target.disk), plan.chunk_bits, plan.shallow));
+    let copied = copy(&mirror, target.is_zero, &mut progress).inspect_err(|_| {
+        if fresh {
+            // It was not there before; half a copy is of no use to anybody.
+            let _ = fs::remove_file(&plan.path);
+        }
+    })?;
+    Ok((plan.notes, copied))
+}
+
+fn copy(mirror: &Arc<Mirror>, target_is_zero: bool, progress: &mut impl FnMut(Copied)) -> Result<Copied> {
+    let threads = copiers(mirror).context(|| "starting the copy threads")?;
+    let outcome = watch(mirror, Seeder::new(target_is_zero), progress);
+    mirror.hold(true);
+    threads.into_iter().for_each(Worker::end);
+    outcome?;
+    mirror.target.chain().top().close()?;
+    Ok(state(mirror))
+}
+
+/// Until everything is brought over, or something failed.
+fn watch(mirror: &Mirror, mut seeder: Seeder, progress: &mut impl FnMut(Copied)) -> Result<()> {
+    const WAKE: Token = Token(0);
+    const TICKS: Token = Token(1);
+    let failed = |error| Error::io("the ring", error);
+    let waker = Waker::new().map_err(failed)?;
+    let mut ring = Ring::new(8, &Arena::new(1)).map_err(failed)?;
+    ring.submit(WAKE, Op::Wake { waker: waker.clone() });
+    ring.submit(TICKS, Op::Timeout { after: TICK });
+    let mut done = Vec::new();
+    let mut seeded = false;
+    loop {
+        if !seeded {
+            seeded = seeder.step(mirror, LOOKS)?;
+        }
+        mirror.progress.listen(&waker);
+        if let Some(fault) = mirror.clear_fault() {
+            return Err(fault.error);
+        }
+        if seeded && mirror.is_settled() {
+            progress(state(mirror));
+            return Ok(());
+        }
+        ring.reap(if seeded { Wait::One } else { Wait::No }, &mut done).map_err(failed)?;
+        for completion in done.drain(..) {
+            if completion.token == TICKS {
+                progress(state(mirror));
+                ring.submit(TICKS, Op::Timeout { after: TICK });
+            } else {
+                ring.submit(WAKE, Op::Wake { waker: waker.clone() });
+            }
+        }
+    }
+}
+
+fn state(mirror: &Mirror) -> Copied {
+    let bytes = mirror.stats.copied.load(Ordering::Relaxed);
+    Copied { bytes, total: bytes + mirror.dirty.marked_bytes() }
+}
