@@ -74,16 +74,12 @@ fn production(text: &str) -> String {
             let Some(item) = lines.next() else { break };
             kept.push('\n');
             // An item of one line, or everything up to the brace that closes it where it began.
-            let indent = item.len() - item.trim_start().len();
+            let indent = &item[..item.len() - item.trim_start().len()];
             let one_line = item.trim_end().ends_with(';') || item.matches('{').count() == item.matches('}').count();
-            while !one_line {
-                let Some(line) = lines.next() else { break };
-                kept.push('\n');
-                if line.trim_end() == format!("{}}}", &line[..indent.min(line.len())])
-                    && line.starts_with(&item[..indent])
-                {
-                    break;
-                }
+            if !one_line {
+                let closing = format!("{indent}}}");
+                let inside = lines.by_ref().take_while(|line| line.trim_end() != closing).count();
+                kept.push_str(&"\n".repeat(inside + 1));
             }
             continue;
         }
