@@ -232,6 +232,8 @@ impl Drop for Ring {
     fn drop(&mut self) {
         let mut done = Vec::new();
         while self.in_kernel.len() > self.free.len() {
+            // What is queued and not submitted yet could not be cancelled.
+            let _ = self.enter(Wait::No);
             // Nothing left to cancel is an error that says just that.
             let _ = self.ring.submitter().register_sync_cancel(None, CancelBuilder::any());
             if self.reap(Wait::One, &mut done).is_err() {
@@ -344,15 +346,21 @@ mod tests {
         run(&mut ring, Op::Timeout { after: Duration::from_millis(1) }).1.expect("an end");
     }
 
+    /// A ring with an operation that was queued only hung for good when it was dropped: there was
+    /// nothing to cancel yet, and then nobody to end it.
     #[test]
     fn a_ring_that_goes_lets_nothing_go_before_the_kernel_did() {
-        let arena = Arena::new(4096);
-        let mut ring = Ring::new(4, &arena).expect("a ring");
-        let (ours, _theirs) = std::os::unix::net::UnixStream::pair().expect("a socket pair");
-        let buf = arena.take(100).expect("room");
-        ring.submit(Token(1), Op::Receive { socket: File::new(ours), buf, whole: true });
-        ring.reap(Wait::No, &mut Vec::new()).expect("a ring that works");
-        drop(ring);
-        assert!(arena.take(4096).is_some(), "the buffer came back");
+        for submitted in [true, false] {
+            let arena = Arena::new(4096);
+            let mut ring = Ring::new(4, &arena).expect("a ring");
+            let (ours, _theirs) = std::os::unix::net::UnixStream::pair().expect("a socket pair");
+            let buf = arena.take(100).expect("room");
+            ring.submit(Token(1), Op::Receive { socket: File::new(ours), buf, whole: true });
+            if submitted {
+                ring.reap(Wait::No, &mut Vec::new()).expect("a ring that works");
+            }
+            drop(ring);
+            assert!(arena.take(4096).is_some(), "the buffer came back");
+        }
     }
 }
