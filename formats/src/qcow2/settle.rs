@@ -60,7 +60,8 @@ impl Shared {
             progress.hold = Some(Hold::new(this.clone(), id));
             progress.stage = COUNTS;
         }
-        match this.lock().frozen() {
+        let frozen = this.lock().frozen();
+        match frozen {
             Some(frozen) if progress.hold.is_some() => this.next_stage(&frozen, progress),
             _ => Ok(Settle::Done),
         }
