@@ -176,6 +176,7 @@ fn fio_reads_back_what_it_wrote_on_four_connections() {
     let uri = format!("--uri={}", daemon.uri("vda"));
     let verify = [
         "--name=verify",
+        "--thread",
         "--ioengine=nbd",
         &uri,
         "--rw=randwrite",

@@ -1,5 +1,5 @@
 //! Layers, top first, seen as one disk: the first layer that has a byte decides.
-use crate::disk::DataFile;
+use crate::data_file::DataFile;
 use formats::error::{Context, Error, Result};
 use formats::image::{Extent, Image, Place, Progress, Settle};
 use formats::range::ByteRange;

@@ -4,6 +4,7 @@ pub mod chain;
 pub mod control;
 pub mod copier;
 pub mod daemon;
+pub mod data_file;
 pub mod dirty;
 pub mod disk;
 pub mod export;

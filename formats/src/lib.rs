@@ -8,6 +8,8 @@
 //! image     what every disk image format owes the engine
 //!   raw     guest offset and file offset are the same number
 //!   qcow2   versions 2 and 3
+//! probe     which format a file seems to have
+//! backing   the names of images below
 //! nbd       the wire: handshake, requests, replies
 //! record    which disk is the truth
 //! storage   the bytes that metadata is read from and written to

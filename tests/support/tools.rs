@@ -1,8 +1,11 @@
 //! The other programs that the tests run, with what they said when they fail.
+use super::PATIENCE;
+use rustix::process::{Pid, Signal, kill_process};
 use std::ffi::OsStr;
 use std::fmt::Write;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
+use std::sync::mpsc::{RecvTimeoutError, channel};
 
 /// Runs `program`; fails with all that it said where it does not end with 0. Returns its stdout.
 #[track_caller]
@@ -18,10 +21,27 @@ pub fn ran(command: &mut Command) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-/// Runs `command` to its end, however that is.
+/// Runs `command` to its end, however that is; one that hangs is killed when patience ends.
 #[track_caller]
 pub fn output(command: &mut Command) -> Output {
-    command.output().unwrap_or_else(|error| panic!("{command:?}: {error} (tests/run installs what the tests need)"))
+    let child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap_or_else(|error| panic!("{command:?}: {error} (tests/run installs what the tests need)"));
+    let pid = Pid::from_child(&child);
+    let (ended, end) = channel::<()>();
+    let watchdog = std::thread::spawn(move || {
+        if end.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
+            // Already gone: nothing to do.
+            let _ = kill_process(pid, Signal::KILL);
+        }
+    });
+    let output = child.wait_with_output().expect("waiting for our child");
+    drop(ended);
+    watchdog.join().expect("the watchdog");
+    output
 }
 
 /// A command line and all that came of it, for a failure's message.

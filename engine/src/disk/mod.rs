@@ -3,7 +3,6 @@
 //!
 //! A `Task` is one operation on a disk, stepped: it asks the images where bytes live, moves them
 //! through the caller's queue and tells the top image when they are there.
-mod data_file;
 mod flush;
 mod grace;
 mod read;
@@ -11,7 +10,7 @@ mod task;
 mod write;
 mod zero;
 
-pub use data_file::DataFile;
+pub use crate::data_file::DataFile;
 pub use task::{Status, Task, Tools};
 
 use crate::bell::Bell;

@@ -5,11 +5,11 @@
 //! reserve ─► [ read span ─► lay the payload over it ] ─► write ─► … ─► commit
 //! ```
 use super::Disk;
-use super::data_file::Stay;
 use super::flush::Flush;
 use super::read::scratch;
 use super::task::{Moved, Status, Task, Tools, keep};
 use crate::chain::{Layer, Look, Source};
+use crate::data_file::Stay;
 use crate::io::{Buffer, Completion, Io, Loan, Op, Token};
 use formats::error::{Error, Result};
 use formats::image::{Reservation, Reserve};

@@ -7,6 +7,7 @@
 //!
 //! The counter of a closed gate only falls. So "closed and nobody inside" stays true until it is
 //! opened again, and no more marks can come.
+use super::roll::Roll;
 use crate::bell::Bell;
 use crate::disk::Disk;
 use crate::io::Waker;
@@ -25,6 +26,8 @@ pub struct Route {
 
 /// Lets requests in, or holds them.
 pub struct Gate {
+    /// Who is connected.
+    pub roll: Roll,
     state: Mutex<State>,
     /// Rings when the gate opens.
     opened: Bell,
@@ -57,7 +60,7 @@ impl Gate {
     pub fn new(route: Route) -> Self {
         let emptied = Arc::<Bell>::default();
         let place = Place::new(route, &emptied);
-        Self { state: Mutex::new(State { open: true, place }), opened: Bell::default(), emptied }
+        Self { roll: Roll::default(), state: Mutex::new(State { open: true, place }), opened: Bell::default(), emptied }
     }
 
     /// A pass, or `None` while the gate is closed: the request waits in its session, whose waker is

@@ -1,5 +1,5 @@
 //! Open files and sockets, and the bell-push of a thread that waits in its ring.
-use rustix::event::{EventfdFlags, eventfd};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
@@ -41,11 +41,29 @@ impl File {
         }
     }
 
+    /// True where the other end of a socket is closed, also when bytes of it wait to be received.
+    pub fn hung_up(&self) -> bool {
+        let Some(fd) = self.as_fd() else { return false };
+        let mut asked = [PollFd::from_borrowed_fd(fd, PollFlags::RDHUP)];
+        // An error means that it is no socket any more.
+        poll(&mut asked, Some(&Timespec::default())).map_or(true, |answers| answers > 0)
+    }
+
     /// Small messages are sent at once; a Unix socket does so anyway.
     pub fn no_delay(&self) {
         if let Some(fd) = self.as_fd() {
             // A socket that is not TCP has no such option.
             let _ = rustix::net::sockopt::set_tcp_nodelay(fd, true);
+        }
+    }
+
+    /// Lets a Unix socket hold up to `len` bytes that its peer has not taken yet, as far as the system
+    /// allows: a long reply is then handed over in few pieces. TCP finds its own measure.
+    pub fn hold_to_send(&self, len: usize) {
+        use rustix::net::{AddressFamily, sockopt};
+        if let Some(fd) = self.as_fd().filter(|fd| sockopt::socket_domain(fd) == Ok(AddressFamily::UNIX)) {
+            // Less is only slower.
+            let _ = sockopt::set_socket_send_buffer_size(fd, len);
         }
     }
 

@@ -115,6 +115,13 @@ pub fn create(storage: &dyn Storage, create: &Create) -> Result<()> {
     write(0, &header)
 }
 
+/// The header alone.
+#[cfg(test)]
+pub(super) fn header_bytes(create: &Create) -> Result<Vec<u8>> {
+    let geometry = Geometry::new(create.version, create.cluster_bits, create.refcount_order, create.size)?;
+    header(create, geometry, &Layout::new(geometry))
+}
+
 /// Makes the first `len` bytes read as zeroes.
 fn clear(storage: &dyn Storage, len: u64) -> Result<()> {
     if storage.len().context(|| "asking for the file's length")? == 0 {
@@ -217,4 +224,31 @@ fn features() -> Vec<u8> {
         entry
     };
     FEATURES.into_iter().flat_map(entry).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Create, Layout};
+    use crate::qcow2::geometry::Geometry;
+
+    #[test]
+    fn the_default_image_is_laid_out_as_by_qemu() {
+        let layout = Layout::new(Geometry::new(3, 16, 4, 1 << 40).expect("valid"));
+        assert_eq!((layout.reftable, layout.blocks, layout.l1, layout.end), (1, 2, 3, 4));
+    }
+
+    #[test]
+    fn refcount_blocks_count_everything_there_is() {
+        // The largest L1 table in the smallest clusters with the widest refcounts.
+        let layout = Layout::new(Geometry::new(3, 9, 6, 128 << 30).expect("valid"));
+        assert!(layout.block_clusters * 64 >= layout.end);
+        assert!(layout.reftable_clusters * 64 >= layout.block_clusters);
+        assert_eq!(layout.end, 1 + layout.reftable_clusters + layout.block_clusters + 65536);
+    }
+
+    #[test]
+    fn sizes_are_whole_sectors() {
+        assert!(super::header_bytes(&Create::new(1000)).is_err());
+        assert!(super::header_bytes(&Create::new(0)).is_ok());
+    }
 }

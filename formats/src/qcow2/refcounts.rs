@@ -248,7 +248,7 @@ mod tests {
         for order in 0..=6 {
             let max = u64::MAX >> (64 - (1 << order));
             let mut bytes = [0; 64];
-            let counts = 64 * 8 >> order;
+            let counts = (64 * 8) >> order;
             let count = |index: usize| (index as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) & max;
             for index in 0..counts {
                 write_count(&mut bytes, order, index, max);

@@ -43,7 +43,10 @@ fn option(number: u32, data: &[u8]) -> Vec<u8> {
 
 /// A scene whose handshake is done, with structured replies and block status or without.
 fn scene(seed: u64, size: u64, structured: bool) -> Scene {
-    let mut scene = Scene::new(seed, size);
+    greeted(Scene::new(seed, size), structured)
+}
+
+fn greeted(mut scene: Scene, structured: bool) -> Scene {
     scene.say(&3_u32.to_be_bytes());
     if structured {
         scene.say(&option(wire::opt::STRUCTURED_REPLY, b""));
@@ -261,6 +264,32 @@ fn the_writes_of_a_client_that_is_gone_end_before_its_session_does() {
         assert!(scene.world.files[0][..4096].iter().all(|byte| *byte == 7));
         assert!(scene.world.files[0][4096..].iter().all(|byte| *byte == 0), "half a payload is no write");
     }
+}
+
+#[test]
+fn a_connections_first_request_waits_for_the_last_of_its_predecessor() {
+    // A client that is not gone is not waited for.
+    let mut old = scene(1, SIZE, true);
+    old.world.disk_rests = true;
+    old.say(&write(0, 1, 0, &[7; 4096]));
+    old.run();
+    let mut other = greeted(old.beside(), true);
+    other.say(&write(0, 1, 0, &[9; 4096]));
+    other.run();
+    assert_eq!(reply(&mut other).error, 0);
+
+    old.theirs = None;
+    old.world.hung_up = true;
+    let mut new = greeted(old.beside(), true);
+    new.say(&write(0, 1, 0, &[8; 4096]));
+    new.run();
+    assert_eq!((new.world.under_way(Done::Write), new.world.files[0][0]), (0, 0));
+    old.world.disk_rests = false;
+    assert_eq!(old.run(), Progress::Over(Ending::Gone));
+    drop(old);
+    new.world.rung = true;
+    new.run();
+    assert_eq!((reply(&mut new).error, new.world.files[0][0]), (0, 8));
 }
 
 #[test]

@@ -6,7 +6,8 @@ use super::slot::{self, Slot};
 use super::{Ending, Load, PAYLOAD_MAX, REQUESTS_MAX};
 use crate::disk::{Task, Tools};
 use crate::export::gate::Gate;
-use crate::io::{Buffer, Completion, Io, Token};
+use crate::export::roll::Member;
+use crate::io::{Buffer, Completion, File, Io, Token};
 use formats::nbd::request::check;
 use formats::nbd::wire::Header;
 use formats::nbd::{Action, Negotiated, Verdict};
@@ -16,6 +17,8 @@ use std::sync::Arc;
 pub(super) struct Transmission {
     negotiated: Negotiated,
     gate: Arc<Gate>,
+    /// Present as long as a request of it may touch the disk.
+    member: Member,
     slots: Vec<Option<Slot>>,
     free: Vec<usize>,
     /// Of all requests whose replies are not sent.
@@ -34,9 +37,10 @@ struct Admission {
 
 impl Transmission {
     /// The start of it: nothing is under way.
-    pub fn new(negotiated: Negotiated, gate: Arc<Gate>) -> Self {
+    pub fn new(negotiated: Negotiated, gate: Arc<Gate>, socket: File) -> Self {
         Self {
             negotiated,
+            member: gate.roll.join(socket),
             gate,
             slots: (0..REQUESTS_MAX).map(|_| None).collect(),
             free: (0..REQUESTS_MAX).rev().collect(),
@@ -69,6 +73,9 @@ impl Transmission {
         tools: &mut Tools<I>,
         base: Token,
     ) -> Option<Ending> {
+        if !self.member.may_begin(tools.waker) {
+            return None;
+        }
         loop {
             if let Some(admission) = self.waiting.take() {
                 if !self.has_room(slot::bytes_of(&admission.action)) {

@@ -11,11 +11,11 @@ use formats::nbd::{BlockSizes, ExportInfo, Exports};
 use formats::range::ByteRange;
 use std::collections::{BTreeSet, VecDeque};
 use std::io;
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 const PAGE: u64 = 4096;
-const SOCKET: u32 = 1000;
 
 /// The same numbers for the same seed.
 pub struct Random(u64);
@@ -283,6 +283,8 @@ pub struct Scene {
     pub session: Session,
     pub gate: Arc<Gate>,
     pub disk: Arc<Disk>,
+    /// The client's end of a socket that carries nothing: dropped, the client is gone.
+    pub theirs: Option<UnixStream>,
     done: Vec<Completion>,
 }
 
@@ -290,6 +292,16 @@ impl Scene {
     pub fn new(seed: u64, size: u64) -> Self {
         let disk = disk(0, size);
         let gate = Arc::new(Gate::new(Route { disk: Arc::clone(&disk), mirror: None }));
+        Self::at(gate, disk, seed)
+    }
+
+    /// Another client of the same export, in a world of its own.
+    pub fn beside(&self) -> Self {
+        Self::at(Arc::clone(&self.gate), Arc::clone(&self.disk), 1)
+    }
+
+    fn at(gate: Arc<Gate>, disk: Arc<Disk>, seed: u64) -> Self {
+        let size = disk.size();
         let info = ExportInfo {
             name: "vda".into(),
             description: String::new(),
@@ -302,9 +314,10 @@ impl Scene {
         let directory = Arc::new(One { info, gate: Arc::clone(&gate) });
         // Less than a session gets: buffers of their own come in too.
         let arena = Arena::new(1 << 20);
-        let session = Session::new(File::simulated(SOCKET), directory, arena, Waker::simulated(0), Token(1 << 40));
+        let (ours, theirs) = UnixStream::pair().expect("a socket pair");
+        let session = Session::new(File::new(ours), directory, arena, Waker::simulated(0), Token(1 << 40));
         let files = vec![vec![0; size as usize], vec![0; size as usize]];
-        Self { world: World::new(seed, files), session, gate, disk, done: Vec::new() }
+        Self { world: World::new(seed, files), session, gate, disk, theirs: Some(theirs), done: Vec::new() }
     }
 
     /// One step, and some of what can end ends.

@@ -1,0 +1,172 @@
+//! A file that can lose power: what was not flushed is there, or not, sector by sector.
+use super::random::Random;
+use formats::storage::Storage;
+use std::collections::HashMap;
+use std::io;
+use std::sync::{Mutex, MutexGuard};
+
+pub const SECTOR: usize = 512;
+pub type Sector = [u8; SECTOR];
+
+/// A file in memory.
+#[derive(Default)]
+pub struct Disk(Mutex<Bytes>);
+
+#[derive(Clone, Default)]
+struct Bytes {
+    len: u64,
+    sectors: HashMap<u64, Sector>,
+    /// As of the last flush.
+    durable: HashMap<u64, Sector>,
+    durable_len: u64,
+    /// What was written since, oldest first.
+    pending: HashMap<u64, Vec<Sector>>,
+    pending_lens: Vec<u64>,
+}
+
+impl Disk {
+    /// A file with these bytes, all of them durable.
+    pub fn with(bytes: &[u8]) -> Self {
+        let disk = Self::default();
+        disk.write_at(0, bytes).expect("memory");
+        disk.flush();
+        disk
+    }
+
+    /// Makes everything durable.
+    pub fn flush(&self) {
+        let mut bytes = self.lock();
+        let bytes = &mut *bytes;
+        for sector in std::mem::take(&mut bytes.pending).into_keys() {
+            match bytes.sectors.get(&sector) {
+                Some(now) => bytes.durable.insert(sector, *now),
+                None => bytes.durable.remove(&sector),
+            };
+        }
+        bytes.durable_len = bytes.len;
+        bytes.pending_lens.clear();
+    }
+
+    /// What the file is after a power cut now: `random` says which unflushed sectors made it, and in
+    /// which of their versions. All that is left is durable.
+    pub fn after_power_cut(&self, random: &mut Random) -> Self {
+        let bytes = self.lock();
+        let len = match random.below(bytes.pending_lens.len() as u64 + 1) {
+            0 => bytes.durable_len,
+            nth => bytes.pending_lens[nth as usize - 1],
+        };
+        let mut sectors = bytes.durable.clone();
+        // Some cuts lose nearly all, some nearly nothing.
+        let bias = 1 + random.below(4);
+        let mut pending: Vec<_> = bytes.pending.iter().collect();
+        pending.sort_unstable_by_key(|(sector, _)| **sector);
+        for (sector, versions) in pending {
+            let choice = random.below(versions.len() as u64 + bias);
+            if let Some(version) = versions.get(choice as usize) {
+                sectors.insert(*sector, *version);
+            }
+        }
+        sectors.retain(|sector, _| sector * (SECTOR as u64) < len);
+        let (durable, durable_len) = (sectors.clone(), len);
+        Self(Mutex::new(Bytes { len, sectors, durable, durable_len, ..Bytes::default() }))
+    }
+
+    /// A copy of what is there now, flushed or not.
+    pub fn copy(&self) -> Self {
+        Self(Mutex::new(self.lock().clone()))
+    }
+
+    /// All bytes.
+    pub fn to_vec(&self) -> Vec<u8> {
+        let len = self.lock().len;
+        let mut bytes = vec![0; len as usize];
+        self.read_at(0, &mut bytes).expect("all of it");
+        bytes
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Bytes> {
+        self.0.lock().expect("one thread")
+    }
+}
+
+impl Bytes {
+    fn set(&mut self, sector: u64, now: Sector) {
+        self.sectors.insert(sector, now);
+        self.pending.entry(sector).or_default().push(now);
+    }
+}
+
+/// The sectors that `len` bytes at `at` touch: number, range in the sector, range in the bytes.
+fn pieces(at: u64, len: usize) -> impl Iterator<Item = (u64, std::ops::Range<usize>, std::ops::Range<usize>)> {
+    let mut done = 0;
+    std::iter::from_fn(move || {
+        let here = at + done as u64;
+        let start = (here % SECTOR as u64) as usize;
+        let count = (SECTOR - start).min(len - done);
+        let piece = (here / SECTOR as u64, start..start + count, done..done + count);
+        done += count;
+        (count > 0).then_some(piece)
+    })
+}
+
+impl Storage for Disk {
+    fn read_at(&self, at: u64, bytes: &mut [u8]) -> io::Result<()> {
+        let disk = self.lock();
+        if at.checked_add(bytes.len() as u64).is_none_or(|end| end > disk.len) {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        for (sector, inside, outside) in pieces(at, bytes.len()) {
+            match disk.sectors.get(&sector) {
+                Some(now) => bytes[outside].copy_from_slice(&now[inside]),
+                None => bytes[outside].fill(0),
+            }
+        }
+        Ok(())
+    }
+
+    fn write_at(&self, at: u64, bytes: &[u8]) -> io::Result<()> {
+        let mut disk = self.lock();
+        for (sector, inside, outside) in pieces(at, bytes.len()) {
+            let mut now = disk.sectors.get(&sector).copied().unwrap_or([0; SECTOR]);
+            now[inside].copy_from_slice(&bytes[outside]);
+            disk.set(sector, now);
+        }
+        let end = at + bytes.len() as u64;
+        if end > disk.len {
+            disk.len = end;
+            disk.pending_lens.push(end);
+        }
+        Ok(())
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.lock().len)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        let mut disk = self.lock();
+        let first_gone = len.div_ceil(SECTOR as u64);
+        let gone: Vec<u64> = disk.sectors.keys().copied().filter(|sector| *sector >= first_gone).collect();
+        for sector in gone {
+            disk.set(sector, [0; SECTOR]);
+        }
+        let cut = (len % SECTOR as u64) as usize;
+        if cut > 0
+            && let Some(mut last) = disk.sectors.get(&(len / SECTOR as u64)).copied()
+        {
+            last[cut..].fill(0);
+            disk.set(len / SECTOR as u64, last);
+        }
+        disk.len = len;
+        disk.pending_lens.push(len);
+        Ok(())
+    }
+
+    fn next_data(&self, at: u64) -> io::Result<Option<u64>> {
+        Ok((at < self.lock().len).then_some(at))
+    }
+
+    fn next_hole(&self, _: u64) -> io::Result<u64> {
+        self.len()
+    }
+}

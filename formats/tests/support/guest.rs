@@ -1,0 +1,454 @@
+//! A guest on an image: it writes, zeroes, discards and flushes with several requests in flight,
+//! and remembers for each sector what may be found there.
+//!
+//! Sectors are filled with a tag that no other write has, so a stale or misplaced one is seen.
+use super::disk::{Disk, SECTOR};
+use super::notes::Notes;
+use super::random::Random;
+use formats::image::{Image, Place, Progress, Reservation, Reserve, Settle, Zeroed, Zeroing};
+use formats::qcow2::{Check, Open, Qcow2, check};
+use formats::range::ByteRange;
+use formats::storage::Storage;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+const SECTOR_BYTES: u64 = SECTOR as u64;
+/// Tags from here on are of the image below, one a sector.
+const BACKING: u64 = 1 << 60;
+/// The time of what was written in place and not committed.
+const NEVER: u64 = u64::MAX;
+const IN_FLIGHT_MAX: usize = 6;
+
+/// What a sector held, and from when on that was committed.
+#[derive(Clone, Debug)]
+struct Version {
+    tag: u64,
+    committed: u64,
+}
+
+/// A write that is not committed.
+struct InFlight {
+    reservation: Reservation,
+    tag: u64,
+    begun: u64,
+    written: bool,
+}
+
+/// A read of one sector that knows where to look, and has not looked yet.
+struct Read {
+    sector: u64,
+    place: Place,
+    tag: u64,
+    begun: u64,
+}
+
+/// An image, its file and journal, and its guest.
+pub struct Guest {
+    pub disk: Arc<Disk>,
+    notes: Arc<Notes>,
+    image: Qcow2,
+    open: Open,
+    random: Random,
+    /// By sector: what may be there after a power cut, the last one being there now.
+    versions: Vec<Vec<Version>>,
+    /// Where the payload of a guest cluster was last committed.
+    places: HashMap<u64, u64>,
+    in_flight: Vec<InFlight>,
+    reads: Vec<Read>,
+    /// By tag: what its write covered.
+    written: Vec<ByteRange>,
+    settle: Option<(Progress, u64)>,
+    time: u64,
+    last_settled: u64,
+    /// The power is cut, in a copy of the world, in front of every flush.
+    pub cut_at_flushes: bool,
+    pub stats: Stats,
+}
+
+/// What a run came across: a test that saw none of something has not tested it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Stats {
+    pub settles: u64,
+    pub dropped_settles: u64,
+    pub committed: u64,
+    pub dropped: u64,
+    pub busy: u64,
+    pub asked_to_settle: u64,
+    pub kills: u64,
+    pub zeroed_places: u64,
+}
+
+impl Guest {
+    /// A guest on the image in `disk`, which reads as zeroes or as the backing image.
+    pub fn new(disk: Arc<Disk>, notes: usize, open: Open, seed: u64) -> Self {
+        let notes = Arc::new(Notes::new(notes));
+        let image = Qcow2::open(disk.clone(), notes.clone(), open).expect("a valid image");
+        let sectors = image.size() / SECTOR_BYTES;
+        let first = |sector| if open.has_backing { BACKING + sector } else { 0 };
+        let versions = (0..sectors).map(|sector| vec![Version { tag: first(sector), committed: 0 }]).collect();
+        Self {
+            disk,
+            notes,
+            image,
+            open,
+            random: Random::new(seed),
+            versions,
+            places: HashMap::new(),
+            in_flight: Vec::new(),
+            reads: Vec::new(),
+            written: vec![ByteRange::default()],
+            settle: None,
+            time: 0,
+            last_settled: 0,
+            cut_at_flushes: false,
+            stats: Stats::default(),
+        }
+    }
+
+    /// Does one thing that one of its requests needs.
+    pub fn step(&mut self) {
+        self.time += 1;
+        match self.random.below(20) {
+            0..=4 => self.begin_write(),
+            5..=9 => self.advance(),
+            10 => self.zero(),
+            11..=13 => self.step_settle(),
+            14 => self.drop_something(),
+            15..=16 => self.begin_read(),
+            17..=18 => self.end_read(),
+            _ => self.recycle(),
+        }
+    }
+
+    fn some_range(&mut self) -> ByteRange {
+        let sectors = self.versions.len() as u64;
+        let start = self.random.below(sectors);
+        let most = if self.random.one_in(4) { sectors } else { 24 };
+        let count = 1 + self.random.below(most.min(sectors - start));
+        ByteRange { start: start * SECTOR_BYTES, end: (start + count) * SECTOR_BYTES }
+    }
+
+    fn begin_write(&mut self) {
+        let range = self.some_range();
+        if self.in_flight.len() >= IN_FLIGHT_MAX || self.meets_another(range) {
+            return;
+        }
+        match self.image.reserve(range).expect("a valid image") {
+            Reserve::Room(reservation) => {
+                assert_eq!(reservation.guest.start, range.start);
+                assert!(reservation.guest.end <= range.end && !reservation.guest.is_empty());
+                let tag = self.written.len() as u64;
+                self.written.push(reservation.guest);
+                self.stats.zeroed_places += u64::from(reservation.zeroed);
+                self.in_flight.push(InFlight { reservation, tag, begun: self.time, written: false });
+            }
+            Reserve::Busy => self.stats.busy += 1,
+            Reserve::Settle => self.settle_as_asked(),
+        }
+    }
+
+    fn settle_as_asked(&mut self) {
+        self.stats.asked_to_settle += 1;
+        self.settle_all();
+    }
+
+    fn meets_another(&self, range: ByteRange) -> bool {
+        self.in_flight.iter().any(|write| write.reservation.guest.overlaps(range))
+    }
+
+    /// Writes a payload, or commits one.
+    fn advance(&mut self) {
+        if self.in_flight.is_empty() {
+            return;
+        }
+        let at = self.random.below(self.in_flight.len() as u64) as usize;
+        if !self.in_flight[at].written {
+            self.write_payload(at);
+            return;
+        }
+        let InFlight { reservation, tag, .. } = self.in_flight.swap_remove(at);
+        let (guest, host, in_place) = (reservation.guest, reservation.host, reservation.hold.is_none());
+        self.image.commit(reservation).expect("a valid image");
+        self.stats.committed += 1;
+        for sector in sectors(guest) {
+            let versions = &mut self.versions[sector as usize];
+            match in_place {
+                true => versions.last_mut().expect("never empty").committed = self.time,
+                false => versions.push(Version { tag, committed: self.time }),
+            }
+        }
+        for (cluster, place) in self.places_of(guest, host) {
+            self.places.insert(cluster, place);
+        }
+    }
+
+    /// Guest clusters of a write, and the places of their first bytes.
+    fn places_of(&self, guest: ByteRange, host: u64) -> Vec<(u64, u64)> {
+        let size = self.image.info().cluster_size;
+        let first = host - guest.start % size;
+        (guest.start / size..=(guest.end - 1) / size).zip((first..).step_by(size as usize)).collect()
+    }
+
+    fn write_payload(&mut self, at: usize) {
+        let InFlight { reservation, tag, .. } = &self.in_flight[at];
+        let (guest, host, fill, tag) = (reservation.guest, reservation.host, reservation.fill, *tag);
+        let (zeroed, in_place) = (reservation.zeroed, reservation.hold.is_none());
+        if zeroed {
+            self.assert_reads_as_zeroes(host, guest.len());
+        }
+        for part in fill.into_iter().flatten() {
+            let place = host.wrapping_add(part.start.wrapping_sub(guest.start));
+            if zeroed {
+                self.assert_reads_as_zeroes(place, part.len());
+            }
+            for at in (part.start..part.end).step_by(SECTOR) {
+                self.put(place + (at - part.start), self.tag_at(at / SECTOR_BYTES));
+            }
+        }
+        let size = self.image.info().cluster_size;
+        // A kept cluster is written again: before the zeroes are durable, a power cut finds it there.
+        let reused = self.places_of(guest, host).iter().any(|(cluster, place)| self.places.get(cluster) == Some(place));
+        for at in (guest.start..guest.end).step_by(SECTOR) {
+            self.put(host + (at - guest.start), tag);
+            let versions = &mut self.versions[(at / SECTOR_BYTES) as usize];
+            let last = versions.last().expect("never empty").committed;
+            if in_place {
+                versions.push(Version { tag, committed: NEVER });
+            } else if reused && self.places.contains_key(&(at / size)) {
+                versions.insert(versions.len() - 1, Version { tag, committed: last });
+            }
+        }
+        self.in_flight[at].written = true;
+    }
+
+    fn begin_read(&mut self) {
+        let sector = self.random.below(self.versions.len() as u64);
+        let place = self.image.map(sector * SECTOR_BYTES, SECTOR_BYTES).expect("a valid image").place;
+        let tag = self.tag_of(&self.disk, place, sector, 0);
+        self.reads.push(Read { sector, place, tag, begun: self.time });
+    }
+
+    /// What is found where a sector was is still what it was, or another write to it.
+    fn end_read(&mut self) {
+        if self.reads.is_empty() {
+            return;
+        }
+        let at = self.random.below(self.reads.len() as u64) as usize;
+        let Read { sector, place, tag, .. } = self.reads.swap_remove(at);
+        let found = self.tag_of(&self.disk, place, sector, 0);
+        let of_it =
+            found == 0 || self.written.get(found as usize).is_some_and(|range| sectors(*range).contains(&sector));
+        assert!(found == tag || of_it, "sector {sector} at {place:?} had {tag:#x} and has {found:#x}");
+    }
+
+    fn put(&self, at: u64, tag: u64) {
+        let bytes: Vec<u8> = tag.to_le_bytes().into_iter().cycle().take(SECTOR).collect();
+        self.disk.write_at(at, &bytes).expect("memory");
+    }
+
+    fn assert_reads_as_zeroes(&self, at: u64, len: u64) {
+        let mut bytes = vec![0; len as usize];
+        let end = self.disk.len().expect("memory");
+        let inside = len.min(end.saturating_sub(at));
+        self.disk.read_at(at, &mut bytes[..inside as usize]).expect("memory");
+        assert!(bytes.iter().all(|byte| *byte == 0), "{len} bytes at {at} were said to be zeroes");
+    }
+
+    fn zero(&mut self) {
+        let range = self.some_range();
+        if self.meets_another(range) {
+            return;
+        }
+        let zeroing = [Zeroing::Unmap, Zeroing::Keep, Zeroing::Discard][self.random.below(3) as usize];
+        match self.image.zero(range, zeroing).expect("a valid image") {
+            Zeroed::Done(done) => {
+                assert!(done.start == range.start && done.end <= range.end && !done.is_empty());
+                self.zeroed(done, zeroing);
+            }
+            Zeroed::Host { guest, host } => {
+                for at in (guest.start..guest.end).step_by(SECTOR) {
+                    self.put(host + (at - guest.start), 0);
+                    let now = Version { tag: 0, committed: self.time };
+                    self.versions[(at / SECTOR_BYTES) as usize].push(now);
+                }
+            }
+            Zeroed::Write(guest) => assert!(guest.start == range.start && guest.end <= range.end && !guest.is_empty()),
+            Zeroed::Busy => self.stats.busy += 1,
+            Zeroed::Settle => self.settle_as_asked(),
+        }
+    }
+
+    fn zeroed(&mut self, done: ByteRange, zeroing: Zeroing) {
+        let info = self.image.info();
+        for sector in sectors(done) {
+            let now = self.tag_at(sector);
+            let start = sector * SECTOR_BYTES / info.cluster_size * info.cluster_size;
+            let whole = done.start <= start && (start + info.cluster_size).min(self.image.size()) <= done.end;
+            if zeroing != Zeroing::Discard || whole && (info.version == 3 || !self.open.has_backing) {
+                assert_eq!(now, 0, "sector {sector} was said to be zeroed ({zeroing:?})");
+            }
+            let versions = &mut self.versions[sector as usize];
+            if now != versions.last().expect("never empty").tag {
+                assert_eq!(now, 0, "sector {sector} has something else after {zeroing:?}");
+                versions.push(Version { tag: 0, committed: self.time });
+            }
+        }
+    }
+
+    /// Goes on with a settle, or begins one.
+    fn step_settle(&mut self) {
+        let (mut progress, begun) = self.settle.take().unwrap_or((Progress::default(), self.time));
+        match self.image.settle(&mut progress).expect("a valid image") {
+            Settle::Flush => {
+                if self.cut_at_flushes {
+                    self.assert_survives_power_cut();
+                }
+                self.disk.flush();
+                self.settle = Some((progress, begun));
+            }
+            Settle::Done => self.settled(begun),
+            Settle::Busy => panic!("nobody else settles"),
+        }
+    }
+
+    /// What was committed by `time` is durable: older versions cannot come back.
+    fn settled(&mut self, time: u64) {
+        self.stats.settles += 1;
+        self.last_settled = self.time;
+        for versions in &mut self.versions {
+            if let Some(last) = versions.iter().rposition(|version| version.committed <= time) {
+                versions.drain(..last);
+            }
+        }
+    }
+
+    pub fn settle_all(&mut self) {
+        while self.settle.is_some() {
+            self.step_settle();
+        }
+        self.time += 1;
+        self.step_settle();
+        while self.settle.is_some() {
+            self.step_settle();
+        }
+    }
+
+    fn drop_something(&mut self) {
+        if self.random.one_in(4) {
+            self.stats.dropped_settles += u64::from(self.settle.take().is_some());
+        } else if let Some(at) = self.in_flight.iter().position(|write| write.reservation.hold.is_some()) {
+            drop(self.in_flight.swap_remove(at));
+            self.stats.dropped += 1;
+        }
+    }
+
+    fn recycle(&mut self) {
+        let begun = self.in_flight.iter().map(|write| write.begun).chain(self.reads.iter().map(|read| read.begun));
+        if begun.min().is_none_or(|begun| begun > self.last_settled) {
+            self.image.recycle();
+        }
+    }
+
+    /// The tag of one sector now.
+    fn tag_at(&self, sector: u64) -> u64 {
+        let extent = self.image.map(sector * SECTOR_BYTES, SECTOR_BYTES).expect("a valid image");
+        assert_eq!(extent.guest.len(), SECTOR_BYTES);
+        self.tag_of(&self.disk, extent.place, sector, 0)
+    }
+
+    /// The tag of sector `sector`, which is `nth` of an extent at `place`.
+    fn tag_of(&self, disk: &Disk, place: Place, sector: u64, nth: u64) -> u64 {
+        match place {
+            Place::Data { host } => read_tag(disk, host + nth * SECTOR_BYTES),
+            Place::Absent if self.open.has_backing => BACKING + sector,
+            Place::Absent | Place::Zero => 0,
+            Place::Compressed { .. } => panic!("nobody compresses"),
+        }
+    }
+
+    /// All sectors of `image`, by maximal extents.
+    fn all_tags(&self, image: &Qcow2, disk: &Disk) -> Vec<u64> {
+        let mut tags = Vec::new();
+        while tags.len() < self.versions.len() {
+            let first = tags.len() as u64;
+            let extent = image.map(first * SECTOR_BYTES, u64::MAX).expect("a valid image");
+            assert_eq!(extent.guest.start, first * SECTOR_BYTES);
+            let count = extent.guest.len() / SECTOR_BYTES;
+            tags.extend((0..count).map(|nth| self.tag_of(disk, extent.place, first + nth, nth)));
+        }
+        tags
+    }
+
+    /// Everything that was committed is there, and nothing else.
+    pub fn assert_all_there(&self) {
+        for (sector, (found, versions)) in self.all_tags(&self.image, &self.disk).iter().zip(&self.versions).enumerate()
+        {
+            let now = versions.last().expect("never empty").tag;
+            assert_eq!(*found, now, "sector {sector}");
+        }
+    }
+
+    /// The process is killed: what is in memory is gone, the file and the journal stay.
+    pub fn kill(&mut self) {
+        self.stats.kills += 1;
+        // A kill runs no destructors; here they work on an image and a file that are gone.
+        self.disk = Arc::new(self.disk.copy());
+        let kept = self.notes.kept();
+        self.end_all_requests();
+        self.settle = None;
+        self.image = Qcow2::open(self.disk.clone(), self.notes.clone(), self.open).expect("a valid image");
+        self.image.replay(&kept).expect("its own notes");
+        self.last_settled = 0;
+        self.assert_all_there();
+    }
+
+    fn end_all_requests(&mut self) {
+        self.reads.clear();
+        self.in_flight.clear();
+        for version in self.versions.iter_mut().flatten().filter(|version| version.committed == NEVER) {
+            // Written in place and not acknowledged: it is there to stay.
+            version.committed = self.time;
+        }
+    }
+
+    /// The power is cut now: the file has leaks at worst and everything that was flushed.
+    pub fn assert_survives_power_cut(&mut self) {
+        let disk = Arc::new(self.disk.after_power_cut(&mut self.random));
+        let storage: Arc<dyn Storage> = disk.clone();
+        let found = check(&storage).expect("an image that can be walked");
+        assert_eq!(found.corruptions, 0, "{:#?}", found.problems);
+        let image = Qcow2::open(storage, Arc::new(Notes::new(0)), self.open).expect("a valid image");
+        for (sector, (found, versions)) in self.all_tags(&image, &disk).iter().zip(&self.versions).enumerate() {
+            let possible = versions.iter().any(|version| version.tag == *found);
+            assert!(possible, "sector {sector} has {found:#x}, possible is {versions:?}");
+        }
+    }
+
+    /// Closes the image as a clean end does, and checks it.
+    pub fn close(&mut self) -> Check {
+        self.end_all_requests();
+        self.settle_all();
+        self.image.recycle();
+        self.settle_all();
+        self.image.trim_end().expect("memory");
+        self.disk.flush();
+        let storage: Arc<dyn Storage> = self.disk.clone();
+        check(&storage).expect("an image that can be walked")
+    }
+}
+
+fn sectors(range: ByteRange) -> std::ops::Range<u64> {
+    range.start / SECTOR_BYTES..range.end / SECTOR_BYTES
+}
+
+fn read_tag(disk: &Disk, at: u64) -> u64 {
+    let mut bytes = [0; SECTOR];
+    if disk.read_at(at, &mut bytes).is_err() {
+        // Past the end of the file.
+        return 0;
+    }
+    let mut tag = [0; 8];
+    tag.copy_from_slice(&bytes[..8]);
+    assert!(bytes.chunks(8).all(|part| part == tag), "a torn sector at {at}");
+    u64::from_le_bytes(tag)
+}
