@@ -232,6 +232,9 @@ impl Drop for Ring {
     fn drop(&mut self) {
         let mut done = Vec::new();
         while self.in_kernel.len() > self.free.len() {
+            // What is only queued cannot be cancelled: it would be started by the wait below, and a wake
+            // that nobody sends is waited for without end.
+            let _ = self.enter(Wait::No);
             // Nothing left to cancel is an error that says just that.
             let _ = self.ring.submitter().register_sync_cancel(None, CancelBuilder::any());
             if self.reap(Wait::One, &mut done).is_err() {
@@ -302,6 +305,18 @@ mod tests {
         assert_eq!(result.expect("a read up to the end"), 8192);
         let Op::Read { buf, .. } = op else { panic!("the same operation") };
         assert!(buf[..4096].iter().all(|byte| *byte == 7) && buf[4096..8192].iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn a_ring_is_dropped_with_a_wake_that_is_only_queued() {
+        let (told, dropped) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let mut ring = Ring::new(4, &Arena::new(4096)).expect("a ring");
+            ring.submit(Token(1), Op::Wake { waker: Waker::new().expect("a waker") });
+            drop(ring);
+            told.send(())
+        });
+        dropped.recv_timeout(Duration::from_secs(30)).expect("the ring waits for a wake that nobody sends");
     }
 
     #[test]
