@@ -99,7 +99,7 @@ mod tests {
         plot.mark(Duration::from_millis(3000), 'P');
         let lines = plot.lines();
         assert_eq!(lines.len(), HEIGHT + 2);
-        assert!(lines[0].starts_with(" 60.0 MiB │███") && lines[0].chars().count() < WIDTH, "{lines:?}");
+        assert!(lines[0].starts_with(" 60.0 MiB │██▇") && lines[0].chars().count() < WIDTH, "{lines:?}");
         assert!(lines[HEIGHT - 1].ends_with('▁'), "{lines:?}");
         assert!(lines[HEIGHT].ends_with("─P") && lines[HEIGHT + 1].ends_with("3.0 s"), "{lines:?}");
         assert_eq!(lines[HEIGHT].chars().count(), 11 + WIDTH);
