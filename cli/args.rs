@@ -1,7 +1,8 @@
 //! What can be said on the command line. Help and manual come from here.
-use crate::size;
+use crate::{export, size};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgGroup, Args as Arguments, Parser, Subcommand};
+use engine::control::options::{Cache, ExportOptions};
 use engine::control::{Mode, OnError, TargetFormat};
 use serde::de::DeserializeOwned;
 use serde::de::value::{Error as NameError, StrDeserializer};
@@ -23,6 +24,8 @@ pub struct Args {
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub enum Verb {
+    /// Serve disks by NBD, and mirror them when told to
+    Serve(Serve),
     /// Copy an export's disk to a new place while its guest writes
     Mirror(Mirror),
     /// Say how one export stands, or all of them
@@ -41,6 +44,14 @@ pub enum Verb {
     Watch(Watch),
     /// End the daemon
     Quit(Daemon),
+    /// Copy an image that nobody writes to, its backing chain included
+    Convert(Convert),
+    /// Say whether two images read alike
+    Compare(Compare),
+    /// Say what an image file is
+    Info(Info),
+    /// Move a disk under a guest, with nothing but this program, and prove that nothing was lost
+    Demo(Demo),
 }
 
 /// Which daemon.
@@ -58,6 +69,85 @@ pub struct Job {
     pub daemon: Daemon,
     /// The export's name
     pub export: String,
+}
+
+#[derive(Debug, Arguments)]
+#[command(group = ArgGroup::new("listeners").args(["socket", "listen"]).required(true).multiple(true))]
+pub struct Serve {
+    /// A disk to serve; may be given several times. A comma in FILE is written twice
+    #[arg(long = "export", required = true, value_name = "NAME=FILE[,format=qcow2|raw][,readonly]", value_parser = export::parse)]
+    pub exports: Vec<ExportOptions>,
+    /// Where NBD clients come in: a Unix socket
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// Where NBD clients come in: a TCP address
+    #[arg(long, value_name = "HOST:PORT")]
+    pub listen: Option<String>,
+    /// The control socket
+    #[arg(long, value_name = "PATH")]
+    pub control: PathBuf,
+    /// Where the pivot records are kept; it has to survive a reboot
+    #[arg(long, value_name = "DIR")]
+    pub state: Option<PathBuf>,
+    /// Whether images go through the page cache
+    #[arg(long, default_value = "none", value_parser = caches())]
+    pub cache: Cache,
+}
+
+#[derive(Debug, Arguments)]
+pub struct Convert {
+    /// The image, the top layer of its chain
+    pub source: PathBuf,
+    /// Where the copy goes: a file or a block device
+    pub target: PathBuf,
+    /// The source's format; raw has to be named
+    #[arg(long, value_name = "FORMAT", value_parser = formats())]
+    pub source_format: Option<TargetFormat>,
+    /// The target's format; the source's where it is not given
+    #[arg(long, value_name = "FORMAT", value_parser = formats())]
+    pub format: Option<TargetFormat>,
+    /// Copy only what the top layer holds; the target gets the source's backing
+    #[arg(long)]
+    pub shallow: bool,
+    /// The target is there already
+    #[arg(long)]
+    pub reuse_external: bool,
+    /// Whether images go through the page cache
+    #[arg(long, default_value = "none", value_parser = caches())]
+    pub cache: Cache,
+}
+
+#[derive(Debug, Arguments)]
+pub struct Compare {
+    /// One image
+    pub a: PathBuf,
+    /// The other
+    pub b: PathBuf,
+    /// The first one's format; by its header where it is not given
+    #[arg(long, value_name = "FORMAT", value_parser = formats())]
+    pub a_format: Option<TargetFormat>,
+    /// The other one's
+    #[arg(long, value_name = "FORMAT", value_parser = formats())]
+    pub b_format: Option<TargetFormat>,
+}
+
+#[derive(Debug, Arguments)]
+pub struct Info {
+    /// The image
+    pub file: PathBuf,
+    /// As an object, with the names that qemu-img has
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Arguments)]
+pub struct Demo {
+    /// Bytes of the disk, with K, M, G or T; from 16M to 64G
+    #[arg(long, value_name = "BYTES", default_value = "512M", value_parser = demo_size)]
+    pub size: u64,
+    /// Where the temporary folder is made; the system's place for those where it is not given
+    #[arg(long, value_name = "DIR")]
+    pub folder: Option<PathBuf>,
 }
 
 #[derive(Debug, Arguments)]
@@ -158,6 +248,18 @@ fn modes() -> impl TypedValueParser<Value = Mode> {
 
 fn policies() -> impl TypedValueParser<Value = OnError> {
     named(&["report", "stop", "enospc", "ignore"])
+}
+
+fn caches() -> impl TypedValueParser<Value = Cache> {
+    named(&["none", "writeback"])
+}
+
+/// A size that the demo can do, in whole MiB.
+fn demo_size(text: &str) -> Result<u64, String> {
+    match size::parse(text)?.checked_next_multiple_of(1 << 20) {
+        Some(size) if (16 << 20..=64 << 30).contains(&size) => Ok(size),
+        _ => Err("expected from 16M to 64G".into()),
+    }
 }
 
 /// One of `names`, as the control API has them.

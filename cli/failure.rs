@@ -14,6 +14,8 @@ pub enum Failure {
     },
     /// Tried, and failed.
     Failed(String),
+    /// The result itself says it, and was told.
+    Told,
     /// Nobody reads our results any more.
     Unheard,
 }
@@ -35,6 +37,7 @@ impl fmt::Display for Failure {
         match self {
             Self::Refused { code: Some(code), message } => write!(f, "{message} ({})", name(*code)),
             Self::Refused { code: None, message } | Self::Failed(message) => f.write_str(message),
+            Self::Told => f.write_str("no"),
             Self::Unheard => f.write_str("nobody reads the results"),
         }
     }

@@ -8,8 +8,12 @@
 //! output   results on stdout, everything else on stderr
 //! ```
 mod args;
+mod bar;
 mod client;
+mod demo;
+mod export;
 mod failure;
+mod image;
 mod output;
 mod size;
 mod text;
@@ -26,6 +30,7 @@ fn main() -> ExitCode {
     match run(args.verb) {
         // Whoever read our results has heard enough.
         Ok(()) | Err(Failure::Unheard) => ExitCode::SUCCESS,
+        Err(Failure::Told) => ExitCode::FAILURE,
         Err(failure) => {
             eprintln!("blkmirror: {failure}");
             ExitCode::FAILURE
@@ -43,6 +48,11 @@ fn run(verb: Verb) -> Result<(), Failure> {
         Verb::Resume(job) => verbs::job::resume(&job),
         Verb::Set(set) => verbs::job::set(&set),
         Verb::Watch(watch) => verbs::watch::run(&watch),
+        Verb::Demo(demo) => demo::run(&demo),
+        Verb::Serve(serve) => verbs::serve::run(serve),
+        Verb::Convert(convert) => verbs::convert::run(convert),
+        Verb::Compare(compare) => verbs::compare::run(&compare),
+        Verb::Info(info) => verbs::info::run(&info),
         Verb::Quit(daemon) => verbs::job::quit(&daemon),
     }
 }

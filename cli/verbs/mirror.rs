@@ -1,11 +1,11 @@
 //! `mirror`: starts a job, and with `--wait`, `--pivot` or `--finish` stays with it.
 use crate::args::Mirror;
+use crate::bar::Bar;
 use crate::client::Client;
 use crate::failure::Failure;
 use crate::output::{remark, say};
 use crate::text;
 use engine::control::{Code, MirrorRequest, Started, Status, TargetFormat};
-use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use std::path::absolute;
 use std::time::Duration;
@@ -106,18 +106,15 @@ fn when_ready(client: &mut Client, export: &str, command: &str) -> Result<(), Fa
 
 /// Waits until the job is ready, with a progress bar where stderr is a terminal.
 fn until_ready(client: &mut Client, export: &str) -> Result<(), Failure> {
-    let bar = bar(export);
+    let bar = Bar::new(export);
     let mut last_error = None;
     loop {
         let status = client.status(export)?;
-        bar.set_length(status.total_bytes);
-        bar.set_position(status.copied_bytes);
-        bar.set_message(format!("{}, {} left", text::phase(&status), text::remaining(&status)));
+        bar.show(&status);
         if status.error.is_some() && status.error != last_error && status.is_active() {
-            bar.suspend(|| remark(text::line(&status)));
+            bar.remark(&text::line(&status));
         }
         if is_ready(&status)? {
-            bar.finish_and_clear();
             return Ok(());
         }
         last_error = status.error;
@@ -139,11 +136,4 @@ fn is_ready(status: &Status) -> Result<bool, Failure> {
         }
         _ => Ok(false),
     }
-}
-
-fn bar(export: &str) -> ProgressBar {
-    // An indicatif bar draws on stderr, and only where that is a terminal.
-    let style = ProgressStyle::with_template("{prefix} {wide_bar} {bytes}/{total_bytes} {binary_bytes_per_sec} {msg}");
-    let bar = ProgressBar::new(0).with_prefix(export.to_string());
-    if let Ok(style) = style { bar.with_style(style) } else { bar }
 }

@@ -1,5 +1,9 @@
 //! What each verb does.
+pub mod compare;
+pub mod convert;
+pub mod info;
 pub mod job;
 pub mod mirror;
+pub mod serve;
 pub mod status;
 pub mod watch;

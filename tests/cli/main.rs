@@ -1,6 +1,7 @@
 //! The command line's words: usage, results, messages, exit codes. The daemon is a scripted one that
 //! speaks through the real session.
 #![expect(clippy::unwrap_used, reason = "where the test itself cannot go on, it ends")]
+mod alone;
 mod fake;
 
 use assert_cmd::Command;
@@ -70,6 +71,15 @@ fn misuse_is_2_and_help_is_0() {
         &["mirror", "--control", "/s", "vda", "/t", "--speed", "fast"],
         &["mirror", "--control", "/s", "vda", "/t", "--format", "vmdk"],
         &["set", "--control", "/s", "vda"],
+        &["serve", "--control", "/s", "--socket", "/n"],
+        &["serve", "--control", "/s", "--export", "vda=/a"],
+        &["serve", "--socket", "/n", "--export", "vda=/a"],
+        &["serve", "--control", "/s", "--socket", "/n", "--export", "vda"],
+        &["serve", "--control", "/s", "--socket", "/n", "--export", "vda=/a,format=vmdk"],
+        &["convert", "/a"],
+        &["compare", "/a"],
+        &["info"],
+        &["demo", "--size", "1M"],
         &["pivot", "--control", "/s", "vda", "--force"],
         &["status", "--control", "/s", "--shallow"],
     ];
@@ -87,7 +97,10 @@ fn misuse_is_2_and_help_is_0() {
 #[test]
 fn the_help_names_every_verb_once() {
     let help = blkmirror(&["--help"]).stdout;
-    for verb in ["mirror", "status", "pivot", "cancel", "pause", "resume", "set", "watch", "quit"] {
+    for verb in [
+        "serve", "convert", "compare", "info", "demo", "mirror", "status", "pivot", "cancel", "pause", "resume", "set",
+        "watch", "quit",
+    ] {
         let rows = help.lines().filter(|line| line.trim_start().starts_with(&format!("{verb} "))).count();
         assert_eq!(rows, 1, "{verb} in {help}");
     }

@@ -1,5 +1,6 @@
 //! What a daemon is started with.
 use crate::control::TargetFormat;
+use serde::Deserialize;
 use std::path::PathBuf;
 
 /// Everything that `serve` needs to know.
@@ -43,7 +44,8 @@ pub enum Listener {
 }
 
 /// Whether images go through the page cache.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Cache {
     /// Around it, where the file system can.
     #[default]

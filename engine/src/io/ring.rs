@@ -232,7 +232,8 @@ impl Drop for Ring {
     fn drop(&mut self) {
         let mut done = Vec::new();
         while self.in_kernel.len() > self.free.len() {
-            // What is queued and not submitted yet could not be cancelled.
+            // What is only queued cannot be cancelled: the wait below would start it, and a waking that
+            // nobody sends is waited for without end.
             let _ = self.enter(Wait::No);
             // Nothing left to cancel is an error that says just that.
             let _ = self.ring.submitter().register_sync_cancel(None, CancelBuilder::any());
@@ -304,6 +305,18 @@ mod tests {
         assert_eq!(result.expect("a read up to the end"), 8192);
         let Op::Read { buf, .. } = op else { panic!("the same operation") };
         assert!(buf[..4096].iter().all(|byte| *byte == 7) && buf[4096..8192].iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn a_ring_is_dropped_with_a_wake_that_is_only_queued() {
+        let (told, dropped) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let mut ring = Ring::new(4, &Arena::new(4096)).expect("a ring");
+            ring.submit(Token(1), Op::Wake { waker: Waker::new().expect("a waker") });
+            drop(ring);
+            told.send(())
+        });
+        dropped.recv_timeout(Duration::from_secs(30)).expect("the ring waits for a wake that nobody sends");
     }
 
     #[test]

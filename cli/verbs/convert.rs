@@ -1,0 +1,34 @@
+//! `convert`: copies a chain that nobody writes to.
+use crate::args::Convert;
+use crate::bar::Bar;
+use crate::failure::Failure;
+use crate::output::{remark, say};
+use crate::size;
+use engine::daemon::{ConvertOptions, convert};
+use std::path::absolute;
+use std::time::Instant;
+
+/// Copies the source to the target.
+pub fn run(args: Convert) -> Result<(), Failure> {
+    let target =
+        absolute(&args.target).map_err(|error| Failure::new(format!("target '{}': {error}", args.target.display())))?;
+    let options = ConvertOptions {
+        source: args.source,
+        source_format: args.source_format,
+        target,
+        format: args.format,
+        shallow: args.shallow,
+        reuse_external: args.reuse_external,
+        cache: args.cache,
+    };
+    let begun = Instant::now();
+    let bar = Bar::new("convert");
+    let converted = convert(&options, |copied| bar.set(copied.bytes, copied.total));
+    drop(bar);
+    let (notes, copied) = converted.map_err(|error| Failure::new(error.one_line()))?;
+    notes.iter().for_each(remark);
+    let seconds = begun.elapsed().as_secs_f64();
+    let rate = size::format((copied.bytes as f64 / seconds.max(1e-6)) as u64);
+    let bytes = size::format(copied.bytes);
+    say(format!("{}: {bytes} in {seconds:.2} s, {rate}/s", args.target.display()))
+}

@@ -1,0 +1,47 @@
+//! `serve`: the daemon, in the foreground.
+use crate::args::Serve;
+use crate::failure::Failure;
+use crate::output::{remark, say};
+use engine::control::options::{Listener, ServeOptions};
+use std::ffi::OsStr;
+use std::io;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+
+/// Serves until it is told to end.
+pub fn run(args: Serve) -> Result<(), Failure> {
+    engine::daemon::serve(&options(args), ready).map_err(|error| Failure::new(error.one_line()))
+}
+
+fn options(args: Serve) -> ServeOptions {
+    let unix = args.socket.map(Listener::Unix);
+    let tcp = args.listen.map(Listener::Tcp);
+    ServeOptions {
+        exports: args.exports,
+        listeners: unix.into_iter().chain(tcp).collect(),
+        control: args.control,
+        state: args.state,
+        cache: args.cache,
+    }
+}
+
+/// Says that it serves, to whoever looks and to systemd.
+fn ready(sentence: &str) {
+    // A daemon whose starter has stopped listening serves all the same.
+    let _ = say(sentence);
+    if let Some(socket) = std::env::var_os("NOTIFY_SOCKET")
+        && let Err(error) = tell_systemd(&socket, sentence)
+    {
+        remark(format!("telling systemd at {}: {error}", socket.display()));
+    }
+}
+
+fn tell_systemd(socket: &OsStr, sentence: &str) -> io::Result<()> {
+    let address = match socket.as_bytes() {
+        [b'@', name @ ..] => SocketAddr::from_abstract_name(name)?,
+        _ => SocketAddr::from_pathname(socket)?,
+    };
+    let message = format!("READY=1\nSTATUS={sentence}");
+    UnixDatagram::unbound()?.send_to_addr(message.as_bytes(), &address).map(|_| ())
+}
