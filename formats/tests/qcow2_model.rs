@@ -78,7 +78,7 @@ fn run(seeds: std::ops::Range<u64>, steps: u64, each: impl Fn(&mut World, u64)) 
 
 #[test]
 fn what_was_committed_is_there() {
-    let stats = run(1..200, 400, |world, step| {
+    let stats = run(1..150, 400, |world, step| {
         if step % 50 == 49 {
             world.guest.assert_survives_power_cut();
         }
@@ -90,7 +90,7 @@ fn what_was_committed_is_there() {
 
 #[test]
 fn a_power_cut_leaves_leaks_at_worst() {
-    run(1000..1100, 300, |world, _| {
+    run(1000..1080, 300, |world, _| {
         world.guest.cut_at_flushes = true;
         world.guest.assert_survives_power_cut();
     });
@@ -98,7 +98,7 @@ fn a_power_cut_leaves_leaks_at_worst() {
 
 #[test]
 fn a_kill_loses_nothing_that_was_committed() {
-    let stats = run(2000..2200, 400, |world, step| {
+    let stats = run(2000..2120, 400, |world, step| {
         world.guest.cut_at_flushes = true;
         if step % 37 == 36 {
             world.guest.kill();
