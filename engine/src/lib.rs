@@ -17,6 +17,8 @@ pub mod open;
 pub mod pivot;
 pub mod rate;
 pub mod seed;
+#[cfg(test)]
+mod simulator;
 pub mod state;
 pub mod target;
 pub mod zero;

@@ -210,7 +210,9 @@ fn real(said: &[u8], cuts: &[u8]) -> (Vec<u8>, End) {
             if said.is_empty() {
                 return (out, End::More);
             }
-            let len = cuts.next().map_or(said.len(), |cut| usize::from(*cut) * usize::from(*cut) + 1);
+            // Long input in small pieces would take long and show nothing.
+            let cut = |cut: &u8| usize::from(*cut) * usize::from(*cut) + 1 + said.len() / 64;
+            let len = cuts.next().map_or(said.len(), cut);
             (piece, said) = said.split_at(len.min(said.len()));
         }
         match handshake.step(&mut piece, &exports()[..], &mut out) {

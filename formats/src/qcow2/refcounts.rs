@@ -133,20 +133,19 @@ impl Refcounts {
         Ok(())
     }
 
-    /// How many of the clusters from `cluster` on, to the end of their slice, have no reference.
-    ///
-    /// Also says where that slice ends.
-    pub fn free_run(&mut self, cluster: u64) -> Result<(u64, u64)> {
+    /// How many of the clusters from `cluster` on, to the end of their slice and `max` at most, have
+    /// no reference; and whether the one behind them has none either, as far as was looked.
+    pub fn free_run(&mut self, cluster: u64, max: u64) -> Result<(u64, bool)> {
         let bits = self.geometry.block_slice_bits();
-        let end = ((cluster >> bits) + 1) << bits;
+        let end = (((cluster >> bits) + 1) << bits).min(cluster.saturating_add(max));
         if !self.has_block(cluster) {
-            return Ok((end - cluster, end));
+            return Ok((end - cluster, true));
         }
         let order = self.geometry.refcount_order;
         let slice = self.slice(cluster)?;
         let mask = (1 << bits) - 1;
-        let free = (cluster..end).take_while(|at| read_count(slice, order, (at & mask) as usize) == 0).count();
-        Ok((free as u64, end))
+        let free = (cluster..end).take_while(|at| read_count(slice, order, (at & mask) as usize) == 0).count() as u64;
+        Ok((free, cluster + free == end))
     }
 
     fn in_slice(&self, cluster: u64) -> usize {

@@ -34,6 +34,8 @@ impl<T> Slot<T> {
 /// `is_full`, on which reservations ask for a settle.
 pub struct Slices<T> {
     index: HashMap<u64, usize>,
+    /// Where the last one asked for was: one request asks for the same slice several times.
+    last: Cell<usize>,
     slots: Vec<Slot<T>>,
     hand: usize,
     capacity: usize,
@@ -45,24 +47,36 @@ impl<T> Slices<T> {
     /// A cache for `capacity` slices.
     pub fn new(capacity: usize) -> Self {
         let slots = Vec::new();
-        Self { index: HashMap::new(), slots, hand: 0, capacity: capacity.max(8), dirty: Vec::new(), frozen: 0 }
+        let index = HashMap::default();
+        Self { index, last: Cell::new(0), slots, hand: 0, capacity: capacity.max(8), dirty: Vec::new(), frozen: 0 }
     }
 
     /// True where the slice `key` is in memory.
     pub fn has(&self, key: u64) -> bool {
-        self.index.contains_key(&key)
+        self.find(key).is_some()
+    }
+
+    fn find(&self, key: u64) -> Option<usize> {
+        let last = self.last.get();
+        if self.slots.get(last).is_some_and(|slot| slot.key == key) {
+            return Some(last);
+        }
+        let at = *self.index.get(&key)?;
+        self.last.set(at);
+        Some(at)
     }
 
     /// The slice `key`, if it is in memory.
     pub fn get(&self, key: u64) -> Option<&Slot<T>> {
-        let slot = &self.slots[*self.index.get(&key)?];
+        let slot = &self.slots[self.find(key)?];
         slot.used.set(true);
         Some(slot)
     }
 
     /// Like `get`, to change it; see `touch`.
     pub fn get_mut(&mut self, key: u64) -> Option<&mut Slot<T>> {
-        let slot = &mut self.slots[*self.index.get(&key)?];
+        let at = self.find(key)?;
+        let slot = &mut self.slots[at];
         slot.used.set(true);
         Some(slot)
     }

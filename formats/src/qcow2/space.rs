@@ -188,9 +188,9 @@ impl Space {
         let mut strays = 0;
         while run.count < max {
             let at = run.start + run.count;
-            let (free, slice_end) = self.refs.free_run(at)?;
-            run.count = (run.count + free).min(max);
-            if run.count == max || at + free == slice_end {
+            let (free, more) = self.refs.free_run(at, max - run.count)?;
+            run.count += free;
+            if more {
                 continue;
             }
             if run.count >= min {
@@ -343,8 +343,7 @@ impl Space {
             self.forget_free(start, end - start);
             let mut at = start;
             while at < end {
-                let (free, _) = self.refs.free_run(at)?;
-                let free = free.min(end - at);
+                let (free, _) = self.refs.free_run(at, end - at)?;
                 if free > 0 {
                     self.remember_free(at, free);
                 }

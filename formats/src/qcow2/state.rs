@@ -116,7 +116,7 @@ impl State {
             epoch: 0,
             space: None,
             reserved: BTreeMap::new(),
-            reserved_by_id: HashMap::new(),
+            reserved_by_id: HashMap::default(),
             promised: 0,
             freed: Vec::new(),
             awaiting: Vec::new(),
@@ -240,6 +240,7 @@ impl State {
                 }
                 Known::NoTable(_) | Known::NotInMemory => break,
                 Known::Entries(entries) => {
+                    let entries = &entries[..entries.len().min((max - count) as usize)];
                     let alike = entries.iter().zip(count..).take_while(|(raw, nth)| like(*nth, **raw)).count();
                     let all = alike == entries.len();
                     count += alike as u64;
@@ -397,7 +398,7 @@ impl State {
         let refs = space.refs.freeze();
         let l1 = std::mem::take(&mut self.l1_dirty).into_iter().map(|index| (index, self.l1[index as usize]));
         let frozen = Arc::new(Frozen { l1: l1.collect(), l2: self.l2.freeze(), refs });
-        self.settling = Some(Settling { id: self.ids, frozen, undo: HashMap::new(), freed });
+        self.settling = Some(Settling { id: self.ids, frozen, undo: HashMap::default(), freed });
         Ok(self.ids)
     }
 

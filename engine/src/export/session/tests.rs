@@ -202,6 +202,32 @@ fn whatever_order_things_end_in_every_request_is_answered_rightly() {
 }
 
 #[test]
+fn whatever_is_said_the_session_ends_with_its_client_and_nothing_under_way() {
+    for seed in 0..300 {
+        let mut scene = scene(seed, SIZE, seed % 2 == 0);
+        let mut random = Random::new(seed);
+        for _ in 0..random.below(40) {
+            let (command, flags) = (random.below(10) as u16, [0, 0, random.below(64) as u16][random.below(3) as usize]);
+            let offset = [0, random.below(SIZE), SIZE - 512, random.below(u64::MAX)][random.below(4) as usize];
+            let len = [0, 512, random.below(SIZE), random.below(1 << 32)][random.below(4) as usize] as u32;
+            // Cookies may repeat: they are the client's business.
+            scene.say(&request(command, flags, random.below(4), offset, len));
+            let payload = len.min(1 << 20) as usize * usize::from(command == WRITE);
+            scene.say(&vec![seed as u8; payload]);
+            if random.below(30) == 0 {
+                scene.say(&[0xff; 5]);
+            }
+        }
+        if scene.run() == Progress::Running {
+            scene.world.hung_up = true;
+            assert!(matches!(scene.run(), Progress::Over(_)));
+        }
+        let disk = [Done::Read, Done::Write, Done::Zero, Done::Flush];
+        assert!(disk.iter().all(|kind| scene.world.under_way(*kind) == 0));
+    }
+}
+
+#[test]
 fn a_deaf_client_gets_no_more_than_its_share() {
     for (len, count, requests_max) in [(4096, 500, REQUESTS_MAX), (8 << 20, 20, (PAYLOAD_MAX >> 23) as usize)] {
         let mut scene = scene(1, 16 << 20, true);

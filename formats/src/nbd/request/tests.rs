@@ -179,6 +179,15 @@ fn block_status_needs_its_context() {
 }
 
 #[test]
+fn a_block_status_with_a_payload_is_no_request_of_this_server() {
+    // Without contexts it was an assertion in qemu-nbd; bit 5 is PAYLOAD_LEN of extended headers.
+    let mut n = negotiated();
+    assert_eq!(refused(&n, header(BLOCK_STATUS, 1 << 5, 0, 512)), Some((Errno::Inval, 0)));
+    n.base_allocation = None;
+    assert_eq!(refused(&n, header(BLOCK_STATUS, 1 << 5, 0, 512)), Some((Errno::Inval, 0)));
+}
+
+#[test]
 fn unknown_commands_have_no_payload() {
     let n = negotiated();
     for command in [CACHE, RESIZE, 9, 255, u16::MAX] {

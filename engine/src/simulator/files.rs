@@ -1,0 +1,268 @@
+//! Simulated files and queues: everything happens in an order that one seed decides.
+//!
+//! A file is two arrays of bytes: what the page cache has, and what is durable. A flush copies the
+//! first, as it was when the flush was asked for, onto the second. A kill keeps the first; a power
+//! cut keeps the second, and of each sector that differs one or the other.
+use crate::io::{Completion, Io, Op, Token, Wait};
+use formats::storage::Storage;
+use std::cell::RefCell;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+pub const SECTOR: usize = 512;
+
+/// A small generator of numbers: the same seed, the same world.
+#[derive(Clone)]
+pub struct Dice(u64);
+
+impl Dice {
+    pub fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    pub fn roll(&mut self, below: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) % below
+    }
+
+    pub fn one_in(&mut self, count: u64) -> bool {
+        count > 0 && self.roll(count) == 0
+    }
+}
+
+#[derive(Default)]
+pub struct FileBytes {
+    pub cached: Vec<u8>,
+    durable: Vec<u8>,
+    /// Which flush made `durable` what it is.
+    flush: u64,
+}
+
+/// All files of a world, by number.
+#[derive(Clone, Default)]
+pub struct Files(Arc<Mutex<Vec<FileBytes>>>);
+
+impl Files {
+    /// One more file, durable as it is.
+    pub fn add(&self, bytes: Vec<u8>) -> u32 {
+        let mut files = self.lock();
+        files.push(FileBytes { durable: bytes.clone(), cached: bytes, flush: 0 });
+        files.len() as u32 - 1
+    }
+
+    pub fn lock(&self) -> MutexGuard<'_, Vec<FileBytes>> {
+        self.0.lock().expect("no panic under this lock")
+    }
+
+    pub fn storage(&self, number: u32) -> Arc<dyn Storage> {
+        Arc::new(SimStorage { files: self.clone(), number })
+    }
+
+    /// The power goes: what was not flushed is there or not, sector by sector.
+    pub fn cut_power(&self, dice: &mut Dice) {
+        for file in self.lock().iter_mut() {
+            let keep_all = dice.one_in(4);
+            let len = file.cached.len().max(file.durable.len());
+            file.cached.resize(len, 0);
+            file.durable.resize(len, 0);
+            for (cached, durable) in file.cached.chunks_mut(SECTOR).zip(file.durable.chunks(SECTOR)) {
+                if cached != durable && (keep_all || dice.one_in(2)) {
+                    cached.copy_from_slice(durable);
+                }
+            }
+            file.durable.clone_from(&file.cached);
+        }
+    }
+
+    pub fn sync_one(&self, number: u32) {
+        let file = &mut self.lock()[number as usize];
+        file.durable.clone_from(&file.cached);
+    }
+
+    /// Everything is durable: a clean end.
+    pub fn sync(&self) {
+        self.lock().iter_mut().for_each(|file| file.durable.clone_from(&file.cached));
+    }
+}
+
+struct SimStorage {
+    files: Files,
+    number: u32,
+}
+
+impl SimStorage {
+    fn with<T>(&self, what: impl FnOnce(&mut FileBytes) -> T) -> T {
+        what(&mut self.files.lock()[self.number as usize])
+    }
+}
+
+impl Storage for SimStorage {
+    fn read_at(&self, at: u64, bytes: &mut [u8]) -> io::Result<()> {
+        let read = |file: &mut FileBytes| {
+            let found = file.cached.get(at as usize..at as usize + bytes.len());
+            found.map(|found| bytes.copy_from_slice(found)).ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+        };
+        self.with(read)
+    }
+    fn write_at(&self, at: u64, bytes: &[u8]) -> io::Result<()> {
+        self.with(|file| file.write(at as usize, bytes));
+        Ok(())
+    }
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.with(|file| file.cached.len() as u64))
+    }
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.with(|file| file.cached.resize(len as usize, 0));
+        Ok(())
+    }
+    fn next_data(&self, at: u64) -> io::Result<Option<u64>> {
+        Ok((at < self.len()?).then_some(at))
+    }
+    fn next_hole(&self, _: u64) -> io::Result<u64> {
+        self.len()
+    }
+}
+
+impl FileBytes {
+    fn write(&mut self, at: usize, bytes: &[u8]) {
+        if self.cached.len() < at + bytes.len() {
+            self.cached.resize(at + bytes.len(), 0);
+        }
+        self.cached[at..at + bytes.len()].copy_from_slice(bytes);
+    }
+}
+
+/// One thread's queue.
+pub struct SimIo {
+    files: Files,
+    queue: Vec<Queued>,
+    dice: RefCell<Dice>,
+    /// One operation in so many fails; 0 for none.
+    fail_one_in: u64,
+    now: Duration,
+}
+
+struct Queued {
+    token: Token,
+    op: Op,
+    /// What a flush makes durable: its file's bytes when it was asked for, and its number.
+    snapshot: Option<(Vec<u8>, u64)>,
+}
+
+impl SimIo {
+    pub fn new(files: &Files, seed: u64, fail_one_in: u64) -> Self {
+        let dice = RefCell::new(Dice::new(seed));
+        Self { files: files.clone(), queue: Vec::new(), dice, fail_one_in, now: Duration::ZERO }
+    }
+
+    pub fn stop_failing(&mut self) {
+        self.fail_one_in = 0;
+    }
+
+    fn roll(&self, below: u64) -> u64 {
+        self.dice.borrow_mut().roll(below)
+    }
+
+    /// What the kernel still does after its process is gone: some of it, in any order.
+    pub fn abandon(&mut self) {
+        while !self.queue.is_empty() {
+            let pick = self.roll(self.queue.len() as u64) as usize;
+            let mut queued = self.queue.swap_remove(pick);
+            if self.roll(2) == 0 {
+                let _ = self.carry_out(&mut queued);
+            }
+        }
+    }
+
+    fn carry_out(&self, queued: &mut Queued) -> io::Result<u32> {
+        let mut files = self.files.lock();
+        let mut file = |file: &crate::io::File| file.number().expect("a simulated file") as usize;
+        match &mut queued.op {
+            Op::Read { file: from, at, buf } => {
+                let bytes = &files[file(from)].cached;
+                let found = bytes.get(*at as usize..).unwrap_or_default();
+                let count = found.len().min(buf.len());
+                buf[..count].copy_from_slice(&found[..count]);
+                Ok(count as u32)
+            }
+            Op::Write { file: to, at, buf } => {
+                files[file(to)].write(*at as usize, buf);
+                Ok(buf.len() as u32)
+            }
+            Op::Zero { file: of, at, len, .. } => {
+                let file = &mut files[file(of)];
+                let end = ((*at + *len) as usize).min(file.cached.len());
+                file.cached[(*at as usize).min(end)..end].fill(0);
+                Ok(0)
+            }
+            Op::Flush { file: of } => {
+                let file = &mut files[file(of)];
+                let (bytes, flush) = queued.snapshot.take().expect("taken at submission");
+                if flush > file.flush {
+                    (file.durable, file.flush) = (bytes, flush);
+                }
+                Ok(0)
+            }
+            Op::Timeout { .. } => Ok(0),
+            op => unreachable!("not simulated: {op:?}"),
+        }
+    }
+
+    /// The first half of a write may be there long before its end.
+    fn tear(&self, op: &Op) {
+        if let Op::Write { file, at, buf } = op
+            && self.roll(2) == 0
+        {
+            let half = buf.len() / 2 / SECTOR * SECTOR;
+            let number = file.number().expect("a simulated file") as usize;
+            self.files.lock()[number].write(*at as usize, &buf[..half]);
+        }
+    }
+}
+
+impl Io for SimIo {
+    fn submit(&mut self, token: Token, op: Op) {
+        self.tear(&op);
+        let snapshot = match &op {
+            Op::Flush { file } => {
+                thread_local!(static FLUSHES: std::cell::Cell<u64> = const { std::cell::Cell::new(0) });
+                let flush = FLUSHES.replace(FLUSHES.get() + 1) + 1;
+                let number = file.number().expect("a simulated file") as usize;
+                Some((self.files.lock()[number].cached.clone(), flush))
+            }
+            _ => None,
+        };
+        self.queue.push(Queued { token, op, snapshot });
+    }
+
+    fn reap(&mut self, _: Wait, done: &mut Vec<Completion>) -> io::Result<()> {
+        self.now += Duration::from_millis(1);
+        if self.queue.is_empty() {
+            return Ok(());
+        }
+        let pick = self.roll(self.queue.len() as u64) as usize;
+        let mut queued = self.queue.swap_remove(pick);
+        if let Op::Timeout { after } = queued.op {
+            self.now += after;
+        }
+        let fails = self.fail_one_in > 0 && self.roll(self.fail_one_in) == 0;
+        let result = match (&queued.op, fails) {
+            // A failed write may have changed some of its sectors.
+            (Op::Write { .. }, true) => {
+                self.tear(&queued.op);
+                Err(io::Error::from_raw_os_error(5))
+            }
+            (Op::Read { .. } | Op::Zero { .. }, true) => Err(io::Error::from_raw_os_error(5)),
+            _ => self.carry_out(&mut queued),
+        };
+        done.push(Completion { token: queued.token, op: queued.op, result });
+        Ok(())
+    }
+
+    fn now(&self) -> Duration {
+        self.now
+    }
+}

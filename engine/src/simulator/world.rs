@@ -1,0 +1,424 @@
+//! A world: two images and a record, a daemon that lives once or several times, and guests.
+use super::files::{Dice, Files, SECTOR, SimIo};
+use super::guest::{Guest, fill, value_of};
+use super::history::{History, Trust};
+use crate::chain::{Chain, Layer, Look, Source};
+use crate::control::{Mode, OnError};
+use crate::copier::{Copier, Depth, Progress};
+use crate::disk::{DataFile, Disk, Tools};
+use crate::export::gate::{Gate, Route};
+use crate::io::{Arena, Completion, File, Io, Token, Wait, Waker, Words};
+use crate::job::{Job, Parts, Phase};
+use crate::journal::{WORDS, WordJournal};
+use crate::mirror::Mirror;
+use crate::pivot::{End, RecordFile};
+use formats::image::{Image, Progress as Settling, Settle};
+use formats::journal::Journal;
+use formats::qcow2::{Backing, Create, Open, Qcow2, create};
+use formats::raw::Raw;
+use formats::record::{Record, SLOT_LEN};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+const DISK: u64 = 96 << 10;
+const CHUNK_BITS: u32 = 12;
+const GUESTS: u64 = 3;
+const BOOT: [u64; 2] = [7, 7];
+
+/// How a life of the daemon ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// When everything is done.
+    Lives,
+    /// The process is killed at this step.
+    Killed(u64),
+    /// The power goes at this step.
+    PowerCut(u64),
+}
+
+/// What a world is like.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    pub seed: u64,
+    pub fate: Fate,
+    pub raw_source: bool,
+    pub raw_target: bool,
+    pub shallow: bool,
+    pub mode: Mode,
+    /// One operation in so many fails; 0 for none.
+    pub fail_one_in: u64,
+}
+
+impl Plan {
+    /// Everything by the seed.
+    pub fn of(seed: u64) -> Self {
+        let mut dice = Dice::new(seed ^ 0x5eed);
+        let fate = match dice.roll(4) {
+            0 => Fate::Lives,
+            1 | 2 => Fate::Killed(dice.roll(1500)),
+            _ => Fate::PowerCut(dice.roll(1500)),
+        };
+        let raw_source = dice.one_in(4);
+        Self {
+            seed,
+            fate,
+            raw_source,
+            raw_target: dice.one_in(3),
+            shallow: !raw_source && dice.one_in(3),
+            mode: [Mode::Background, Mode::WriteBlocking, Mode::Auto][dice.roll(3) as usize],
+            fail_one_in: if dice.one_in(3) { 40 } else { 0 },
+        }
+    }
+}
+
+/// An image of the world: its file, its journal's memory, how to open it.
+struct ImageFile {
+    file: u32,
+    words: Arc<Words>,
+    raw: bool,
+    /// The base below it, if it has one.
+    base: Option<u32>,
+}
+
+pub struct World {
+    plan: Plan,
+    dice: Dice,
+    files: Files,
+    source: ImageFile,
+    target: ImageFile,
+    record: u32,
+    history: History,
+    /// Steps of this life.
+    step: u64,
+    pivots: u32,
+}
+
+/// One life of the daemon.
+struct Life {
+    gate: Arc<Gate>,
+    guests: Vec<Guest>,
+    control: SimIo,
+    arena: Arena,
+    waker: Waker,
+    job: Option<(Job, Arc<WordJournal>, Copier, SimIo)>,
+    copier_arena: Arena,
+}
+
+impl World {
+    pub fn new(plan: Plan) -> Self {
+        let mut dice = Dice::new(plan.seed);
+        let files = Files::default();
+        let sectors = (DISK as usize) / SECTOR;
+        // The base has a value in most sectors, and zeroes in some runs.
+        let mut base = vec![0; DISK as usize];
+        for (number, sector) in base.chunks_mut(SECTOR).enumerate() {
+            if number / 16 % 3 != 1 {
+                fill(sector, 0xba5e_0000 + number as u64);
+            }
+        }
+        let history = History::new(base.chunks(SECTOR).map(value_of));
+        assert_eq!(history.len(), sectors);
+        let base_file = files.add(base.clone());
+        let words = || Arc::new(Words::in_memory(WORDS));
+        let source = match plan.raw_source {
+            true => ImageFile { file: files.add(base), words: words(), raw: true, base: None },
+            false => {
+                let file = files.add(Vec::new());
+                make_qcow2(&files, file, [9, 12, 13][dice.roll(3) as usize], true);
+                ImageFile { file, words: words(), raw: false, base: Some(base_file) }
+            }
+        };
+        let target_base = plan.shallow.then_some(base_file);
+        let raw_target = plan.raw_target && !plan.shallow;
+        let target = ImageFile { file: files.add(Vec::new()), words: words(), raw: raw_target, base: target_base };
+        match raw_target {
+            true => files.lock()[target.file as usize].cached.resize(DISK as usize, 0),
+            false => make_qcow2(&files, target.file, [9, 12, 13][dice.roll(3) as usize], plan.shallow),
+        }
+        let record = files.add(vec![0; 2 * SLOT_LEN]);
+        files.sync();
+        Self { plan, dice, files, source, target, record, history, step: 0, pivots: 0 }
+    }
+
+    /// Lives as the plan says, and once more after a crash; every promise is checked on the way.
+    /// Says how many pivots there were.
+    pub fn run(mut self) -> u32 {
+        let crashed = self.live(true);
+        self.check(crashed);
+        if crashed.is_some() {
+            self.plan.fate = Fate::Killed(200 + self.dice.roll(300));
+            self.step = 0;
+            let crashed = self.live(false);
+            self.check(crashed);
+        }
+        self.pivots
+    }
+
+    /// One life. Says how it ended, if by a crash.
+    fn live(&mut self, with_job: bool) -> Option<Fate> {
+        let mut life = self.open();
+        let start = 1 + self.dice.roll(200);
+        let mut started = !with_job;
+        loop {
+            self.step += 1;
+            match self.plan.fate {
+                Fate::Killed(step) if step == self.step => return Some(self.kill(life)),
+                Fate::PowerCut(step) if step == self.step => return Some(self.cut_power(life)),
+                _ => {}
+            }
+            if !started && self.step >= start {
+                started = true;
+                self.start_job(&mut life);
+            }
+            self.step(&mut life);
+            let quiet = life.guests.iter().all(|guest| guest.left == 0 && guest.is_idle());
+            if started && quiet && life.job.is_none() {
+                drop(life);
+                return None;
+            }
+            assert!(self.step < 200_000, "the world does not come to an end: {:?}", self.plan);
+        }
+    }
+
+    /// One actor moves.
+    fn step(&mut self, life: &mut Life) {
+        match self.dice.roll(GUESTS + 4) {
+            number if number < GUESTS => {
+                life.guests[number as usize].step(&life.gate, &mut self.history, &mut self.dice);
+            }
+            0..=5 => life.step_copier(),
+            _ => self.step_job(life),
+        }
+    }
+
+    fn step_job(&mut self, life: &mut Life) {
+        let Some((job, journal, ..)) = &mut life.job else { return };
+        let mut done = Vec::new();
+        life.control.reap(Wait::No, &mut done).expect("a simulated queue");
+        let mut tools = Tools { io: &mut life.control, arena: &life.arena, waker: &life.waker };
+        for completion in done {
+            job.complete(&mut tools, Token(0), completion);
+        }
+        if job.phase() == Phase::Ready && !job.is_ending() && self.dice.one_in(6) {
+            let end = End::Switch { record: self.new_record(), journal: Some(Arc::clone(journal)) };
+            job.pivot(end, self.record_file());
+        }
+        let mut tools = Tools { io: &mut life.control, arena: &life.arena, waker: &life.waker };
+        job.step(&mut tools, Token(0));
+        let phase = job.phase();
+        if phase == Phase::Pivoted {
+            self.pivots += 1;
+            let mirror = Arc::clone(job.mirror());
+            self.compare(&mirror);
+        }
+        if phase.is_over() {
+            life.job = None;
+        }
+    }
+
+    /// At the instant of a pivot both sides read alike.
+    fn compare(&self, mirror: &Mirror) {
+        let (source, target) = (self.read_all(&mirror.source), self.read_all(&mirror.target));
+        let differs = source.chunks(SECTOR).zip(target.chunks(SECTOR)).position(|(a, b)| a != b);
+        if let Some(sector) = differs {
+            let value = |bytes: &[u8]| value_of(&bytes[sector * SECTOR..][..SECTOR]);
+            panic!(
+                "sector {sector} is {:x} on the source and {:x} on the target: {:?}",
+                value(&source),
+                value(&target),
+                self.plan
+            );
+        }
+    }
+
+    fn open(&mut self) -> Life {
+        let (disk, _) = self.open_image(self.served(), false);
+        let gate = Arc::new(Gate::new(Route { disk, mirror: None }));
+        let seed = self.plan.seed ^ self.step.wrapping_mul(31);
+        let requests = if self.plan.fail_one_in > 0 { 25 } else { 40 };
+        let guests = (0..GUESTS)
+            .map(|number| {
+                let number = number + 1 + u64::from(self.pivots) * 16 + self.dice.roll(1 << 20) * 256;
+                Guest::new(&self.files, number, seed, self.plan.fail_one_in, requests)
+            })
+            .collect();
+        Life {
+            gate,
+            guests,
+            control: SimIo::new(&self.files, seed ^ 0xc0, 0),
+            arena: Arena::new(256 << 10),
+            waker: Waker::simulated(100),
+            job: None,
+            copier_arena: Arena::new(256 << 10),
+        }
+    }
+
+    fn start_job(&mut self, life: &mut Life) {
+        let (target, journal) = self.open_image(&self.target, true);
+        let source = life.gate.route().disk;
+        let mirror = Arc::new(Mirror::new(source, target, CHUNK_BITS, self.plan.shallow));
+        let job = Job::start(Parts {
+            id: "job".to_owned(),
+            mirror: Arc::clone(&mirror),
+            gate: Arc::clone(&life.gate),
+            target_is_zero: true,
+            mode: self.plan.mode,
+            on_target_error: OnError::Ignore,
+            pause_max: Duration::from_secs(3600),
+        });
+        let copier = Copier::new(mirror, Depth { slots: 3, run_len: 16 << 10 }, 0);
+        let io = SimIo::new(&self.files, self.plan.seed ^ 0xc09, self.plan.fail_one_in);
+        life.job = Some((job, journal, copier, io));
+    }
+
+    /// The image that the record names.
+    fn served(&self) -> &ImageFile {
+        match self.record_file().newest().map(|record| record.truth.as_str()) {
+            Some("target") => &self.target,
+            Some("source") | None => &self.source,
+            Some(other) => panic!("the record names {other}"),
+        }
+    }
+
+    fn record_file(&self) -> RecordFile {
+        let bytes = self.files.lock()[self.record as usize].cached.clone();
+        let newest = Record::newest(&bytes).expect("one side is named");
+        RecordFile::new(File::simulated(self.record), newest)
+    }
+
+    fn new_record(&self) -> Record {
+        Record {
+            generation: 0,
+            export: "vda".to_owned(),
+            origin: "source".to_owned(),
+            truth: "target".to_owned(),
+            format: "any".to_owned(),
+            size: DISK,
+        }
+    }
+
+    /// As the daemon opens an image at its start: what a kill left behind first.
+    fn open_image(&self, image: &ImageFile, asleep: bool) -> (Arc<Disk>, Arc<WordJournal>) {
+        let left = WordJournal::left_behind(&image.words, BOOT);
+        if !asleep && !left.is_empty() {
+            let recovered = self.image(image, Arc::new(formats::journal::Forgetful));
+            recovered.replay(&left).expect("the journal's own notes");
+            settle(&*recovered, &self.files, image.file);
+        }
+        let journal = Arc::new(match asleep {
+            true => WordJournal::asleep(Arc::clone(&image.words), BOOT),
+            false => WordJournal::new(Arc::clone(&image.words), BOOT),
+        });
+        let kept: Arc<dyn Journal> = Arc::clone(&journal) as _;
+        let mut layers = vec![self.layer(image.file, self.image(image, kept))];
+        if let Some(base) = image.base {
+            layers.push(self.layer(base, Box::new(Raw::new(self.files.storage(base), DISK))));
+        }
+        (Arc::new(Disk::new(Chain::new(layers), false)), journal)
+    }
+
+    fn image(&self, image: &ImageFile, journal: Arc<dyn Journal>) -> Box<dyn Image> {
+        let storage = self.files.storage(image.file);
+        if image.raw {
+            return Box::new(Raw::new(storage, DISK));
+        }
+        let open = Open { writable: true, has_backing: image.base.is_some(), metadata_bytes_max: 1 << 20 };
+        Box::new(Qcow2::open(storage, journal, open).expect("an image that can be opened"))
+    }
+
+    fn layer(&self, file: u32, image: Box<dyn Image>) -> Arc<Layer> {
+        let file_of = DataFile::buffered(File::simulated(file));
+        Arc::new(Layer { image, file: file_of, path: PathBuf::from(format!("file{file}")), format: "any" })
+    }
+
+    fn read_all(&self, disk: &Disk) -> Vec<u8> {
+        let mut bytes = vec![0; DISK as usize];
+        let mut at = 0;
+        while at < DISK {
+            let (range, source) = disk.chain().map(at, DISK - at, Look::Images).expect("a mapping");
+            if let Source::Data { layer, host } = source {
+                let number = disk.chain().layers()[layer].file.file().number().expect("a simulated file");
+                let files = self.files.lock();
+                let found = files[number as usize].cached.get(host as usize..).unwrap_or_default();
+                let count = found.len().min(range.len() as usize);
+                bytes[range.start as usize..][..count].copy_from_slice(&found[..count]);
+            }
+            at = range.end;
+        }
+        bytes
+    }
+
+    fn kill(&mut self, life: Life) -> Fate {
+        life.die();
+        self.plan.fate
+    }
+
+    fn cut_power(&mut self, life: Life) -> Fate {
+        life.die();
+        self.files.cut_power(&mut self.dice);
+        // Another boot: what memory kept through a kill is gone.
+        for image in [&mut self.source, &mut self.target] {
+            image.words = Arc::new(Words::in_memory(WORDS));
+        }
+        self.plan.fate
+    }
+
+    /// What is served after the end of a life has everything that was promised.
+    fn check(&mut self, crashed: Option<Fate>) {
+        let now = self.history.tick();
+        let trust = match crashed {
+            Some(Fate::PowerCut(_)) => Trust::Flushed,
+            _ => Trust::AnsweredBefore(now),
+        };
+        let (disk, _) = self.open_image(self.served(), false);
+        let bytes = self.read_all(&disk);
+        for (sector, bytes) in bytes.chunks(SECTOR).enumerate() {
+            let value = value_of(bytes);
+            assert!(
+                self.history.allows(sector, value, trust),
+                "sector {sector} holds {value:x} after {crashed:?} of {:?}: {}",
+                self.plan,
+                self.history.describe(sector)
+            );
+            self.history.settle(sector, value);
+        }
+        self.files.sync();
+    }
+}
+
+impl Life {
+    fn step_copier(&mut self) {
+        let Some((_, _, copier, io)) = &mut self.job else { return };
+        let mut done: Vec<Completion> = Vec::new();
+        io.reap(Wait::No, &mut done).expect("a simulated queue");
+        let progress = copier.step(&mut Tools { io, arena: &self.copier_arena, waker: &self.waker }, &mut done);
+        assert!(!matches!(progress, Progress::Throttled(_)), "nobody set a limit");
+    }
+
+    fn die(mut self) {
+        self.control.abandon();
+        self.guests.drain(..).for_each(Guest::die);
+        if let Some((job, journal, copier, mut io)) = self.job.take() {
+            io.abandon();
+            std::mem::forget((job, journal, copier));
+        }
+    }
+}
+
+fn make_qcow2(files: &Files, file: u32, cluster_bits: u32, backed: bool) {
+    let backing = backed.then(|| Backing { name: "base".to_owned(), format: Some("raw".to_owned()) });
+    let creation = Create { cluster_bits, backing, ..Create::new(DISK) };
+    create(&*files.storage(file), &creation).expect("an image");
+}
+
+fn settle(image: &dyn Image, files: &Files, file: u32) {
+    let mut progress = Settling::default();
+    loop {
+        match image.settle(&mut progress).expect("a settle") {
+            Settle::Done => return,
+            Settle::Flush => files.sync_one(file),
+            Settle::Busy => unreachable!("nobody else settles"),
+        }
+    }
+}
