@@ -3,10 +3,11 @@ use super::tools::{output, told};
 use super::{PATIENCE, eventually};
 use serde_json::Value;
 use std::fs::File;
+use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// The program under test; `BLKMIRROR` names another build of it.
 pub fn program() -> PathBuf {
@@ -59,8 +60,7 @@ impl Daemon {
         eventually("the daemon serves", || {
             let ended = self.child.as_mut().and_then(|child| child.try_wait().expect("waiting for our child"));
             assert!(ended.is_none(), "the daemon ended ({ended:?}) instead of serving:\n{}", self.log());
-            let up = [self.socket(), self.control_socket()].iter().all(|path| UnixStream::connect(path).is_ok());
-            up.then_some(())
+            (greets(&self.socket()) && greets(&self.control_socket())).then_some(())
         });
     }
 
@@ -86,7 +86,7 @@ impl Daemon {
                 self.child = Some(child);
                 panic!("the daemon does not end on SIGTERM:\n{}", self.log());
             }
-            std::thread::sleep(std::time::Duration::from_millis(10));
+            std::thread::sleep(Duration::from_millis(10));
         };
         assert!(status.success(), "the daemon ended with {status} on SIGTERM:\n{}", self.log());
     }
@@ -164,6 +164,16 @@ impl Daemon {
     fn log_file(&self) -> PathBuf {
         self.folder.join("log")
     }
+}
+
+/// True where a server says its first byte. That a connection is let in says nothing: the kernel keeps a killed
+/// daemon's socket for a moment.
+fn greets(socket: &Path) -> bool {
+    let greeting = UnixStream::connect(socket).and_then(|mut stream| {
+        stream.set_read_timeout(Some(Duration::from_secs(1)))?;
+        stream.read(&mut [0])
+    });
+    greeting.is_ok_and(|count| count > 0)
 }
 
 impl Drop for Daemon {
