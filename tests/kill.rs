@@ -193,7 +193,7 @@ fn a_killed_job_goes_on(options: &[&str], target_format: &str) {
     daemon.ok("set", &["vda", "--speed", "0"]);
     daemon.wait_for("vda", "ready");
     writer.wait(50);
-    daemon.ok("pivot", &["vda"]);
+    daemon.pivot("vda");
     assert_eq!(daemon.status("vda")["serving"], name);
     writer.wait(50);
     let truth = writer.stop();
@@ -233,7 +233,7 @@ fn a_job_that_was_ready_is_ready_again_after_a_kill() {
     daemon.start();
     daemon.wait_for("vda", "ready");
     writer.wait(100);
-    daemon.ok("pivot", &["vda"]);
+    daemon.pivot("vda");
     let truth = writer.stop();
     daemon.stop();
     assert_same("the target on its own", &content(&target, "qcow2"), &truth);
