@@ -61,10 +61,6 @@ impl Guest {
         std::mem::forget(self.under_way.take());
     }
 
-    pub fn stop_failing(&mut self) {
-        self.io.stop_failing();
-    }
-
     /// One move.
     pub fn step(&mut self, gate: &Gate, history: &mut History, dice: &mut Dice) {
         if self.under_way.is_none() {
