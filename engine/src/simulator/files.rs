@@ -180,6 +180,11 @@ impl SimIo {
         self.dice.borrow_mut().roll(below)
     }
 
+    /// True where nothing is under way.
+    pub fn is_empty(&self) -> bool {
+        self.queue.is_empty()
+    }
+
     /// What the kernel still does after its process is gone: some of it, in any order.
     pub fn abandon(&mut self) {
         while !self.queue.is_empty() {

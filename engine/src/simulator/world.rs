@@ -105,6 +105,8 @@ struct Life {
     waker: Waker,
     job: Option<(Job, Arc<WordJournal>, Copier, SimIo)>,
     copier_arena: Arena,
+    copier_waker: Waker,
+    copier_waits: bool,
 }
 
 impl World {
@@ -189,7 +191,7 @@ impl World {
                 drop(life);
                 return None;
             }
-            assert!(self.step < 200_000, "the world does not come to an end: {:?}", self.plan);
+            assert!(self.step < 200_000, "the world does not come to an end: {:?}: {}", self.plan, life.describe());
         }
     }
 
@@ -267,6 +269,8 @@ impl World {
             waker: Waker::simulated(100),
             job: None,
             copier_arena: Arena::new(256 << 10),
+            copier_waker: Waker::simulated(101),
+            copier_waits: false,
         }
     }
 
@@ -394,10 +398,31 @@ impl World {
 impl Life {
     fn step_copier(&mut self) {
         let Some((_, _, copier, io)) = &mut self.job else { return };
+        // As its thread does: it waits in its ring for an operation's end, or for its waker.
+        if self.copier_waits && io.is_empty() && !self.copier_waker.was_woken() {
+            return;
+        }
+        self.copier_waits = true;
         let mut done: Vec<Completion> = Vec::new();
         io.reap(Wait::No, &mut done).expect("a simulated queue");
-        let progress = copier.step(&mut Tools { io, arena: &self.copier_arena, waker: &self.waker }, &mut done);
+        let progress = copier.step(&mut Tools { io, arena: &self.copier_arena, waker: &self.copier_waker }, &mut done);
         assert!(!matches!(progress, Progress::Throttled(_)), "nobody set a limit");
+    }
+
+    /// Who waits for what.
+    fn describe(&self) -> String {
+        let guests: Vec<bool> = self.guests.iter().map(Guest::is_idle).collect();
+        let job = self.job.as_ref().map(|(job, _, copier, io)| {
+            let mirror = job.mirror();
+            let (left, settled) = (mirror.dirty.marked_bytes(), mirror.is_settled());
+            format!(
+                "{:?}, {left} marked, settled: {settled}, copier idle: {} {}",
+                job.phase(),
+                copier.is_idle(),
+                io.is_empty()
+            )
+        });
+        format!("guests idle: {guests:?}; job: {job:?}")
     }
 
     fn die(mut self) {
