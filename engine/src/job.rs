@@ -146,6 +146,8 @@ pub struct Job {
     retry_at: Option<Duration>,
     /// The record as a finished pivot left it.
     record: Option<RecordFile>,
+    /// It was ready once.
+    was_ready: bool,
     /// It ended with the target a whole copy.
     complete: bool,
     /// Set while a failed job is being taken out of the guest's way.
@@ -184,6 +186,7 @@ impl Job {
             undone: None,
             retry_at: None,
             record: None,
+            was_ready: false,
             complete: false,
             broken: false,
         }
@@ -267,9 +270,10 @@ impl Job {
         self.wish = Some(Wish::Pivot(Box::new((end, record))));
     }
 
-    /// Wishes for the end on the source: with a whole copy where it is ready and not `force`.
+    /// Wishes for the end on the source: with a whole copy, unless it never was ready or `force`. Who
+    /// heard that it is ready gets what was promised, also where the guest has just run ahead again.
     pub fn cancel(&mut self, force: bool) {
-        self.wish = Some(if force || self.phase != Phase::Ready { Wish::GiveUp } else { Wish::Finish });
+        self.wish = Some(if force || !self.was_ready { Wish::GiveUp } else { Wish::Finish });
     }
 
     /// Why a pivot or a finish was undone, once.
@@ -487,7 +491,10 @@ impl Job {
 
     fn happened(&mut self, happened: Happened) {
         match self.phase.on(happened) {
-            Some(phase) => self.phase = phase,
+            Some(phase) => {
+                self.was_ready |= phase == Phase::Ready;
+                self.phase = phase;
+            }
             None => unreachable!("{happened:?} in {:?}", self.phase),
         }
     }

@@ -215,8 +215,9 @@ fn decide_format(storage: &dyn Storage, named: Option<TargetFormat>) -> Result<T
             "the format {name} is not supported: convert it with qemu-img convert -O qcow2"
         ))),
         Probed::Unknown => Err(Error::invalid(
-            "its format is not known, and raw is never guessed: name it with format=raw (for a backing layer, \
-             record it in the layer above with qemu-img rebase -u -F raw)",
+            "its format is not known, and raw is never guessed: name it (serve: format=raw, convert: --source-format \
+             raw, compare: --a-format or --b-format; a backing layer: record it in the layer above with qemu-img \
+             rebase -u -F raw)",
         )),
     }
 }

@@ -44,13 +44,6 @@ impl StateFolder {
         &self.folder
     }
 
-    /// True where a reboot empties it.
-    pub fn is_volatile(&self) -> bool {
-        const TMPFS: i64 = 0x0102_1994;
-        const RAMFS: i64 = 0x8584_58f6;
-        rustix::fs::statfs(&self.folder).is_ok_and(|fs| matches!(fs.f_type, TMPFS | RAMFS))
-    }
-
     /// The record of an export; made, with two blank slots, where there is none.
     pub fn record(&self, export: &str) -> Result<RecordFile> {
         let path = self.folder.join(format!("{}.record", file_name(export)));
@@ -120,6 +113,13 @@ impl JournalFile {
 
 const REMEDY: &str = "the record is damaged, so nobody knows which image is the truth; compare the images, then \
                       move this file away and start with the right one";
+
+/// True where a reboot empties the file system that `folder` is on.
+pub fn is_volatile(folder: &Path) -> bool {
+    const TMPFS: i64 = 0x0102_1994;
+    const RAMFS: i64 = 0x8584_58f6;
+    rustix::fs::statfs(folder).is_ok_and(|fs| matches!(fs.f_type, TMPFS | RAMFS))
+}
 
 /// An export's or an image's name as a file's: what is no letter, digit, dot, dash or underscore is
 /// written as its bytes in hexadecimal.

@@ -12,8 +12,8 @@ use crate::bell::Bell;
 use crate::disk::Disk;
 use crate::io::Waker;
 use crate::mirror::Mirror;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use crate::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard, Ordering};
+use std::sync::{Arc, PoisonError};
 
 /// Where guest requests go.
 #[derive(Clone)]
@@ -45,7 +45,7 @@ struct Place {
     route: Route,
     inside: AtomicU64,
     /// Nobody comes in any more: the last who leaves rings.
-    closed: std::sync::atomic::AtomicBool,
+    closed: AtomicBool,
     emptied: Arc<Bell>,
 }
 
@@ -119,7 +119,7 @@ impl Place {
         Arc::new(Self {
             route,
             inside: AtomicU64::new(0),
-            closed: std::sync::atomic::AtomicBool::new(false),
+            closed: AtomicBool::new(false),
             emptied: Arc::clone(emptied),
         })
     }

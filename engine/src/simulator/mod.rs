@@ -132,6 +132,34 @@ fn a_mapping_that_a_kill_forgets_is_caught() {
     assert_caught(Fault::ForgetInKill, |seed| Plan { raw_source: false, ..killed(seed) });
 }
 
+/// Promise 7. A crash at every step of a pivot, one after the other, from the closing of the gate to a
+/// while after its opening: each time one side is named, and it has everything.
+#[test]
+fn a_crash_at_every_step_of_a_pivot_leaves_one_truth() {
+    let crashes: u64 = (1..=24).map(|seed| crash_at_every_step(calm(seed))).sum();
+    assert!(crashes > 500, "{crashes} crashes");
+}
+
+/// Promise 7.
+#[test]
+fn overwriting_the_slot_that_counts_is_caught() {
+    plant(Some(Fault::OverwriteTheNewestSlot));
+    let outcome = catch_unwind(|| (1..=24).map(|seed| crash_at_every_step(calm(seed))).sum::<u64>());
+    plant(None);
+    assert!(outcome.is_err(), "the simulator is too tame to be trusted");
+}
+
+/// How many crashes that were.
+fn crash_at_every_step(plan: Plan) -> u64 {
+    let Some((first, last)) = World::new(plan).pivoting() else { return 0 };
+    for step in first..last + 20 {
+        for fate in [Fate::Killed(step), Fate::PowerCut(step)] {
+            World::new(Plan { fate, ..plan }).run();
+        }
+    }
+    2 * (last + 20 - first)
+}
+
 /// Promise 9.
 #[test]
 fn a_source_that_is_served_after_the_record_is_caught() {
