@@ -16,7 +16,7 @@ use formats::probe::{Probed, probe};
 use formats::qcow2::{Open, Qcow2, read_header};
 use formats::raw::Raw;
 use formats::storage::Storage;
-use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
+use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, StatxFlags};
 use std::fs;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -246,16 +246,30 @@ fn open_file(path: &Path, writable: bool) -> Result<OpenFile> {
 
 impl OpenFile {
     fn data_file(self, path: &Path, writable: bool, cache: Cache) -> Result<DataFile> {
+        if writable {
+            // Alone first, and then shared with our own second way in: the lock is kept by each open
+            // file, and by every operation that the kernel still has of it.
+            lock(&self.buffered, FlockOperation::NonBlockingLockExclusive)?;
+            lock(&self.buffered, FlockOperation::NonBlockingLockShared)?;
+        }
         let direct = match cache {
             Cache::None => direct_file(path, &self.buffered, writable),
             Cache::Writeback => None,
         };
+        if let (true, Some((direct, _))) = (writable, &direct) {
+            lock(direct, FlockOperation::NonBlockingLockShared)?;
+        }
         let buffered = File::new(self.buffered);
         Ok(match direct {
             Some((direct, align)) => DataFile::direct(buffered, File::new(direct), align),
             None => DataFile::buffered(buffered),
         })
     }
+}
+
+fn lock(file: &fs::File, how: FlockOperation) -> Result<()> {
+    rustix::fs::flock(file, how)
+        .map_err(|_| Error::invalid("another blkmirror writes to it: end that one, or name another image"))
 }
 
 /// The same file once more for direct I/O, and its alignment; `None` where there is none.

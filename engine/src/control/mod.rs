@@ -205,6 +205,13 @@ pub struct Refusal {
     pub message: String,
 }
 
+/// What was tried, and failed.
+impl From<formats::error::Error> for Refusal {
+    fn from(error: formats::error::Error) -> Self {
+        Self::new(Code::OperationFailed, error.one_line())
+    }
+}
+
 impl Refusal {
     /// A refusal of kind `code`, in words.
     pub fn new(code: Code, message: impl Into<String>) -> Self {

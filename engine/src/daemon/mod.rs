@@ -16,6 +16,7 @@ mod exports;
 mod jobs;
 mod listen;
 mod threads;
+mod wait;
 
 pub use compare::{Comparison, compare};
 pub use convert::{ConvertOptions, Copied, convert};
@@ -49,6 +50,7 @@ pub fn serve(options: &ServeOptions, ready: impl FnOnce(&str)) -> Result<()> {
     let exports = options.exports.iter().map(open).collect::<Result<Vec<_>>>()?;
     let table = Arc::new(Table::new(&exports));
     let mut thread = ControlThread::new(exports, table, options.cache, state).context(|| "starting")?;
+    thread.resume_jobs();
     // Only now: who finds the sockets is served.
     let listeners = options.listeners.iter().map(Listening::at).collect::<Result<Vec<_>>>()?;
     let control = Listening::unix(&options.control)?;
