@@ -249,8 +249,11 @@ impl Job {
         if before_ready { left.max(1) } else { left }
     }
 
-    /// Stops copying, or goes on.
+    /// Stops copying, or goes on. A job that is being given up rests for good.
     pub fn pause(&mut self, paused: bool) {
+        if matches!(self.stage, Stage::Detaching(_) | Stage::Resting | Stage::Over) {
+            return;
+        }
         self.paused = paused;
         if !paused {
             self.error = None;
@@ -397,7 +400,11 @@ impl Job {
             return;
         }
         let Some(fault) = self.parts.mirror.clear_fault() else { return };
-        let policy = if fault.target { self.parts.on_target_error } else { OnError::Report };
+        let policy = match fault.target && !self.parts.mirror.target.is_poisoned() {
+            true => self.parts.on_target_error,
+            // No retry makes good what a flush has lost.
+            false => OnError::Report,
+        };
         let no_space = fault.error.raw_os_error() == Some(Errno::NOSPC.raw_os_error());
         self.error = Some(self.describe(&fault));
         match policy {
@@ -467,6 +474,10 @@ impl Job {
             Err(error) => {
                 self.undone = Some(error.one_line());
                 self.happened(Happened::EndUndone);
+                if self.parts.mirror.target.is_poisoned() {
+                    // Whatever was ready is so no more.
+                    self.parts.mirror.fail(true, error);
+                }
             }
         }
     }

@@ -8,6 +8,7 @@
 //!
 //! More worlds: `SEEDS=100000 cargo test -p engine --release simulator::worlds -- --nocapture`;
 //! one: `SEED=31 cargo test -p engine simulator::one_world`.
+mod corners;
 mod files;
 mod guest;
 mod history;
