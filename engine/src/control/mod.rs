@@ -49,7 +49,7 @@ pub enum Request {
     Quit,
 }
 
-/// A copy request: `SEMANTICS` of the flags is in `docs/flags.md`.
+/// A copy request; what its flags mean together is in `docs/flags.md`.
 ///
 /// Its serialised form is the arguments of `blkmirror-mirror`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
