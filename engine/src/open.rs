@@ -122,6 +122,24 @@ fn identity_of(metadata: &fs::Metadata) -> Identity {
     }
 }
 
+/// The full name by which a file is found again: its real one. A block device keeps the name that it
+/// was given, for what a link like `/dev/vg/disk` leads to (`/dev/dm-3`) may be another device after a
+/// reboot. A file that is not there has its folder's real name and its own.
+pub fn lasting_name(path: &Path) -> std::io::Result<PathBuf> {
+    match fs::metadata(path) {
+        Ok(metadata) if metadata.file_type().is_block_device() => std::path::absolute(path),
+        Ok(_) => path.canonicalize(),
+        Err(error) => {
+            let absent = error.kind() == std::io::ErrorKind::NotFound;
+            let full = std::path::absolute(path)?;
+            match (full.parent(), full.file_name()) {
+                (Some(folder), Some(name)) if absent => Ok(folder.canonicalize()?.join(name)),
+                _ => Err(error),
+            }
+        }
+    }
+}
+
 /// The format of the file at `path` by its magic number.
 pub fn probe_format(path: &Path) -> Result<TargetFormat> {
     let file = open_file(path, false)?;
@@ -165,7 +183,7 @@ impl Opened {
         // Metadata goes through the page cache: direct payload may not share a page with it.
         let cache = if grain < PAGE as u64 { Cache::Writeback } else { access.cache };
         let file = file.data_file(path, access.writable, cache)?;
-        let path = path.canonicalize().context(|| "looking up its full name")?;
+        let path = lasting_name(path).context(|| "looking up its full name")?;
         Ok(Self { layer: Layer { image, file, path, format: name }, identity, below })
     }
 }
@@ -269,7 +287,7 @@ impl OpenFile {
 
 fn lock(file: &fs::File, how: FlockOperation) -> Result<()> {
     rustix::fs::flock(file, how)
-        .map_err(|_| Error::invalid("another blkmirror writes to it: end that one, or name another image"))
+        .map_err(|_| Error::invalid("another export or another blkmirror writes to it, and an image has one writer"))
 }
 
 /// The same file once more for direct I/O, and its alignment; `None` where there is none.
@@ -290,5 +308,33 @@ fn alignment(file: &fs::File) -> u64 {
             u64::from(answer.stx_dio_offset_align.max(answer.stx_dio_mem_align)).next_power_of_two()
         }
         _ => PAGE as u64,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::lasting_name;
+    use std::os::unix::fs::{FileTypeExt, symlink};
+
+    /// Devices were known by what their links led to at the time.
+    #[test]
+    fn files_are_known_by_their_real_names_and_devices_by_their_given_ones() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let real = folder.path().canonicalize().expect("a folder");
+        let (file, link) = (real.join("file"), real.join("link"));
+        std::fs::write(&file, "").expect("a file");
+        symlink(&file, &link).expect("a link");
+        assert_eq!(lasting_name(&link).expect("it is there"), file);
+        std::fs::remove_file(&file).expect("it was there");
+        assert_eq!(lasting_name(&file).expect("its folder is there"), file);
+        assert!(lasting_name(&real.join("none").join("file")).is_err());
+
+        let is_device = |entry: &std::fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_block_device());
+        let devices = std::fs::read_dir("/dev").expect("/dev").flatten();
+        if let Some(device) = devices.into_iter().find(is_device) {
+            let link = real.join("disk");
+            symlink(device.path(), &link).expect("a link");
+            assert_eq!(lasting_name(&link).expect("it is there"), link);
+        }
     }
 }

@@ -8,7 +8,7 @@
 //! ```
 use crate::control::MirrorRequest;
 use crate::io::{File, Words};
-use crate::journal::{BootId, WORDS, WordJournal};
+use crate::journal::{BootId, Owner, WORDS, WordJournal};
 use crate::pivot::RecordFile;
 use formats::error::{Context, Error, Result};
 use formats::journal::Change;
@@ -16,9 +16,10 @@ use formats::record::{Record, SLOT_LEN};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use std::fs;
 use std::io::{Read, Write};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::UNIX_EPOCH;
 
 /// An open state folder, locked.
 pub struct StateFolder {
@@ -114,17 +115,18 @@ impl StateFolder {
     /// The journal of an image, and what a kill left in it: to be brought into the image before the
     /// journal is used.
     pub fn journal(&self, image: &Path) -> Result<JournalFile> {
-        Ok(JournalFile { words: self.words(image)?, boot: self.boot })
-    }
-
-    fn words(&self, image: &Path) -> Result<Arc<Words>> {
-        let name = image.file_name().map_or_else(|| "image".into(), |name| name.to_string_lossy());
-        let crc = crc32c::crc32c(image.as_os_str().as_encoded_bytes());
-        let path = self.folder.join(format!("{}-{crc:08x}.journal", file_name(&name)));
+        let path = self.journal_path(image);
         let named = |what: &str| format!("{}: {what}", path.display());
         let file = fs::File::options().create(true).truncate(false).read(true).write(true).open(&path);
         let file = file.context(|| named("open"))?;
-        Ok(Arc::new(Words::in_file(&file, WORDS).context(|| named("mapping it into memory"))?))
+        let words = Arc::new(Words::in_file(&file, WORDS).context(|| named("mapping it into memory"))?);
+        Ok(JournalFile { words, boot: self.boot, owner: owner(image)?, path, image: image.to_owned() })
+    }
+
+    fn journal_path(&self, image: &Path) -> PathBuf {
+        let name = image.file_name().map_or_else(|| "image".into(), |name| name.to_string_lossy());
+        let crc = crc32c::crc32c(image.as_os_str().as_encoded_bytes());
+        self.folder.join(format!("{}-{crc:08x}.journal", file_name(&name)))
     }
 
     /// Makes the folder's own entries durable.
@@ -140,23 +142,47 @@ impl StateFolder {
 pub struct JournalFile {
     words: Arc<Words>,
     boot: BootId,
+    owner: Owner,
+    path: PathBuf,
+    image: PathBuf,
 }
 
 impl JournalFile {
-    /// What a kill left behind, in order.
-    pub fn left_behind(&self) -> Vec<Change> {
-        WordJournal::left_behind(&self.words, self.boot)
+    /// What a kill left behind, in order. Refused where it is of another file that was there by the
+    /// image's name: what belongs to one image destroys another.
+    pub fn left_behind(&self) -> Result<Vec<Change>> {
+        let changes = WordJournal::left_behind(&self.words, self.boot);
+        if changes.is_empty() || WordJournal::owner(&self.words) == self.owner {
+            return Ok(changes);
+        }
+        Err(Error::invalid(format!(
+            "{}: a kill left writes there that belong to another file than the one that is {} now: bring that file \
+             back or, where it was replaced on purpose, remove this journal",
+            self.path.display(),
+            self.image.display()
+        )))
     }
 
     /// Starts it anew. What was left behind has to be in the image for good.
     pub fn start(self) -> Arc<WordJournal> {
-        Arc::new(WordJournal::new(self.words, self.boot))
+        Arc::new(WordJournal::new(self.words, self.boot, self.owner))
     }
 
     /// Starts it anew, noting nothing yet: a target's, before it is the truth.
     pub fn start_asleep(self) -> Arc<WordJournal> {
-        Arc::new(WordJournal::asleep(self.words, self.boot))
+        Arc::new(WordJournal::asleep(self.words, self.boot, self.owner))
     }
+}
+
+/// What a file keeps as long as it is there, also through a new mount: its number and when it was made.
+fn owner(image: &Path) -> Result<Owner> {
+    let metadata = fs::metadata(image).context(|| format!("{}: stat", image.display()))?;
+    if metadata.file_type().is_block_device() {
+        return Ok((u64::MAX, metadata.rdev()));
+    }
+    // Where the file system does not know when, the number alone has to do.
+    let made = metadata.created().ok().and_then(|made| made.duration_since(UNIX_EPOCH).ok()).unwrap_or_default();
+    Ok((metadata.ino(), made.as_secs() << 30 | u64::from(made.subsec_nanos())))
 }
 
 const REMEDY: &str = "the record is damaged, so nobody knows which image is the truth; compare the images, then \
@@ -175,7 +201,9 @@ fn lock(file: &fs::File, path: &Path) -> Result<()> {
 pub fn is_volatile(folder: &Path) -> bool {
     const TMPFS: i64 = 0x0102_1994;
     const RAMFS: i64 = 0x8584_58f6;
-    rustix::fs::statfs(folder).is_ok_and(|fs| matches!(fs.f_type, TMPFS | RAMFS))
+    // Of one that is made later, the folder that it will be made in: the answer must not change with it.
+    let there = folder.ancestors().find(|folder| folder.exists());
+    there.is_some_and(|there| rustix::fs::statfs(there).is_ok_and(|fs| matches!(fs.f_type, TMPFS | RAMFS)))
 }
 
 /// An export's or an image's name as a file's: what is no letter, digit, dot, dash or underscore is
@@ -209,7 +237,9 @@ fn boot_id() -> Result<BootId> {
 
 #[cfg(test)]
 mod tests {
-    use super::{StateFolder, file_name};
+    use super::{StateFolder, file_name, is_volatile};
+    use formats::journal::{Change, Journal};
+    use std::path::Path;
 
     #[test]
     fn names_become_file_names_of_their_own() {
@@ -228,5 +258,34 @@ mod tests {
         assert!(first.record("vda").expect("a new record").newest().is_none());
         drop(first);
         StateFolder::open(folder.path()).expect("the next");
+    }
+
+    /// The daemon chose one folder at its first start and, that one being there then, another one at its
+    /// next: the record was not found and the wrong image served.
+    #[test]
+    fn a_folder_is_as_volatile_before_it_is_made_as_after() {
+        assert!(is_volatile(Path::new("/dev/shm")));
+        assert!(is_volatile(Path::new("/dev/shm/blkmirror-test-none/deeper")));
+        assert!(!is_volatile(Path::new("/proc/none")));
+    }
+
+    /// An image was replaced by another of the same name after a kill, and the writes of the first were
+    /// brought into the second.
+    #[test]
+    fn what_a_kill_left_of_one_file_is_not_brought_into_another() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let (image, other) = (folder.path().join("image"), folder.path().join("other"));
+        for file in [&image, &other] {
+            std::fs::write(file, "").expect("a file");
+        }
+        let state = StateFolder::open(&folder.path().join("state")).expect("a state folder");
+        let change = Change { table: 2, index: 1, value: 1 };
+        state.journal(&image).expect("a journal").start().note(change);
+        let left = || state.journal(&image).expect("a journal").left_behind();
+        assert_eq!(left().expect("the same file"), [change]);
+        std::fs::rename(&other, &image).expect("both are there");
+        assert!(left().expect_err("another file").one_line().contains("remove this journal"));
+        state.journal(&image).expect("a journal").start();
+        assert!(left().expect("begun anew").is_empty());
     }
 }

@@ -16,7 +16,7 @@ use crate::control::options::Cache;
 use crate::control::{Code, MirrorRequest, Refusal, TargetFormat};
 use crate::disk::Disk;
 use crate::io::FileStorage;
-use crate::open::{Access, Identity, identity, open_disk, open_on, probe_format};
+use crate::open::{Access, Identity, identity, lasting_name, open_disk, open_on, probe_format};
 use formats::error::{Context, Error, Result};
 use formats::journal::Journal;
 use formats::qcow2::{Backing, Create, create, read_header};
@@ -122,7 +122,7 @@ impl Plan {
         if self.create {
             self.make(source)?;
         }
-        let path = self.path.canonicalize().context(|| self.path.display().to_string())?;
+        let path = lasting_name(&self.path).context(|| self.path.display().to_string())?;
         let access = Access {
             journal: Some(journals(&path)?),
             size: (self.format == TargetFormat::Raw).then_some(source.size()),

@@ -1,6 +1,6 @@
 //! The control thread: takes connections in, answers operators, and steps the jobs.
 use super::clients::Connection;
-use super::exports::{Export, Table};
+use super::exports::{Export, Table, layer_of};
 use super::jobs::Active;
 use super::listen::Listening;
 use super::threads::Worker;
@@ -10,12 +10,14 @@ use crate::control::{Code, Event, Refusal, Reply, Request, Status};
 use crate::disk::Tools;
 use crate::io::{Arena, Buffer, Completion, File, Io, Op, Ring, Token, Wait, Waker};
 use crate::job::Phase;
+use crate::open::identity;
 use crate::state::StateFolder;
 use formats::error::Result;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use std::collections::BTreeMap;
 use std::io;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -29,6 +31,8 @@ const ARENA_LEN: usize = 1 << 20;
 const TICK: Duration = Duration::from_millis(50);
 /// How many steps a job may take before others are looked at.
 const STEPS: usize = 64;
+/// How long to wait before connections are taken in again after one could not be.
+const ACCEPT_REST: Duration = Duration::from_millis(200);
 /// How long the last answers may take when the daemon ends.
 const FAREWELL: Duration = Duration::from_millis(500);
 
@@ -41,6 +45,7 @@ const NBD: u64 = 3;
 const CONTROL: u64 = 4;
 const CLIENT: u64 = 5;
 const JOB: u64 = 6;
+const RESTED: u64 = 7;
 /// Each client and each job has so many tokens, as bits.
 const SPAN: u32 = 8;
 
@@ -60,6 +65,8 @@ pub(super) struct ControlThread {
     client_next: u64,
     /// Clients that wait for the end of an export's job, and what they wished for.
     waiting: Vec<(u64, usize, Wish)>,
+    /// Listeners whose last connection could not be taken in, with their tokens.
+    resting: Vec<(Token, File)>,
     ticking: bool,
     ending: bool,
 }
@@ -91,6 +98,7 @@ impl ControlThread {
             clients: BTreeMap::new(),
             client_next: 0,
             waiting: Vec::new(),
+            resting: Vec::new(),
             ticking: false,
             ending: false,
         })
@@ -150,7 +158,10 @@ impl ControlThread {
         let mut farewell = None;
         loop {
             self.step();
-            if self.ending {
+            if self.jobs.values().any(|active| active.job.holds_gate()) {
+                // Guests that wait at a closed gate would keep their sessions from ending.
+                farewell = None;
+            } else if self.ending {
                 let until = *farewell.get_or_insert(self.ring.now() + FAREWELL);
                 if self.clients.values().all(Connection::is_quiet) || self.ring.now() > until {
                     return Ok(());
@@ -172,6 +183,10 @@ impl ControlThread {
         match done.token.0 >> KIND {
             WAKE => self.ring.submit(done.token, Op::Wake { waker: self.waker.clone() }),
             TICKS => self.ticking = false,
+            RESTED => {
+                let rested = std::mem::take(&mut self.resting);
+                rested.into_iter().for_each(|(token, listener)| self.accept(token, listener));
+            }
             SIGNAL => {
                 tracing::info!("a signal asks for the end");
                 self.ending = true;
@@ -198,11 +213,21 @@ impl ControlThread {
         let Op::Accept { listener, accepted } = done.op else { return };
         match (done.result, accepted) {
             (Ok(_), Some(socket)) if !self.ending => take(self, socket),
-            (Err(error), _) => tracing::warn!(%error, "a connection could not be taken in"),
+            (Err(error), _) => {
+                // Out of descriptors, most likely, which the kernel says at once each time: not so soon again.
+                tracing::warn!(%error, "a connection could not be taken in");
+                self.resting.push((done.token, listener));
+                self.ring.submit(token(RESTED, 0), Op::Timeout { after: ACCEPT_REST });
+                return;
+            }
             _ => {}
         }
+        self.accept(done.token, listener);
+    }
+
+    fn accept(&mut self, token: Token, listener: File) {
         if !self.ending {
-            self.ring.submit(done.token, Op::Accept { listener, accepted: None });
+            self.ring.submit(token, Op::Accept { listener, accepted: None });
         }
     }
 
@@ -327,12 +352,28 @@ impl ControlThread {
             let message = format!("export {} has a copy job already: cancel it first", request.export);
             return Err(refuse(Code::BlockCopyActive, message));
         }
+        self.refuse_in_use(number, &request.target)?;
         let (started, active) = Active::start(request, &self.exports[number], self.cache, &self.state)?;
         if let Some(active) = active {
             self.jobs.insert(number, active);
             self.waker.wake();
         }
         Ok(Reply::Started(started))
+    }
+
+    /// A target that another export serves or another job writes would be written by two.
+    fn refuse_in_use(&self, number: usize, target: &str) -> std::result::Result<(), Refusal> {
+        // What is not there yet is nobody's.
+        let Ok(file) = identity(Path::new(target)) else { return Ok(()) };
+        for (other, export) in self.exports.iter().enumerate().filter(|(other, _)| *other != number) {
+            let served = export.gate.route().disk;
+            let followed = self.jobs.get(&other).map(|active| Arc::clone(&active.job.mirror().target));
+            if let Some(layer) = followed.iter().chain([&served]).find_map(|disk| layer_of(disk, file)) {
+                let message = format!("{target}: export {} uses it ({layer}): name another file", export.name);
+                return Err(refuse(Code::InvalidArg, message));
+            }
+        }
+        Ok(())
     }
 
     fn job(&mut self, name: &str) -> std::result::Result<(usize, &mut Active), Refusal> {

@@ -5,10 +5,10 @@ use crate::control::{Status, TargetFormat};
 use crate::disk::Disk;
 use crate::export::gate::{Gate, Route};
 use crate::export::session::Directory;
-use crate::open::{Access, open_disk, probe_format, recover};
+use crate::open::{Access, Identity, identity, lasting_name, open_disk, probe_format, recover};
 use crate::pivot::RecordFile;
 use crate::state::StateFolder;
-use formats::error::{Context, Result};
+use formats::error::{Context, Error, Result};
 use formats::nbd::{BlockSizes, ExportInfo, Exports};
 use formats::record::Record;
 use std::path::{Path, PathBuf};
@@ -29,14 +29,26 @@ pub(super) struct Export {
 }
 
 impl Export {
+    /// Waits until a killed daemon has nothing under way on what `open` will open.
+    pub fn wait_until_free(options: &ExportOptions, state: &StateFolder) -> Result<()> {
+        if options.readonly {
+            return Ok(());
+        }
+        until_free(&state.record_path(&options.name))?;
+        let record = state.record(&options.name)?;
+        let origin = lasting_name(&options.file).context(|| options.file.display().to_string())?;
+        let truth = record.newest().filter(|record| Path::new(&record.origin) == origin);
+        until_free(truth.map_or(&origin, |record| Path::new(&record.truth)))
+    }
+
     /// Opens what is the truth of an export.
     pub fn open(options: &ExportOptions, cache: Cache, state: &StateFolder) -> Result<Self> {
         let named = || format!("export {}: {}", options.name, options.file.display());
-        let origin = options.file.canonicalize().context(named)?;
+        // Gone where somebody has removed what a pivot left: the record says what is served then.
+        let origin = lasting_name(&options.file).context(named)?;
         let (disk, record) = match options.readonly {
             true => (open_disk(&origin, options.format, Access::read_only(cache)), None),
             false => {
-                until_free(&state.record_path(&options.name))?;
                 let record = state.record(&options.name)?;
                 let truth = Truth::of(options, &origin, record.newest())?;
                 (truth.open(cache, state), Some(record))
@@ -66,6 +78,34 @@ impl Export {
             block_sizes: BlockSizes::default(),
         }
     }
+}
+
+/// Refuses an image that one export writes and another one uses: neither would know of the other's
+/// clusters. A base that both only read is fine.
+pub(super) fn refuse_shared(exports: &[Export]) -> Result<()> {
+    for (number, export) in exports.iter().enumerate() {
+        let disk = export.gate.route().disk;
+        let top = identity(&disk.chain().top().path)?;
+        let others = exports.iter().enumerate().filter(|(other, _)| *other != number).map(|(_, other)| other);
+        for other in others.filter(|_| !disk.read_only()) {
+            if layer_of(&other.gate.route().disk, top).is_some() {
+                return Err(Error::invalid(format!(
+                    "{} is written by export {} and used by export {}: an image has one writer and nobody else",
+                    disk.name(),
+                    export.name,
+                    other.name
+                )));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The layer of `disk` that is this very file, by any name.
+pub(super) fn layer_of(disk: &Disk, file: Identity) -> Option<String> {
+    let same = |path: &Path| identity(path).is_ok_and(|found| found == file);
+    let paths = disk.chain().layers().iter().map(|layer| &layer.path);
+    paths.into_iter().find(|path| same(path)).map(|path| path.display().to_string())
 }
 
 /// The image that has the guest's acknowledged writes.
@@ -114,10 +154,9 @@ impl Truth {
     }
 
     fn open(self, cache: Cache, state: &StateFolder) -> Result<Disk> {
-        let path = self.path.canonicalize().context(|| self.path.display().to_string())?;
-        until_free(&path)?;
+        let path = lasting_name(&self.path).context(|| self.path.display().to_string())?;
         let journal = state.journal(&path)?;
-        let left = journal.left_behind();
+        let left = journal.left_behind()?;
         if !left.is_empty() {
             recover(&path, self.format, &left)?;
             tracing::info!("{}: {} mappings that a kill left behind were brought in", path.display(), left.len());

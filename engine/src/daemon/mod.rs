@@ -22,9 +22,10 @@ pub use compare::{Comparison, compare};
 pub use convert::{ConvertOptions, Copied, convert};
 
 use crate::control::options::ServeOptions;
+use crate::open::lasting_name;
 use crate::state::{StateFolder, is_volatile};
 use control_thread::ControlThread;
-use exports::{Export, Table};
+use exports::{Export, Table, refuse_shared};
 use formats::error::{Context, Error, Result};
 use listen::Listening;
 use std::collections::HashSet;
@@ -46,8 +47,11 @@ pub fn serve(options: &ServeOptions, ready: impl FnOnce(&str)) -> Result<()> {
             state.path().display()
         );
     }
+    // Before any of them is opened, for an image that two exports name would be waited for in vain.
+    options.exports.iter().try_for_each(|export| Export::wait_until_free(export, &state))?;
     let open = |export| Export::open(export, options.cache, &state);
     let exports = options.exports.iter().map(open).collect::<Result<Vec<_>>>()?;
+    refuse_shared(&exports)?;
     let table = Arc::new(Table::new(&exports));
     let mut thread = ControlThread::new(exports, table, options.cache, state).context(|| "starting")?;
     thread.resume_jobs();
@@ -70,7 +74,7 @@ fn state_folder(options: &ServeOptions) -> PathBuf {
     }
     let mut name = options.control.file_name().unwrap_or_default().to_owned();
     name.push(".state");
-    let folder_of = |path: &Path| path.canonicalize().ok()?.parent().map(Path::to_owned);
+    let folder_of = |path: &Path| lasting_name(path).ok()?.parent().map(Path::to_owned);
     let control = std::path::absolute(&options.control).unwrap_or_else(|_| options.control.clone());
     let beside = control.parent().unwrap_or(&control).to_owned();
     let image = options.exports.first().and_then(|export| folder_of(&export.file));

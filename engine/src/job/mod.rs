@@ -161,6 +161,11 @@ impl Job {
         self.wish.is_some() || matches!(self.stage, Stage::Ending(_) | Stage::Detaching(_) | Stage::Resting)
     }
 
+    /// True while it keeps guests waiting at a closed gate: it has to be stepped to its end.
+    pub fn holds_gate(&self) -> bool {
+        matches!(self.stage, Stage::Ending(_))
+    }
+
     /// Bytes that are left: never 0 before it is ready.
     pub fn remaining(&self) -> u64 {
         let unseen = match &self.stage {

@@ -317,8 +317,8 @@ impl World {
             settle(&*recovered, &self.files, image.file);
         }
         let journal = Arc::new(match asleep {
-            true => WordJournal::asleep(Arc::clone(&image.words), BOOT),
-            false => WordJournal::new(Arc::clone(&image.words), BOOT),
+            true => WordJournal::asleep(Arc::clone(&image.words), BOOT, (0, u64::from(image.file))),
+            false => WordJournal::new(Arc::clone(&image.words), BOOT, (0, u64::from(image.file))),
         });
         let kept: Arc<dyn Journal> = Arc::clone(&journal) as _;
         let mut layers = vec![self.layer(image.file, self.image(image, kept))];
