@@ -120,3 +120,25 @@ fn a_daemon_that_ends_in_a_pivot_ends() {
     truth[..512].fill(8);
     assert_same("the old disk", &content(&old, "raw"), &truth);
 }
+
+/// Two daemons with state folders of their own wrote one image, and `convert` wrote onto a served one.
+#[test]
+fn an_image_has_one_daemon() {
+    let folder = folder();
+    let image = folder.path().join("disk.qcow2");
+    create(&image, "qcow2", DISK_LEN, &[]);
+    let export = format!("vda={}", image.display());
+    let mut daemon = Daemon::serve(folder.path(), std::slice::from_ref(&export));
+    let other = self::folder();
+    let said = serve_refused(other.path(), &[export]);
+    assert!(said.contains("another blkmirror writes this image"), "{said}");
+    let new = folder.path().join("new.qcow2");
+    create(&new, "qcow2", DISK_LEN, &[]);
+    let mut convert = Command::new(program());
+    convert.arg("convert").args([&new, &image]).arg("--reuse-external");
+    let refused = output(&mut convert);
+    assert_eq!(refused.status.code(), Some(1), "{}", told(&convert, &refused));
+    daemon.stop();
+    let done = output(&mut convert);
+    assert!(done.status.success(), "{}", told(&convert, &done));
+}

@@ -16,7 +16,8 @@ use formats::probe::{Probed, probe};
 use formats::qcow2::{Open, Qcow2, read_header};
 use formats::raw::Raw;
 use formats::storage::Storage;
-use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
+use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, StatxFlags};
+use rustix::io::Errno;
 use std::fs;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -268,11 +269,28 @@ impl OpenFile {
             Cache::None => direct_file(path, &self.buffered, writable),
             Cache::Writeback => None,
         };
+        if writable {
+            // The payload's way has the lock: the kernel keeps it for what is under way after a kill.
+            hold(direct.as_ref().map_or(&self.buffered, |(file, _)| file))?;
+        }
         let buffered = File::new(self.buffered);
         Ok(match direct {
             Some((direct, align)) => DataFile::direct(buffered, File::new(direct), align),
             None => DataFile::buffered(buffered),
         })
+    }
+}
+
+/// Locks an image that is written against another daemon, and against our own predecessor: a write that
+/// was under way when that was killed still lands, and must not land on what was answered since.
+fn hold(file: &fs::File) -> Result<()> {
+    match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
+        Err(Errno::WOULDBLOCK) => Err(Error::io(
+            "another blkmirror writes this image, or one that was killed has a write under way: end it, or try again",
+            Errno::WOULDBLOCK.into(),
+        )),
+        // A file system without locks has to do without.
+        Ok(()) | Err(_) => Ok(()),
     }
 }
 

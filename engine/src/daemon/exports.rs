@@ -67,6 +67,18 @@ impl Export {
     }
 }
 
+/// Refuses a file that two exports name to write to.
+pub(super) fn refuse_twice(export: &ExportOptions, all: &[ExportOptions]) -> Result<()> {
+    let Ok(file) = identity(&export.file) else { return Ok(()) };
+    let same = |other: &&ExportOptions| {
+        other.name != export.name && !other.readonly && identity(&other.file).is_ok_and(|other| other == file)
+    };
+    match all.iter().filter(|_| !export.readonly).find(same) {
+        None => Ok(()),
+        Some(other) => Err(shared(&export.file.display(), &export.name, &other.name)),
+    }
+}
+
 /// Refuses an image that one export writes and another one uses: neither would know of the other's
 /// clusters. A base that both only read is fine.
 pub(super) fn refuse_shared(exports: &[Export]) -> Result<()> {
@@ -76,16 +88,17 @@ pub(super) fn refuse_shared(exports: &[Export]) -> Result<()> {
         let others = exports.iter().enumerate().filter(|(other, _)| *other != number).map(|(_, other)| other);
         for other in others.filter(|_| !disk.read_only()) {
             if layer_of(&other.gate.route().disk, top).is_some() {
-                return Err(Error::invalid(format!(
-                    "{} is written by export {} and used by export {}: an image has one writer and nobody else",
-                    disk.name(),
-                    export.name,
-                    other.name
-                )));
+                return Err(shared(&disk.name(), &export.name, &other.name));
             }
         }
     }
     Ok(())
+}
+
+fn shared(file: &dyn std::fmt::Display, writer: &str, other: &str) -> Error {
+    Error::invalid(format!(
+        "{file} is written by export {writer} and used by export {other}: an image has one writer and nobody else"
+    ))
 }
 
 /// The layer of `disk` that is this very file, by any name.

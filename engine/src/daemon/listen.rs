@@ -2,6 +2,7 @@
 use crate::control::options::Listener;
 use crate::io::File;
 use formats::error::{Context, Error, Result};
+use rustix::io::Errno;
 use std::fs;
 use std::net::TcpListener;
 use std::os::unix::fs::FileTypeExt;
@@ -53,7 +54,8 @@ fn remove_left_over(path: &Path) -> Result<()> {
         return Err(Error::invalid(format!("{}: there is a file already that is no socket", path.display())));
     }
     if UnixStream::connect(path).is_ok() {
-        return Err(Error::invalid(format!("{}: another server listens there: end it first", path.display())));
+        let what = format!("{}: another server listens there: end it first", path.display());
+        return Err(Error::io(what, Errno::ADDRINUSE.into()));
     }
     fs::remove_file(path).context(|| format!("{}: removing a socket that nobody listens at", path.display()))
 }
