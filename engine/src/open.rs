@@ -17,7 +17,6 @@ use formats::qcow2::{Open, Qcow2, read_header};
 use formats::raw::Raw;
 use formats::storage::Storage;
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, StatxFlags};
-use rustix::io::Errno;
 use std::fs;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -265,13 +264,18 @@ fn open_file(path: &Path, writable: bool) -> Result<OpenFile> {
 
 impl OpenFile {
     fn data_file(self, path: &Path, writable: bool, cache: Cache) -> Result<DataFile> {
+        if writable {
+            // Alone first, and then shared with our own second way in: the lock is kept by each open
+            // file, and by every operation that the kernel still has of it.
+            lock(&self.buffered, FlockOperation::NonBlockingLockExclusive)?;
+            lock(&self.buffered, FlockOperation::NonBlockingLockShared)?;
+        }
         let direct = match cache {
             Cache::None => direct_file(path, &self.buffered, writable),
             Cache::Writeback => None,
         };
-        if writable {
-            // The payload's way has the lock: the kernel keeps it for what is under way after a kill.
-            hold(direct.as_ref().map_or(&self.buffered, |(file, _)| file))?;
+        if let (true, Some((direct, _))) = (writable, &direct) {
+            lock(direct, FlockOperation::NonBlockingLockShared)?;
         }
         let buffered = File::new(self.buffered);
         Ok(match direct {
@@ -281,17 +285,9 @@ impl OpenFile {
     }
 }
 
-/// Locks an image that is written against another daemon, and against our own predecessor: a write that
-/// was under way when that was killed still lands, and must not land on what was answered since.
-fn hold(file: &fs::File) -> Result<()> {
-    match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
-        Err(Errno::WOULDBLOCK) => Err(Error::io(
-            "another blkmirror writes this image, or one that was killed has a write under way: end it, or try again",
-            Errno::WOULDBLOCK.into(),
-        )),
-        // A file system without locks has to do without.
-        Ok(()) | Err(_) => Ok(()),
-    }
+fn lock(file: &fs::File, how: FlockOperation) -> Result<()> {
+    rustix::fs::flock(file, how)
+        .map_err(|_| Error::invalid("another blkmirror writes to it: end that one, or name another image"))
 }
 
 /// The same file once more for direct I/O, and its alignment; `None` where there is none.

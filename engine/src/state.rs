@@ -3,8 +3,10 @@
 //! ```text
 //! DIR/lock                one daemon at a time
 //! DIR/NAME.record         which image is the truth of export NAME: two slots
+//! DIR/NAME.job            the copy request of export NAME's job, while it is under way
 //! DIR/FILE-CRC.journal    mappings of the image FILE that are only in memory; CRC is of its path
 //! ```
+use crate::control::MirrorRequest;
 use crate::io::{File, Words};
 use crate::journal::{BootId, Owner, WORDS, WordJournal};
 use crate::pivot::RecordFile;
@@ -13,7 +15,7 @@ use formats::journal::Change;
 use formats::record::{Record, SLOT_LEN};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use std::fs;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -47,10 +49,10 @@ impl StateFolder {
 
     /// The record of an export; made, with two blank slots, where there is none.
     pub fn record(&self, export: &str) -> Result<RecordFile> {
-        let path = self.folder.join(format!("{}.record", file_name(export)));
+        let path = self.record_path(export);
         let named = |what: &str| format!("{}: {what}", path.display());
-        let mut file = fs::File::options().create(true).truncate(false).read(true).write(true).open(&path);
-        let file = file.as_mut().map_err(|error| Error::io(named("open"), std::io::Error::from(error.kind())))?;
+        let file = fs::File::options().create(true).truncate(false).read(true).write(true).open(&path);
+        let mut file = file.context(|| named("open"))?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes).context(|| named("read"))?;
         if bytes.is_empty() {
@@ -59,9 +61,55 @@ impl StateFolder {
             file.sync_all().context(|| named("flush"))?;
             self.sync()?;
         }
+        lock(&file, &path)?;
         let newest = Record::newest(&bytes).map_err(|error| error.at(named(REMEDY)))?;
-        let owned = file.try_clone().context(|| named("open"))?;
-        Ok(RecordFile::new(File::new(owned), newest))
+        Ok(RecordFile::new(File::new(file), newest))
+    }
+
+    /// Where the record of an export is.
+    pub fn record_path(&self, export: &str) -> PathBuf {
+        self.folder.join(format!("{}.record", file_name(export)))
+    }
+
+    /// Keeps the request of a job that starts, so that it goes on after a kill.
+    pub fn keep_job(&self, request: &MirrorRequest) -> Result<()> {
+        let path = self.job_path(&request.export);
+        let named = || format!("{}: keeping the job's request", path.display());
+        let text = serde_json::to_vec_pretty(request).map_err(std::io::Error::from).context(named)?;
+        let new = path.with_extension("job.new");
+        let mut file = fs::File::create(&new).context(named)?;
+        file.write_all(&text).and_then(|()| file.sync_all()).context(named)?;
+        fs::rename(&new, &path).context(named)?;
+        self.sync()
+    }
+
+    /// The request of a job that a kill interrupted, if there is one.
+    pub fn kept_job(&self, export: &str) -> Result<Option<MirrorRequest>> {
+        let path = self.job_path(export);
+        let named = || format!("{}: reading the job's request", path.display());
+        let text = match fs::read(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            text => text.context(named)?,
+        };
+        let request = serde_json::from_slice(&text).map_err(std::io::Error::from);
+        request
+            .map(Some)
+            .context(|| format!("{}: not a job's request; remove the file to go on without it", path.display()))
+    }
+
+    /// The job is over: it is not to go on after a kill.
+    pub fn forget_job(&self, export: &str) -> Result<()> {
+        let path = self.job_path(export);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(Error::io(format!("{}: removing the job's request", path.display()), error))
+            }
+            _ => self.sync(),
+        }
+    }
+
+    fn job_path(&self, export: &str) -> PathBuf {
+        self.folder.join(format!("{}.job", file_name(export)))
     }
 
     /// The journal of an image, and what a kill left in it: to be brought into the image before the
@@ -139,6 +187,15 @@ fn owner(image: &Path) -> Result<Owner> {
 
 const REMEDY: &str = "the record is damaged, so nobody knows which image is the truth; compare the images, then \
                       move this file away and start with the right one";
+
+/// Locks a file that operations will be under way on.
+///
+/// The lock is the open file's own, and an operation that the kernel still has keeps that open: so
+/// whoever gets the lock after a kill knows that nothing of the dead process can land any more.
+fn lock(file: &fs::File, path: &Path) -> Result<()> {
+    rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive)
+        .map_err(|_| Error::invalid(format!("{}: another process has it locked", path.display())))
+}
 
 /// True where a reboot empties the file system that `folder` is on.
 pub fn is_volatile(folder: &Path) -> bool {

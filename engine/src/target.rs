@@ -45,6 +45,8 @@ pub struct Plan {
     pub shallow: bool,
     /// The target has to be made.
     pub create: bool,
+    /// What is there.
+    found: Found,
     /// Chunks have 2 to this bytes.
     pub chunk_bits: u32,
     /// What the request was taken to mean, a sentence each.
@@ -86,7 +88,7 @@ pub fn plan(request: &MirrorRequest, source: &Disk) -> std::result::Result<Plan,
         true => (found.reuse(&path, request.format)?, false),
         false => (found.create(&path, request.format, layers)?, true),
     };
-    let plan = Plan { path, format, shallow, create, chunk_bits, notes };
+    let plan = Plan { path, format, shallow, create, found, chunk_bits, notes };
     if !create || found == Found::Device {
         plan.check_size(source)?;
     }
@@ -100,14 +102,20 @@ pub fn plan(request: &MirrorRequest, source: &Disk) -> std::result::Result<Plan,
 impl Plan {
     /// Makes or opens the target. What was made is removed again where that fails.
     pub fn open(&self, source: &Disk, cache: Cache, journals: Journals) -> std::result::Result<Target, Refusal> {
-        let fresh = self.create && !self.path.exists();
         self.try_open(source, cache, journals).map_err(|error| {
-            if fresh {
-                // It was not there before; what could not be made is gone again.
-                let _ = fs::remove_file(&self.path);
-            }
+            self.unmake();
             failed(&error)
         })
+    }
+
+    /// Leaves what was there before the target was made: nothing, an empty file, or a device.
+    pub fn unmake(&self) {
+        // Whoever removed it already wanted the same.
+        let _ = match self.found {
+            Found::Nothing => fs::remove_file(&self.path),
+            Found::Empty => fs::File::options().write(true).truncate(true).open(&self.path).map(drop),
+            Found::File | Found::Device => Ok(()),
+        };
     }
 
     fn try_open(&self, source: &Disk, cache: Cache, journals: Journals) -> Result<Target> {

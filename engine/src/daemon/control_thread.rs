@@ -110,6 +110,38 @@ impl ControlThread {
         self.exports.iter().map(name).collect::<Vec<_>>().join(", ")
     }
 
+    /// Goes on with the jobs that a kill or a stop interrupted.
+    pub fn resume_jobs(&mut self) {
+        for number in 0..self.exports.len() {
+            let check = |target: &str| self.refuse_in_use(number, target);
+            match Active::resume(&self.exports[number], self.cache, &self.state, &check) {
+                Ok(Some(active)) => {
+                    tracing::info!(export = self.exports[number].name, "its job goes on");
+                    self.jobs.insert(number, active);
+                }
+                Ok(None) => self.forget_job(number),
+                Err(failed) => {
+                    let (request, refusal) = *failed;
+                    tracing::error!(export = self.exports[number].name, "its job cannot go on: {refusal}");
+                    self.exports[number].last = Some(Status {
+                        phase: Phase::Failed.name().to_owned(),
+                        job: request.job_id,
+                        target: Some(request.target),
+                        error: Some(refusal.message),
+                        ..self.status(number)
+                    });
+                    self.forget_job(number);
+                }
+            }
+        }
+    }
+
+    fn forget_job(&self, number: usize) {
+        if let Err(error) = self.state.forget_job(&self.exports[number].name) {
+            tracing::warn!("{}", error.one_line());
+        }
+    }
+
     /// Serves until it is told to end.
     pub fn run(&mut self, nbd: &[Listening], control: &Listening) -> io::Result<()> {
         let listeners: Vec<(u64, File)> =
@@ -321,8 +353,8 @@ impl ControlThread {
             let message = format!("export {} has a copy job already: cancel it first", request.export);
             return Err(refuse(Code::BlockCopyActive, message));
         }
-        self.refuse_in_use(number, &request.target)?;
-        let (started, active) = Active::start(request, &self.exports[number], self.cache, &self.state)?;
+        let check = |target: &str| self.refuse_in_use(number, target);
+        let (started, active) = Active::start(request, &self.exports[number], self.cache, &self.state, &check)?;
         if let Some(active) = active {
             self.jobs.insert(number, active);
             self.waker.wake();
@@ -452,6 +484,8 @@ impl ControlThread {
             export.record = Some(record);
         }
         active.close();
+        self.forget_job(number);
+        let export = &mut self.exports[number];
         export.last = Some(status.clone());
         self.answer_waiting(number, |wish| match (wish, phase) {
             (Wish::Pivot, Phase::Pivoted) | (Wish::Cancel, Phase::Cancelled) => Ok(Reply::Done {}),

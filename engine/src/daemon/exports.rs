@@ -1,4 +1,5 @@
 //! The disks that a daemon serves: what its command line names, or what a pivot put in its place.
+use super::wait::until_free;
 use crate::control::options::{Cache, ExportOptions};
 use crate::control::{Status, TargetFormat};
 use crate::disk::Disk;
@@ -36,6 +37,7 @@ impl Export {
         let (disk, record) = match options.readonly {
             true => (open_disk(&origin, options.format, Access::read_only(cache)), None),
             false => {
+                until_free(&state.record_path(&options.name))?;
                 let record = state.record(&options.name)?;
                 let truth = Truth::of(options, &origin, record.newest())?;
                 (truth.open(cache, state), Some(record))
@@ -155,6 +157,7 @@ impl Truth {
 
     fn open(self, cache: Cache, state: &StateFolder) -> Result<Disk> {
         let path = lasting_name(&self.path).context(|| self.path.display().to_string())?;
+        until_free(&path)?;
         let journal = state.journal(&path)?;
         let left = journal.left_behind()?;
         if !left.is_empty() {

@@ -1,6 +1,7 @@
 //! A job with its threads: how it is started, how it stands, and what is tidied when it is over.
 use super::exports::Export;
 use super::threads::Worker;
+use super::wait::until_free;
 use crate::control::options::Cache;
 use crate::control::{Code, MirrorRequest, Refusal, Started, Status};
 use crate::copier::Depth;
@@ -11,10 +12,11 @@ use crate::mirror::Mirror;
 use crate::pivot::End;
 use crate::state::StateFolder;
 use crate::target::plan;
+use formats::error::Context;
 use formats::journal::Journal;
 use formats::record::Record;
 use std::cell::OnceCell;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -46,13 +48,15 @@ struct Pace {
 }
 
 impl Active {
-    /// Starts a job, or says why not. No job where it was only asked whether it could be.
+    /// Starts a job, or says why not; `check` refuses a target that somebody else uses. No job where it was only asked whether it could be.
     pub fn start(
         request: &MirrorRequest,
         export: &Export,
         cache: Cache,
         state: &StateFolder,
+        check: &dyn Fn(&str) -> Result<(), Refusal>,
     ) -> Result<(Started, Option<Self>), Refusal> {
+        check(&request.target)?;
         let source = export.gate.route().disk;
         if source.read_only() {
             let message =
@@ -75,9 +79,21 @@ impl Active {
         let path = target.disk.chain().top().path.clone();
         let mirror = Arc::new(Mirror::new(source, Arc::new(target.disk), plan.chunk_bits, plan.shallow));
         mirror.rate.set(request.speed);
-        let threads = copiers(&mirror).map_err(|error| {
-            let message = format!("starting the copy threads of export {}: {error}", export.name);
-            Refusal { code: Code::OperationFailed, message }
+        let kept = MirrorRequest {
+            target: path.display().to_string(),
+            shallow: plan.shallow,
+            reuse_external: true,
+            format: Some(plan.format),
+            job_id: Some(id.clone()),
+            ..request.clone()
+        };
+        let threads = state
+            .keep_job(&kept)
+            .and_then(|()| copiers(&mirror).context(|| format!("starting the copy threads of export {}", export.name)));
+        let threads = threads.inspect_err(|_| {
+            // Nothing was started, so nothing is left behind.
+            let _ = state.forget_job(&export.name);
+            plan.unmake();
         })?;
         let job = Job::start(Parts {
             id,
@@ -91,6 +107,36 @@ impl Active {
         let pace = Pace { since: Instant::now(), copied: 0, bytes_per_s: 0 };
         let active = Self { job, threads, target: path, journal, notes: plan.notes, told: None, pace };
         Ok((started, Some(active)))
+    }
+
+    /// Goes on with the job that a kill interrupted, if there is one: from its start, onto the target
+    /// that it has. An error is what its status says from then on.
+    pub fn resume(
+        export: &Export,
+        cache: Cache,
+        state: &StateFolder,
+        check: &dyn Fn(&str) -> Result<(), Refusal>,
+    ) -> Result<Option<Self>, Box<(MirrorRequest, Refusal)>> {
+        let request = match state.kept_job(&export.name) {
+            Ok(Some(request)) => request,
+            Ok(None) => return Ok(None),
+            Err(error) => return Err(Box::new((MirrorRequest::default(), error.into()))),
+        };
+        if Path::new(&request.target) == Path::new(&export.serving()) {
+            // Killed between the record and the end of the job: the pivot happened.
+            return Ok(None);
+        }
+        let resumed = until_free(Path::new(&request.target))
+            .map_err(Refusal::from)
+            .and_then(|()| Self::start(&request, export, cache, state, check));
+        match resumed {
+            Ok((_, Some(mut active))) => {
+                active.notes.push("resumed after a restart: everything is copied once more".to_owned());
+                Ok(Some(active))
+            }
+            Ok((_, None)) => Ok(None),
+            Err(refusal) => Err(Box::new((request, refusal))),
+        }
     }
 
     /// The end that makes the target the disk of `export`.

@@ -16,6 +16,7 @@ mod exports;
 mod jobs;
 mod listen;
 mod threads;
+mod wait;
 
 pub use compare::{Comparison, compare};
 pub use convert::{ConvertOptions, Copied, convert};
@@ -27,15 +28,9 @@ use control_thread::ControlThread;
 use exports::{Export, Table, refuse_shared, refuse_twice};
 use formats::error::{Context, Error, Result};
 use listen::Listening;
-use rustix::io::Errno;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
-
-/// How long a start waits for what a killed daemon has under way, and between two tries.
-const BUSY_MAX: Duration = Duration::from_secs(5);
-const BUSY_REST: Duration = Duration::from_millis(20);
 
 /// Serves until it is told to end, by a signal or by `quit`. `ready` is called once, when the
 /// sockets are there, with a sentence that says so.
@@ -55,38 +50,21 @@ pub fn serve(options: &ServeOptions, ready: impl FnOnce(&str)) -> Result<()> {
     let mut exports = Vec::new();
     for export in &options.exports {
         refuse_twice(export, &options.exports)?;
-        exports.push(patiently(|| Export::open(export, options.cache, &state))?);
+        exports.push(Export::open(export, options.cache, &state)?);
     }
     refuse_shared(&exports)?;
     let table = Arc::new(Table::new(&exports));
     let mut thread = ControlThread::new(exports, table, options.cache, state).context(|| "starting")?;
+    thread.resume_jobs();
     // Only now: who finds the sockets is served.
-    let listeners = options.listeners.iter().map(|at| patiently(|| Listening::at(at))).collect::<Result<Vec<_>>>()?;
-    let control = patiently(|| Listening::unix(&options.control))?;
+    let listeners = options.listeners.iter().map(Listening::at).collect::<Result<Vec<_>>>()?;
+    let control = Listening::unix(&options.control)?;
     let places: Vec<&str> = listeners.iter().map(|listening| listening.name.as_str()).collect();
     ready(&format!("serving {} at {}", thread.names(), places.join(", ")));
     let served = thread.run(&listeners, &control).context(|| "the control thread");
     drop((listeners, control));
     thread.close()?;
     served
-}
-
-/// Tries again while what was under way in a daemon that was killed keeps an image or a socket busy: the
-/// kernel ends that after the process.
-fn patiently<T>(attempt: impl Fn() -> Result<T>) -> Result<T> {
-    let begun = Instant::now();
-    loop {
-        match attempt() {
-            Err(error) if error.raw_os_error().is_some_and(is_busy) && begun.elapsed() < BUSY_MAX => {
-                std::thread::sleep(BUSY_REST);
-            }
-            outcome => return outcome,
-        }
-    }
-}
-
-fn is_busy(number: i32) -> bool {
-    [Errno::WOULDBLOCK, Errno::ADDRINUSE].iter().any(|errno| errno.raw_os_error() == number)
 }
 
 /// The named one; or one beside the control socket; or, where a reboot would empty that, one beside

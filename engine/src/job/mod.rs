@@ -1,13 +1,11 @@
 //! A mirror job from its start to its end.
 //!
-//! ```text
-//!            ┌───────────► failed ◄──────────┐
-//! seeding ─► converging ◄─► ready ─► pivoting ─► pivoted
-//!    └───────────┴────────────┴───► cancelled
-//! ```
-//!
-//! `Phase::on` is the table, and does nothing itself. `Job` is stepped by the control thread: it puts
-//! the mirror in the guest's way, lets the seeder look when it may, watches the backlog, and ends.
+//! The phases are a table, in `phase`. `Job` is stepped by the control thread: it puts the mirror in
+//! the guest's way, lets the seeder look when it may, watches the backlog, and ends.
+mod phase;
+
+pub use phase::{Happened, Phase};
+
 use crate::control::{Mode, OnError};
 use crate::disk::{Disk, Status, Task, Tools};
 use crate::export::gate::{Gate, Leaving, Route};
@@ -21,80 +19,6 @@ use rustix::io::Errno;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
-
-/// Where a mirror stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Phase {
-    /// Everything is brought over once.
-    Seeding,
-    /// Catching up with the guest.
-    Converging,
-    /// Clean, or as good as: a pivot may be asked for.
-    Ready,
-    /// Between the gate's closing and its opening.
-    Pivoting,
-    /// The target is the truth.
-    Pivoted,
-    /// Ended on request; the source is the truth.
-    Cancelled,
-    /// Ended on an error; the source is the truth.
-    Failed,
-}
-
-/// What happened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Happened {
-    /// Every chunk was brought over once.
-    SeedDone,
-    /// The backlog fits in a pause, and the target is durable up to it.
-    CaughtUp,
-    /// The backlog grew past it again.
-    FellBehind,
-    /// The gate closes for the end.
-    EndBegan,
-    /// The record is durable and the export switched.
-    PivotDone,
-    /// The end stopped before its point of no return.
-    EndUndone,
-    /// An operator's wish to end was carried out.
-    CancelDone,
-    /// An error that no retry mends.
-    Broke,
-}
-
-impl Phase {
-    /// The phase after `happened`; `None` where that has no place.
-    pub fn on(self, happened: Happened) -> Option<Self> {
-        use Happened::{Broke, CancelDone, CaughtUp, EndBegan, EndUndone, FellBehind, PivotDone, SeedDone};
-        Some(match (self, happened) {
-            (Self::Seeding, SeedDone) | (Self::Ready, FellBehind) => Self::Converging,
-            (Self::Converging, CaughtUp) | (Self::Pivoting, EndUndone) => Self::Ready,
-            (Self::Ready, EndBegan) => Self::Pivoting,
-            (Self::Pivoting, PivotDone) => Self::Pivoted,
-            (Self::Seeding | Self::Converging | Self::Ready | Self::Pivoting, CancelDone) => Self::Cancelled,
-            (Self::Seeding | Self::Converging | Self::Ready | Self::Pivoting, Broke) => Self::Failed,
-            _ => return None,
-        })
-    }
-
-    /// Its name, as `status` has it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Seeding => "seeding",
-            Self::Converging => "converging",
-            Self::Ready => "ready",
-            Self::Pivoting => "pivoting",
-            Self::Pivoted => "pivoted",
-            Self::Cancelled => "cancelled",
-            Self::Failed => "failed",
-        }
-    }
-
-    /// True where the job is over.
-    pub fn is_over(self) -> bool {
-        matches!(self, Self::Pivoted | Self::Cancelled | Self::Failed)
-    }
-}
 
 /// A backlog that is copied within a pause, in bytes.
 const BACKLOG_READY: u64 = 8 << 20;
