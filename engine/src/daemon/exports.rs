@@ -35,7 +35,13 @@ impl Export {
         // Gone where somebody has removed what a pivot left: the record says what is served then.
         let origin = lasting_name(&options.file).context(named)?;
         let (disk, record) = match options.readonly {
-            true => (open_disk(&origin, options.format, Access::read_only(cache)), None),
+            true => {
+                // Somebody may have served and pivoted it before.
+                let path = state.record_path(&options.name);
+                let record = path.exists().then(|| state.record(&options.name)).transpose()?;
+                let truth = Truth::of(options, &origin, record.as_ref().and_then(RecordFile::newest))?;
+                (truth.open_to_read(cache, state), None)
+            }
             false => {
                 until_free(&state.record_path(&options.name))?;
                 let record = state.record(&options.name)?;
@@ -153,6 +159,16 @@ impl Truth {
             None => probe_format(origin)?,
         };
         Ok(Self { path: origin.to_owned(), format, size: None })
+    }
+
+    fn open_to_read(self, cache: Cache, state: &StateFolder) -> Result<Disk> {
+        if state.has_left_behind(&self.path)? {
+            return Err(Error::invalid(format!(
+                "{}: writes that a kill left behind are not in the image yet: serve it once without readonly",
+                self.path.display()
+            )));
+        }
+        open_disk(&self.path, Some(self.format), Access { size: self.size, ..Access::read_only(cache) })
     }
 
     fn open(self, cache: Cache, state: &StateFolder) -> Result<Disk> {
