@@ -287,7 +287,7 @@ impl OpenFile {
 
 fn lock(file: &fs::File, how: FlockOperation) -> Result<()> {
     rustix::fs::flock(file, how)
-        .map_err(|_| Error::invalid("another blkmirror writes to it: end that one, or name another image"))
+        .map_err(|_| Error::invalid("another export or another blkmirror writes to it, and an image has one writer"))
 }
 
 /// The same file once more for direct I/O, and its alignment; `None` where there is none.

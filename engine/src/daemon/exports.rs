@@ -29,6 +29,18 @@ pub(super) struct Export {
 }
 
 impl Export {
+    /// Waits until a killed daemon has nothing under way on what `open` will open.
+    pub fn wait_until_free(options: &ExportOptions, state: &StateFolder) -> Result<()> {
+        if options.readonly {
+            return Ok(());
+        }
+        until_free(&state.record_path(&options.name))?;
+        let record = state.record(&options.name)?;
+        let origin = lasting_name(&options.file).context(|| options.file.display().to_string())?;
+        let truth = record.newest().filter(|record| Path::new(&record.origin) == origin);
+        until_free(truth.map_or(&origin, |record| Path::new(&record.truth)))
+    }
+
     /// Opens what is the truth of an export.
     pub fn open(options: &ExportOptions, cache: Cache, state: &StateFolder) -> Result<Self> {
         let named = || format!("export {}: {}", options.name, options.file.display());
@@ -43,7 +55,6 @@ impl Export {
                 (truth.open_to_read(cache, state), None)
             }
             false => {
-                until_free(&state.record_path(&options.name))?;
                 let record = state.record(&options.name)?;
                 let truth = Truth::of(options, &origin, record.newest())?;
                 (truth.open(cache, state), Some(record))
@@ -173,7 +184,6 @@ impl Truth {
 
     fn open(self, cache: Cache, state: &StateFolder) -> Result<Disk> {
         let path = lasting_name(&self.path).context(|| self.path.display().to_string())?;
-        until_free(&path)?;
         let journal = state.journal(&path)?;
         let left = journal.left_behind()?;
         if !left.is_empty() {

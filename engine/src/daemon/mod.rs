@@ -47,11 +47,11 @@ pub fn serve(options: &ServeOptions, ready: impl FnOnce(&str)) -> Result<()> {
             state.path().display()
         );
     }
-    let mut exports = Vec::new();
-    for export in &options.exports {
-        refuse_twice(export, &options.exports)?;
-        exports.push(Export::open(export, options.cache, &state)?);
-    }
+    options.exports.iter().try_for_each(|export| refuse_twice(export, &options.exports))?;
+    // Before any of them is opened, for an image that two exports name would be waited for in vain.
+    options.exports.iter().try_for_each(|export| Export::wait_until_free(export, &state))?;
+    let open = |export| Export::open(export, options.cache, &state);
+    let exports = options.exports.iter().map(open).collect::<Result<Vec<_>>>()?;
     refuse_shared(&exports)?;
     let table = Arc::new(Table::new(&exports));
     let mut thread = ControlThread::new(exports, table, options.cache, state).context(|| "starting")?;
