@@ -120,3 +120,46 @@ fn a_daemon_that_ends_in_a_pivot_ends() {
     truth[..512].fill(8);
     assert_same("the old disk", &content(&old, "raw"), &truth);
 }
+
+/// `convert` wrote onto a served image, under its guest.
+#[test]
+fn an_image_that_is_served_is_no_target() {
+    let folder = folder();
+    let image = folder.path().join("disk.qcow2");
+    create(&image, "qcow2", DISK_LEN, &[]);
+    let export = format!("vda={}", image.display());
+    let mut daemon = Daemon::serve(folder.path(), &[export]);
+    let new = folder.path().join("new.qcow2");
+    create(&new, "qcow2", DISK_LEN, &[]);
+    let mut convert = Command::new(program());
+    convert.arg("convert").args([&new, &image]).arg("--reuse-external");
+    let refused = output(&mut convert);
+    assert_eq!(refused.status.code(), Some(1), "{}", told(&convert, &refused));
+    daemon.stop();
+    let done = output(&mut convert);
+    assert!(done.status.success(), "{}", told(&convert, &done));
+}
+
+/// Served for reading, an image showed what it was before the last acknowledged writes or before a pivot.
+#[test]
+fn what_is_served_for_reading_is_the_truth_too() {
+    let folder = folder();
+    let (old, new) = (folder.path().join("old.qcow2"), folder.path().join("new.qcow2"));
+    create(&old, "qcow2", DISK_LEN, &[]);
+    let export = format!("vda={}", old.display());
+    let mut truth = vec![0; DISK_LEN as usize];
+    truth[..65_536].fill(7);
+    let mut daemon = Daemon::serve(folder.path(), &[&export]);
+    connect(&daemon, "vda").ask(&Request::Write { at: 0, bytes: vec![7; 65_536] });
+    daemon.kill();
+    let said = serve_refused(folder.path(), &[format!("{export},readonly")]);
+    assert!(said.contains("once without readonly"), "{said}");
+    daemon.start();
+    daemon.ok("mirror", &["vda", &new.display().to_string(), "--wait", "--pivot"]);
+    connect(&daemon, "vda").ask(&Request::Write { at: 65_536, bytes: vec![8; 65_536] });
+    truth[65_536..131_072].fill(8);
+    daemon.stop();
+    let mut reading = Daemon::serve(folder.path(), &[format!("{export},readonly")]);
+    assert_same("what is served", &connect(&reading, "vda").content(), &truth);
+    reading.stop();
+}

@@ -123,6 +123,14 @@ impl StateFolder {
         Ok(JournalFile { words, boot: self.boot, owner: owner(image)?, path, image: image.to_owned() })
     }
 
+    /// True where a kill left something of an image that is not in the image yet.
+    pub fn has_left_behind(&self, image: &Path) -> Result<bool> {
+        match self.journal_path(image).exists() {
+            true => Ok(!self.journal(image)?.left_behind()?.is_empty()),
+            false => Ok(false),
+        }
+    }
+
     fn journal_path(&self, image: &Path) -> PathBuf {
         let name = image.file_name().map_or_else(|| "image".into(), |name| name.to_string_lossy());
         let crc = crc32c::crc32c(image.as_os_str().as_encoded_bytes());

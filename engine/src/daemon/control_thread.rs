@@ -113,7 +113,8 @@ impl ControlThread {
     /// Goes on with the jobs that a kill or a stop interrupted.
     pub fn resume_jobs(&mut self) {
         for number in 0..self.exports.len() {
-            match Active::resume(&self.exports[number], self.cache, &self.state) {
+            let check = |target: &str| self.refuse_in_use(number, target);
+            match Active::resume(&self.exports[number], self.cache, &self.state, &check) {
                 Ok(Some(active)) => {
                     tracing::info!(export = self.exports[number].name, "its job goes on");
                     self.jobs.insert(number, active);
@@ -352,8 +353,8 @@ impl ControlThread {
             let message = format!("export {} has a copy job already: cancel it first", request.export);
             return Err(refuse(Code::BlockCopyActive, message));
         }
-        self.refuse_in_use(number, &request.target)?;
-        let (started, active) = Active::start(request, &self.exports[number], self.cache, &self.state)?;
+        let check = |target: &str| self.refuse_in_use(number, target);
+        let (started, active) = Active::start(request, &self.exports[number], self.cache, &self.state, &check)?;
         if let Some(active) = active {
             self.jobs.insert(number, active);
             self.waker.wake();

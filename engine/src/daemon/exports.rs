@@ -47,7 +47,13 @@ impl Export {
         // Gone where somebody has removed what a pivot left: the record says what is served then.
         let origin = lasting_name(&options.file).context(named)?;
         let (disk, record) = match options.readonly {
-            true => (open_disk(&origin, options.format, Access::read_only(cache)), None),
+            true => {
+                // Somebody may have served and pivoted it before.
+                let path = state.record_path(&options.name);
+                let record = path.exists().then(|| state.record(&options.name)).transpose()?;
+                let truth = Truth::of(options, &origin, record.as_ref().and_then(RecordFile::newest))?;
+                (truth.open_to_read(cache, state), None)
+            }
             false => {
                 let record = state.record(&options.name)?;
                 let truth = Truth::of(options, &origin, record.newest())?;
@@ -80,6 +86,18 @@ impl Export {
     }
 }
 
+/// Refuses a file that two exports name to write to.
+pub(super) fn refuse_twice(export: &ExportOptions, all: &[ExportOptions]) -> Result<()> {
+    let Ok(file) = identity(&export.file) else { return Ok(()) };
+    let same = |other: &&ExportOptions| {
+        other.name != export.name && !other.readonly && identity(&other.file).is_ok_and(|other| other == file)
+    };
+    match all.iter().filter(|_| !export.readonly).find(same) {
+        None => Ok(()),
+        Some(other) => Err(shared(&export.file.display(), &export.name, &other.name)),
+    }
+}
+
 /// Refuses an image that one export writes and another one uses: neither would know of the other's
 /// clusters. A base that both only read is fine.
 pub(super) fn refuse_shared(exports: &[Export]) -> Result<()> {
@@ -89,16 +107,17 @@ pub(super) fn refuse_shared(exports: &[Export]) -> Result<()> {
         let others = exports.iter().enumerate().filter(|(other, _)| *other != number).map(|(_, other)| other);
         for other in others.filter(|_| !disk.read_only()) {
             if layer_of(&other.gate.route().disk, top).is_some() {
-                return Err(Error::invalid(format!(
-                    "{} is written by export {} and used by export {}: an image has one writer and nobody else",
-                    disk.name(),
-                    export.name,
-                    other.name
-                )));
+                return Err(shared(&disk.name(), &export.name, &other.name));
             }
         }
     }
     Ok(())
+}
+
+fn shared(file: &dyn std::fmt::Display, writer: &str, other: &str) -> Error {
+    Error::invalid(format!(
+        "{file} is written by export {writer} and used by export {other}: an image has one writer and nobody else"
+    ))
 }
 
 /// The layer of `disk` that is this very file, by any name.
@@ -151,6 +170,16 @@ impl Truth {
             None => probe_format(origin)?,
         };
         Ok(Self { path: origin.to_owned(), format, size: None })
+    }
+
+    fn open_to_read(self, cache: Cache, state: &StateFolder) -> Result<Disk> {
+        if state.has_left_behind(&self.path)? {
+            return Err(Error::invalid(format!(
+                "{}: writes that a kill left behind are not in the image yet: serve it once without readonly",
+                self.path.display()
+            )));
+        }
+        open_disk(&self.path, Some(self.format), Access { size: self.size, ..Access::read_only(cache) })
     }
 
     fn open(self, cache: Cache, state: &StateFolder) -> Result<Disk> {

@@ -48,13 +48,15 @@ struct Pace {
 }
 
 impl Active {
-    /// Starts a job, or says why not. No job where it was only asked whether it could be.
+    /// Starts a job, or says why not; `check` refuses a target that somebody else uses. No job where it was only asked whether it could be.
     pub fn start(
         request: &MirrorRequest,
         export: &Export,
         cache: Cache,
         state: &StateFolder,
+        check: &dyn Fn(&str) -> Result<(), Refusal>,
     ) -> Result<(Started, Option<Self>), Refusal> {
+        check(&request.target)?;
         let source = export.gate.route().disk;
         if source.read_only() {
             let message =
@@ -113,6 +115,7 @@ impl Active {
         export: &Export,
         cache: Cache,
         state: &StateFolder,
+        check: &dyn Fn(&str) -> Result<(), Refusal>,
     ) -> Result<Option<Self>, Box<(MirrorRequest, Refusal)>> {
         let request = match state.kept_job(&export.name) {
             Ok(Some(request)) => request,
@@ -125,7 +128,7 @@ impl Active {
         }
         let resumed = until_free(Path::new(&request.target))
             .map_err(Refusal::from)
-            .and_then(|()| Self::start(&request, export, cache, state));
+            .and_then(|()| Self::start(&request, export, cache, state, check));
         match resumed {
             Ok((_, Some(mut active))) => {
                 active.notes.push("resumed after a restart: everything is copied once more".to_owned());

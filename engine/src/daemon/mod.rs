@@ -25,7 +25,7 @@ use crate::control::options::ServeOptions;
 use crate::open::lasting_name;
 use crate::state::{StateFolder, is_volatile};
 use control_thread::ControlThread;
-use exports::{Export, Table, refuse_shared};
+use exports::{Export, Table, refuse_shared, refuse_twice};
 use formats::error::{Context, Error, Result};
 use listen::Listening;
 use std::collections::HashSet;
@@ -47,6 +47,7 @@ pub fn serve(options: &ServeOptions, ready: impl FnOnce(&str)) -> Result<()> {
             state.path().display()
         );
     }
+    options.exports.iter().try_for_each(|export| refuse_twice(export, &options.exports))?;
     // Before any of them is opened, for an image that two exports name would be waited for in vain.
     options.exports.iter().try_for_each(|export| Export::wait_until_free(export, &state))?;
     let open = |export| Export::open(export, options.cache, &state);
