@@ -272,7 +272,7 @@ impl OpenFile {
         }
         let direct = match cache {
             Cache::None => direct_file(path, &self.buffered, writable),
-            Cache::Writeback => None,
+            Cache::Writeback | Cache::Unsafe => None,
         };
         if let (true, Some((direct, _))) = (writable, &direct) {
             lock(direct, FlockOperation::NonBlockingLockShared)?;

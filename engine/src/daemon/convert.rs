@@ -70,20 +70,25 @@ pub fn convert(options: &ConvertOptions, mut progress: impl FnMut(Copied)) -> Re
     let plan = plan(&request, &source).map_err(refused)?;
     let target = plan.open(&source, options.cache, &|_| Ok(Arc::new(Forgetful))).map_err(refused)?;
     let mirror = Arc::new(Mirror::new(source, Arc::new(target.disk), plan.chunk_bits, plan.shallow));
-    let copied = copy(&mirror, target.is_zero, &mut progress).inspect_err(|_| {
+    let copied = copy(&mirror, options.cache, target.is_zero, &mut progress).inspect_err(|_| {
         // Half a copy is of no use to anybody.
         plan.unmake();
     })?;
     Ok((plan.notes, copied))
 }
 
-fn copy(mirror: &Arc<Mirror>, target_is_zero: bool, progress: &mut impl FnMut(Copied)) -> Result<Copied> {
+fn copy(mirror: &Arc<Mirror>, cache: Cache, target_is_zero: bool, progress: &mut impl FnMut(Copied)) -> Result<Copied> {
     let threads = copiers(mirror).context(|| "starting the copy threads")?;
     let outcome = watch(mirror, Seeder::new(target_is_zero), progress);
     mirror.hold(true);
     threads.into_iter().for_each(Worker::end);
     outcome?;
-    mirror.target.chain().top().close()?;
+    let top = mirror.target.chain().top();
+    if cache == Cache::Unsafe {
+        top.close_unsafely()?
+    } else {
+        top.close()?
+    }
     Ok(state(mirror))
 }
 
