@@ -166,7 +166,7 @@ impl Job {
 
     /// True while it keeps guests waiting at a closed gate: it has to be stepped to its end.
     pub fn holds_gate(&self) -> bool {
-        matches!(self.stage, Stage::Ending(_))
+        matches!(&self.stage, Stage::Ending(pivot) if pivot.holds_gate())
     }
 
     /// Bytes that are left: never 0 before it is ready.

@@ -139,6 +139,11 @@ impl FileBytes {
         count
     }
 
+    /// A bit of the device is not what it was.
+    pub fn rot(&mut self, at: usize) {
+        self.cached[at] ^= 1;
+    }
+
     pub fn set_len(&mut self, len: usize) {
         self.cached.truncate(len);
         self.len = len;

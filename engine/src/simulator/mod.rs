@@ -143,6 +143,13 @@ fn a_crash_at_every_step_of_a_pivot_leaves_one_truth() {
 
 /// Promise 7.
 #[test]
+fn a_slot_that_rots_after_a_pivot_changes_nothing() {
+    let pivots = (1..=60).filter(|seed| World::new(calm(*seed)).rotting((seed % 2) as usize)).count();
+    assert!(pivots > 20, "{pivots} pivots");
+}
+
+/// Promise 7.
+#[test]
 fn overwriting_the_slot_that_counts_is_caught() {
     plant(Some(Fault::OverwriteTheNewestSlot));
     let outcome = catch_unwind(|| (1..=24).map(|seed| crash_at_every_step(calm(seed))).sum::<u64>());

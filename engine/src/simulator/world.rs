@@ -107,6 +107,8 @@ struct Life {
     copier_arena: Arena,
     copier_waker: Waker,
     copier_waits: bool,
+    /// The guests are on the target.
+    switched: bool,
 }
 
 impl World {
@@ -169,6 +171,14 @@ impl World {
         self.pivoting
     }
 
+    /// Lives without a crash; then a slot of the record rots. Says whether there was a pivot.
+    pub fn rotting(mut self, slot: usize) -> bool {
+        self.live(true);
+        self.files.lock()[self.record as usize].rot(slot * SLOT_LEN + 700);
+        self.check(None);
+        self.pivots > 0
+    }
+
     /// One life. Says how it ended, if by a crash.
     fn live(&mut self, with_job: bool) -> Option<Fate> {
         let mut life = self.open();
@@ -225,9 +235,11 @@ impl World {
             let (first, _) = self.pivoting.unwrap_or((self.step, 0));
             self.pivoting = Some((first, self.step));
         }
-        if phase == Phase::Pivoted {
+        // The gate opens before the pivot is over: nobody has been through it yet.
+        let mirror = Arc::clone(job.mirror());
+        let opened = matches!(phase, Phase::Pivoting | Phase::Pivoted) && !job.holds_gate();
+        if opened && !std::mem::replace(&mut life.switched, true) {
             self.pivots += 1;
-            let mirror = Arc::clone(job.mirror());
             self.compare(&mirror);
         }
         if phase.is_over() {
@@ -271,6 +283,7 @@ impl World {
             copier_arena: Arena::new(256 << 10),
             copier_waker: Waker::simulated(101),
             copier_waits: false,
+            switched: false,
         }
     }
 

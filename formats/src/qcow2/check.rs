@@ -18,6 +18,8 @@ const CLUSTERS_MAX: u64 = 1 << 28;
 const PROBLEMS_MAX: usize = 100;
 /// Slices of refcounts in memory.
 const SLICES_MAX: usize = 64;
+/// In a count of uses: a table is there, which nobody else may use.
+const TABLE: u32 = 1 << 31;
 
 /// What was found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -68,7 +70,7 @@ struct Walk<'a> {
     storage: &'a dyn Storage,
     header: &'a Header,
     refs: Refcounts,
-    /// How often each cluster of the file is used.
+    /// How often each cluster of the file is used, and `TABLE`.
     uses: Vec<u32>,
     found: Check,
 }
@@ -80,13 +82,13 @@ impl Walk<'_> {
 
     fn walk(&mut self) -> Result<()> {
         let header = self.header;
-        self.uses_bytes("the header", 0, self.geometry().cluster_size());
+        self.uses_bytes("the header", 0, self.geometry().cluster_size(), TABLE);
         let reftable_bytes = u64::from(header.reftable_clusters) << self.geometry().cluster_bits;
-        self.uses_bytes("the refcount table", header.reftable_offset, reftable_bytes);
+        self.uses_bytes("the refcount table", header.reftable_offset, reftable_bytes, TABLE);
         for host in self.refs.blocks() {
-            self.uses_bytes("a refcount block", host, self.geometry().cluster_size());
+            self.uses_bytes("a refcount block", host, self.geometry().cluster_size(), TABLE);
         }
-        self.uses_bytes("the L1 table", header.l1_offset, u64::from(header.l1_entries) * 8);
+        self.uses_bytes("the L1 table", header.l1_offset, u64::from(header.l1_entries) * 8, TABLE);
         self.walk_l1()?;
         self.compare()
     }
@@ -99,7 +101,7 @@ impl Walk<'_> {
             match l2_table(self.geometry(), index, raw) {
                 Ok(None) => {}
                 Ok(Some(host)) => {
-                    self.uses_bytes("an L2 table", host, self.geometry().cluster_size());
+                    self.uses_bytes("an L2 table", host, self.geometry().cluster_size(), TABLE);
                     self.check_copied(&format!("L1 entry {index}"), host, raw & COPIED != 0)?;
                     self.walk_l2(index, host)?;
                 }
@@ -126,7 +128,7 @@ impl Walk<'_> {
 
     fn walk_entry(&mut self, cluster: u64, entry: Entry) -> Result<()> {
         let Some((at, len)) = entry.used(self.geometry()) else { return Ok(()) };
-        self.uses_bytes("payload", at, len);
+        self.uses_bytes("payload", at, len, 0);
         match entry {
             Entry::Compressed { .. } => self.found.compressed_clusters += 1,
             Entry::Data { host, copied } | Entry::Zero { kept: Some((host, copied)) } => {
@@ -138,13 +140,13 @@ impl Walk<'_> {
         Ok(())
     }
 
-    fn uses_bytes(&mut self, what: &str, at: u64, len: u64) {
+    fn uses_bytes(&mut self, what: &str, at: u64, len: u64, table: u32) {
         let bits = self.geometry().cluster_bits;
         let (first, last) = (at >> bits, (at + len.max(1) - 1) >> bits);
         // The last sectors of a compressed cluster may be beyond the end; a table or payload may not.
         for cluster in first..=last {
             match self.uses.get_mut(cluster as usize) {
-                Some(uses) => *uses = uses.saturating_add(1),
+                Some(uses) => *uses = ((*uses & !TABLE) + 1).min(TABLE - 1) | *uses & TABLE | table,
                 None if len > 0 => self.corrupt(format!("{what} at {at} is past the end of the file")),
                 None => {}
             }
@@ -161,7 +163,11 @@ impl Walk<'_> {
 
     fn compare(&mut self) -> Result<()> {
         for cluster in 0..self.uses.len() {
-            let uses = u64::from(self.uses[cluster]);
+            let uses = u64::from(self.uses[cluster] & !TABLE);
+            if self.uses[cluster] & TABLE != 0 && uses > 1 {
+                // Counted right, and all the same a guest could write to it.
+                self.corrupt(format!("cluster {cluster} has a table and is used {uses} times"));
+            }
             let count = self.refs.get(cluster as u64)?;
             if uses > 0 || count > 0 {
                 self.found.image_end_offset = (cluster as u64 + 1) << self.geometry().cluster_bits;

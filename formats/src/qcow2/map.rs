@@ -9,7 +9,7 @@ impl Shared {
     /// The run that starts at `at`: all clusters of one kind, in the file one after the other, as
     /// far as the tables in memory tell.
     pub(super) fn map(&self, at: u64, len_max: u64) -> Result<Extent> {
-        let guest = ByteRange { start: at, end: self.geometry.size.min(at.saturating_add(len_max)) };
+        let guest = ByteRange { start: at, end: at.saturating_add(len_max).min(self.geometry.size).max(at) };
         self.check_inside(guest)?;
         let (geometry, bits) = (self.geometry, self.geometry.cluster_bits);
         let (first, skip) = (at >> bits, at & (geometry.cluster_size() - 1));

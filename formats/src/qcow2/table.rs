@@ -11,8 +11,7 @@ pub fn read(storage: &dyn Storage, at: u64, count: usize) -> io::Result<Vec<u64>
 
 /// Entries as they are in memory.
 pub fn decode(bytes: &[u8]) -> Vec<u64> {
-    let entry = |bytes: &[u8]| bytes.iter().fold(0, |entry, byte| entry << 8 | u64::from(*byte));
-    bytes.chunks_exact(8).map(entry).collect()
+    bytes.as_chunks().0.iter().copied().map(u64::from_be_bytes).collect()
 }
 
 /// Adds entries as they are in a file.

@@ -54,13 +54,21 @@ impl Framer {
             self.discarding = true;
             self.message = Vec::new();
             self.follow(byte);
+            if self.is_closed() {
+                *self = Self::default();
+            }
             return Some(Frame::TooLong);
         }
         if !self.discarding {
             self.message.push(byte);
         }
         self.follow(byte);
-        if self.depth == 0 && !self.to_line_end { self.end() } else { None }
+        if self.is_closed() { self.end() } else { None }
+    }
+
+    /// The last byte was the outermost brace.
+    fn is_closed(&self) -> bool {
+        self.depth == 0 && !self.to_line_end
     }
 
     fn is_between(&self) -> bool {
@@ -139,6 +147,9 @@ mod tests {
         assert_eq!(frames(&bytes), [Frame::Message(bytes.clone())]);
         bytes.insert(6, b'x');
         assert_eq!(frames(&bytes), [Frame::TooLong]);
+        // Its last brace was the byte too many, and the next message went with it.
+        bytes.extend_from_slice(b"{}");
+        assert_eq!(frames(&bytes), [Frame::TooLong, Frame::Message(b"{}".to_vec())]);
     }
 
     #[test]
