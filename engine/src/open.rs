@@ -140,6 +140,12 @@ pub fn lasting_name(path: &Path) -> std::io::Result<PathBuf> {
     }
 }
 
+/// Makes the names durable that were made in `folder`: a flush of a file does not promise its name.
+pub fn sync_folder(folder: &Path) -> Result<()> {
+    let opened = fs::File::open(folder).and_then(|folder| folder.sync_all());
+    opened.context(|| format!("{}: flush of the folder", folder.display()))
+}
+
 /// The format of the file at `path` by its magic number.
 pub fn probe_format(path: &Path) -> Result<TargetFormat> {
     let file = open_file(path, false)?;

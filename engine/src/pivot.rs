@@ -91,7 +91,7 @@ pub struct Pivot {
     stage: Stage,
     /// Absent where nothing is to be recorded.
     record_file: Option<RecordFile>,
-    /// The last pass ends by then or the pivot is undone.
+    /// Nobody is inside and the last pass is over by then, or the pivot is undone.
     deadline: Duration,
     /// Why the source is being recorded anew.
     failed: Option<Error>,
@@ -161,7 +161,7 @@ impl Pivot {
             match &mut self.stage {
                 Stage::Drain(leaving) => {
                     if !leaving.is_empty(tools.waker) && !planted(Fault::PivotWithoutDrain) {
-                        return Step::Busy;
+                        return if tools.io.now() > self.deadline { self.undo_drain() } else { Step::Busy };
                     }
                     self.stage = Stage::LastPass;
                 }
@@ -232,6 +232,13 @@ impl Pivot {
             End::Switch { .. } if planted(Fault::RecordBeforeFlush) => Stage::Record(Writing::Begin),
             _ => Stage::FlushTarget(Box::new(Task::flush(Arc::clone(&self.mirror.target)))),
         }
+    }
+
+    /// Somebody's request takes too long, and all others wait for it: they go on beside it.
+    fn undo_drain(&mut self) -> Step {
+        self.gate.reopen();
+        self.stage = Stage::Over;
+        Step::Done(Err(Error::invalid("requests that were under way took longer than the pause allows")))
     }
 
     /// Everything before the record is undone by opening the gate on the source, mirrored as before.

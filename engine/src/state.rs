@@ -9,11 +9,12 @@
 use crate::control::MirrorRequest;
 use crate::io::{File, Words};
 use crate::journal::{BootId, Owner, WORDS, WordJournal};
+use crate::open::sync_folder;
 use crate::pivot::RecordFile;
 use formats::error::{Context, Error, Result};
 use formats::journal::Change;
 use formats::record::{Record, SLOT_LEN};
-use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::fs::FlockOperation;
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
@@ -32,7 +33,11 @@ impl StateFolder {
     /// Opens the folder, making it where it is not there.
     pub fn open(folder: &Path) -> Result<Self> {
         let named = |what: &str| format!("state folder {}: {what}", folder.display());
+        let new: Vec<&Path> = folder.ancestors().take_while(|folder| !folder.exists()).collect();
         fs::create_dir_all(folder).context(|| named("it cannot be made; name another with --state"))?;
+        // A power cut must not take the folder with the record.
+        let beside = |folder: &&Path| folder.canonicalize().ok()?.parent().map(Path::to_owned);
+        new.iter().filter_map(beside).try_for_each(|parent| sync_folder(&parent))?;
         let folder = folder.canonicalize().context(|| named("it cannot be looked up"))?;
         let lock = fs::File::options().create(true).truncate(false).write(true).open(folder.join("lock"));
         let lock = lock.context(|| named("its lock file cannot be opened"))?;
@@ -139,10 +144,7 @@ impl StateFolder {
 
     /// Makes the folder's own entries durable.
     fn sync(&self) -> Result<()> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let folder = rustix::fs::open(&self.folder, flags, Mode::empty());
-        let synced = folder.and_then(rustix::fs::fsync).map_err(std::io::Error::from);
-        synced.context(|| format!("{}: flush", self.folder.display()))
+        sync_folder(&self.folder)
     }
 }
 

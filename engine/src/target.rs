@@ -16,7 +16,7 @@ use crate::control::options::Cache;
 use crate::control::{Code, MirrorRequest, Refusal, TargetFormat};
 use crate::disk::Disk;
 use crate::io::FileStorage;
-use crate::open::{Access, Identity, identity, lasting_name, open_disk, open_on, probe_format};
+use crate::open::{Access, Identity, identity, lasting_name, open_disk, open_on, probe_format, sync_folder};
 use formats::error::{Context, Error, Result};
 use formats::journal::Journal;
 use formats::qcow2::{Backing, Create, create, read_header};
@@ -142,6 +142,10 @@ impl Plan {
         let file = fs::File::options().read(true).write(true).create(true).truncate(false).open(&self.path);
         let file = file.context(|| named("create"))?;
         let is_file = file.metadata().context(|| named("stat"))?.is_file();
+        if let (true, Some(folder)) = (is_file, self.path.parent()) {
+            // The record will name it.
+            sync_folder(folder)?;
+        }
         let storage = FileStorage::new(file);
         match self.format {
             TargetFormat::Raw if is_file => {

@@ -31,6 +31,7 @@ const ARENA_LEN: usize = 1 << 20;
 const TICK: Duration = Duration::from_millis(50);
 /// How many steps a job may take before others are looked at.
 const STEPS: usize = 64;
+const STEPS_TIME: Duration = Duration::from_millis(5);
 /// How long to wait before connections are taken in again after one could not be.
 const ACCEPT_REST: Duration = Duration::from_millis(200);
 /// How long the last answers may take when the daemon ends.
@@ -436,12 +437,13 @@ impl ControlThread {
 
     fn step_job(&mut self, number: usize) {
         let Some(active) = self.jobs.get_mut(&number) else { return };
-        let mut tools = Tools { io: &mut self.ring, arena: &self.arena, waker: &self.waker };
         let base = token(JOB, (number as u64) << SPAN);
-        let mut steps = 0;
+        let (mut steps, begun) = (0, self.ring.now());
+        let mut tools = Tools { io: &mut self.ring, arena: &self.arena, waker: &self.waker };
         while active.job.step(&mut tools, base) {
             steps += 1;
-            if steps == STEPS {
+            // A walk over a mapping that is not in memory is slow; a pivot of another export must not wait.
+            if steps == STEPS || tools.io.now().saturating_sub(begun) > STEPS_TIME {
                 self.waker.wake();
                 break;
             }

@@ -63,6 +63,10 @@ impl Active {
                 format!("export {} is read-only: there is nothing to mirror, copy it with convert", export.name);
             return Err(Refusal { code: Code::OperationInvalid, message });
         }
+        if export.origin.to_str().is_none() {
+            let message = format!("{}: a record's names have to be UTF-8: rename the file", export.origin.display());
+            return Err(Refusal { code: Code::OperationUnsupported, message });
+        }
         let plan = plan(request, &source)?;
         let id = request.job_id.clone().unwrap_or_else(|| export.name.clone());
         let started = Started { job: id.clone(), notes: plan.notes.clone() };

@@ -111,6 +111,16 @@ impl Gate {
         self.opened.ring();
     }
 
+    /// Opens a closed gate again onto the route that was in place. Others go on inside.
+    pub fn reopen(&self) {
+        let mut state = self.state();
+        assert!(!state.open, "only a closed gate is opened");
+        let route = state.place.route.clone();
+        (state.open, state.place) = (true, Place::new(route, &self.emptied));
+        drop(state);
+        self.opened.ring();
+    }
+
     /// The route that is in place, for looking at.
     pub fn route(&self) -> Route {
         self.state().place.route.clone()

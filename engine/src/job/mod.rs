@@ -72,6 +72,8 @@ pub struct Job {
     record: Option<RecordFile>,
     /// It was ready once.
     was_ready: bool,
+    /// The target was made durable for an end that is about to begin.
+    flushed: bool,
     /// It ended with the target a whole copy.
     complete: bool,
     /// Set while a failed job is being taken out of the guest's way.
@@ -83,7 +85,7 @@ enum Stage {
     Attaching(Leaving),
     Seeding(Seeder),
     Copying,
-    /// The target is made durable before it is called ready.
+    /// The target is made durable before it is called ready, and before the gate closes for the end.
     Settling(Box<Task>),
     Ending(Box<Pivot>),
     /// The guest's writes that still know the mirror are under way.
@@ -111,6 +113,7 @@ impl Job {
             retry_at: None,
             record: None,
             was_ready: false,
+            flushed: false,
             complete: false,
             broken: false,
         }
@@ -257,6 +260,7 @@ impl Job {
                 if task.step(tools, base) == Status::Done {
                     let Stage::Settling(task) = std::mem::replace(&mut self.stage, Stage::Copying) else { return true };
                     match task.end().0 {
+                        Ok(()) if self.phase == Phase::Ready => self.flushed = true,
                         Ok(()) => self.happened(Happened::CaughtUp),
                         Err(error) => self.parts.mirror.fail(true, error),
                     }
@@ -373,6 +377,11 @@ impl Job {
                 self.wish = Some(wish);
                 return false;
             }
+            // What was copied since may be much: made durable now, it does not keep the guest waiting.
+            Some(wish) if !self.flushed && !planted(fault::Fault::RecordBeforeFlush) => {
+                self.wish = Some(wish);
+                self.stage = Stage::Settling(Box::new(Task::flush(Arc::clone(&self.parts.mirror.target))));
+            }
             Some(Wish::Pivot(wish)) => self.begin_end(wish.0, Some(wish.1), tools.io.now()),
             Some(Wish::Finish) => self.begin_end(End::Stay, None, tools.io.now()),
         }
@@ -382,6 +391,7 @@ impl Job {
     /// Closes the gate for the end. A wish to end outweighs a wish to rest.
     fn begin_end(&mut self, end: End, record: Option<RecordFile>, now: Duration) {
         self.paused = false;
+        self.flushed = false;
         self.parts.mirror.hold(false);
         let (mirror, gate) = (Arc::clone(&self.parts.mirror), Arc::clone(&self.parts.gate));
         self.stage = Stage::Ending(Box::new(Pivot::begin(mirror, gate, end, record, now, self.parts.pause_max)));

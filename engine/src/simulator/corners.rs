@@ -59,7 +59,7 @@ impl Stage {
             target_is_zero: true,
             mode: Mode::Background,
             on_target_error,
-            pause_max: Duration::from_secs(5),
+            pause_max: Duration::from_secs(1),
         })
     }
 
@@ -167,9 +167,10 @@ fn a_failed_flush_of_the_target_in_a_pivot_ends_the_job() {
         let (mut job, mut copier) = (stage.job(policy), stage.copier());
         let mut io = NoFlush { io: SimIo::new(&stage.files, 2, 0), fails: false };
         assert_eq!(stage.run(&mut job, &mut io, &mut copier, Phase::Ready), Phase::Ready);
-        io.fails = true;
         let (end, record) = stage.switch();
         job.pivot(end, record);
+        assert_eq!(stage.run(&mut job, &mut io, &mut copier, Phase::Pivoting), Phase::Pivoting);
+        io.fails = true;
         assert_eq!(stage.run(&mut job, &mut io, &mut copier, Phase::Failed), Phase::Failed, "{policy:?}");
         assert!(job.take_undone().is_some());
         assert!(stage.gate.enter(&stage.waker).is_some_and(|pass| pass.route().mirror.is_none()));
@@ -194,4 +195,42 @@ fn a_job_that_is_given_up_is_not_resumed() {
     assert_eq!(stage.mirror.dirty.marked_bytes(), left);
     drop(pass);
     assert_eq!(stage.run(&mut job, &mut io, &mut copier, Phase::Cancelled), Phase::Cancelled);
+}
+
+/// One guest's request did not end, and all others waited for it at the closed gate.
+#[test]
+fn a_request_that_does_not_end_undoes_the_pivot() {
+    let stage = Stage::new();
+    let (mut job, mut copier) = (stage.job(OnError::Report), stage.copier());
+    let mut io = SimIo::new(&stage.files, 2, 0);
+    assert_eq!(stage.run(&mut job, &mut io, &mut copier, Phase::Ready), Phase::Ready);
+    let stuck = stage.gate.enter(&stage.waker);
+    let (end, record) = stage.switch();
+    job.pivot(end, record);
+    assert_eq!(stage.run(&mut job, &mut io, &mut copier, Phase::Pivoting), Phase::Pivoting);
+    assert!(stage.gate.enter(&stage.waker).is_none());
+    assert_eq!(stage.run(&mut job, &mut io, &mut copier, Phase::Ready), Phase::Ready);
+    assert!(job.take_undone().is_some_and(|why| why.contains("under way")));
+    assert!(stage.gate.enter(&stage.waker).is_some_and(|pass| pass.route().mirror.is_some()));
+    let (end, record) = stage.switch();
+    job.pivot(end, record);
+    assert_eq!(stage.run(&mut job, &mut io, &mut copier, Phase::Pivoting), Phase::Pivoting);
+    drop(stuck);
+    assert_eq!(stage.run(&mut job, &mut io, &mut copier, Phase::Pivoted), Phase::Pivoted);
+}
+
+/// The target was flushed for the first time since it was ready with all guests waiting.
+#[test]
+fn the_target_is_flushed_before_the_gate_closes() {
+    let stage = Stage::new();
+    let (mut job, mut copier) = (stage.job(OnError::Report), stage.copier());
+    let mut io = SimIo::new(&stage.files, 2, 0);
+    assert_eq!(stage.run(&mut job, &mut io, &mut copier, Phase::Ready), Phase::Ready);
+    let (end, record) = stage.switch();
+    job.pivot(end, record);
+    let mut tools = Tools { io: &mut io, arena: &stage.arena, waker: &stage.waker };
+    job.step(&mut tools, Token(0));
+    job.step(&mut tools, Token(0));
+    assert!(stage.gate.enter(&stage.waker).is_some(), "the gate is open while the target is flushed");
+    assert_eq!(stage.run(&mut job, &mut io, &mut copier, Phase::Pivoted), Phase::Pivoted);
 }
