@@ -4,7 +4,7 @@ mod support;
 use std::path::Path;
 use std::process::Command;
 use support::daemon::{Daemon, program};
-use support::images::{create, overlay};
+use support::images::{create, overlay, three_layers};
 use support::nbd::{Client, Replies, Request};
 use support::tools::{content, output, told};
 use support::{assert_same, folder};
@@ -162,4 +162,24 @@ fn what_is_served_for_reading_is_the_truth_too() {
     let mut reading = Daemon::serve(folder.path(), &[format!("{export},readonly")]);
     assert_same("what is served", &connect(&reading, "vda").content(), &truth);
     reading.stop();
+}
+
+/// An interrupted job went on onto whatever had its target's name.
+#[test]
+fn an_interrupted_job_does_not_go_on_onto_another_file() {
+    let folder = folder();
+    let chain = three_layers(folder.path(), 8 << 20, 31);
+    let target = folder.path().join("target");
+    let mut daemon = Daemon::serve(folder.path(), &[chain.export("vda")]);
+    daemon.ok("mirror", &["vda", &target.display().to_string(), "--raw", "--speed", "100000"]);
+    daemon.kill();
+    std::fs::rename(&target, folder.path().join("moved")).expect("our file");
+    let other = vec![7; 8 << 20];
+    std::fs::write(&target, &other).expect("our folder");
+    daemon.start();
+    let status = daemon.status("vda");
+    assert_eq!(status["phase"], "failed", "{status}");
+    assert!(status["error"].as_str().is_some_and(|error| error.contains("another file")), "{status}");
+    daemon.stop();
+    assert_same("somebody else's file", &std::fs::read(&target).expect("our file"), &other);
 }

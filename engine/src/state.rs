@@ -15,6 +15,7 @@ use formats::error::{Context, Error, Result};
 use formats::journal::Change;
 use formats::record::{Record, SLOT_LEN};
 use rustix::fs::FlockOperation;
+use serde::{Deserialize, Serialize};
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
@@ -77,10 +78,10 @@ impl StateFolder {
     }
 
     /// Keeps the request of a job that starts, so that it goes on after a kill.
-    pub fn keep_job(&self, request: &MirrorRequest) -> Result<()> {
-        let path = self.job_path(&request.export);
+    pub fn keep_job(&self, job: &KeptJob) -> Result<()> {
+        let path = self.job_path(&job.request.export);
         let named = || format!("{}: keeping the job's request", path.display());
-        let text = serde_json::to_vec_pretty(request).map_err(std::io::Error::from).context(named)?;
+        let text = serde_json::to_vec_pretty(job).map_err(std::io::Error::from).context(named)?;
         let new = path.with_extension("job.new");
         let mut file = fs::File::create(&new).context(named)?;
         file.write_all(&text).and_then(|()| file.sync_all()).context(named)?;
@@ -89,16 +90,15 @@ impl StateFolder {
     }
 
     /// The request of a job that a kill interrupted, if there is one.
-    pub fn kept_job(&self, export: &str) -> Result<Option<MirrorRequest>> {
+    pub fn kept_job(&self, export: &str) -> Result<Option<KeptJob>> {
         let path = self.job_path(export);
         let named = || format!("{}: reading the job's request", path.display());
         let text = match fs::read(&path) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             text => text.context(named)?,
         };
-        let request = serde_json::from_slice(&text).map_err(std::io::Error::from);
-        request
-            .map(Some)
+        let job = serde_json::from_slice(&text).map_err(std::io::Error::from);
+        job.map(Some)
             .context(|| format!("{}: not a job's request; remove the file to go on without it", path.display()))
     }
 
@@ -146,6 +146,18 @@ impl StateFolder {
     fn sync(&self) -> Result<()> {
         sync_folder(&self.folder)
     }
+}
+
+/// A job that goes on after a kill, with what tells whether it is still about the same images.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct KeptJob {
+    /// Path of the source's top image.
+    pub source: String,
+    /// Device and inode of the target.
+    pub target_identity: (u64, u64),
+    /// What was asked for; its target is there already.
+    pub request: MirrorRequest,
 }
 
 /// An image's journal as a file of the state folder.

@@ -9,8 +9,9 @@ use crate::disk::Disk;
 use crate::job::{Job, Parts, Phase};
 use crate::journal::WordJournal;
 use crate::mirror::Mirror;
+use crate::open::identity;
 use crate::pivot::End;
-use crate::state::StateFolder;
+use crate::state::{KeptJob, StateFolder};
 use crate::target::plan;
 use formats::error::Context;
 use formats::journal::Journal;
@@ -91,8 +92,9 @@ impl Active {
             job_id: Some(id.clone()),
             ..request.clone()
         };
-        let threads = state
-            .keep_job(&kept)
+        let keep = |target_identity| KeptJob { source: mirror.source.name(), target_identity, request: kept };
+        let threads = identity(&path)
+            .and_then(|identity| state.keep_job(&keep(identity)))
             .and_then(|()| copiers(&mirror).context(|| format!("starting the copy threads of export {}", export.name)));
         let threads = threads.inspect_err(|_| {
             // Nothing was started, so nothing is left behind.
@@ -121,14 +123,23 @@ impl Active {
         state: &StateFolder,
         check: &dyn Fn(&str) -> Result<(), Refusal>,
     ) -> Result<Option<Self>, Box<(MirrorRequest, Refusal)>> {
-        let request = match state.kept_job(&export.name) {
-            Ok(Some(request)) => request,
+        let KeptJob { source, target_identity, request } = match state.kept_job(&export.name) {
+            Ok(Some(kept)) => kept,
             Ok(None) => return Ok(None),
             Err(error) => return Err(Box::new((MirrorRequest::default(), error.into()))),
         };
         if Path::new(&request.target) == Path::new(&export.serving()) {
             // Killed between the record and the end of the job: the pivot happened.
             return Ok(None);
+        }
+        let same = source == export.serving() && identity(Path::new(&request.target)).ok() == Some(target_identity);
+        if !same {
+            let message = format!(
+                "the job that was interrupted copied {source} to {}, and one of them is another file now: it does not \
+                 go on",
+                request.target
+            );
+            return Err(Box::new((request, Refusal::new(Code::OperationInvalid, message))));
         }
         let resumed = until_free(Path::new(&request.target))
             .map_err(Refusal::from)
