@@ -87,7 +87,9 @@ impl Shared {
         let mut state = self.lock();
         let space = state.space()?;
         space.step_over(clusters.last().copied());
-        clusters.into_iter().try_for_each(|cluster| space.mark_used(cluster))
+        // We note what we point at alone, always. A cluster that several shared before, compressed ones
+        // for instance, may still be counted for all of them in the file.
+        clusters.into_iter().try_for_each(|cluster| space.mark_used_alone(cluster))
     }
 
     /// Puts back an L2 table that was new when it was noted.

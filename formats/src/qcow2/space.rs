@@ -245,6 +245,13 @@ impl Space {
         Ok(())
     }
 
+    /// Makes the refcount of `cluster` one, whatever the file says: a count that was lowered before a
+    /// kill may not have reached it.
+    pub fn mark_used_alone(&mut self, cluster: u64) -> Result<()> {
+        self.mark_used(cluster)?;
+        self.refs.set(cluster, 1)
+    }
+
     /// Sees to it that `cluster` can be counted. A new block comes to the frontier and may be the
     /// one that counts itself.
     fn ensure_block(&mut self, cluster: u64) -> Result<()> {
