@@ -183,9 +183,10 @@ impl Guest {
     /// What was discarded reads as zeroes, or as before.
     fn discarded(&mut self, range: ByteRange) -> Result<(), Error> {
         let now = read_all(self.image(), &self.disk, self.below)?;
-        for at in range.start as usize..range.end as usize {
-            assert!(now[at] == 0 || now[at] == self.bytes[at], "byte {at} after a discard");
-            self.bytes[at] = now[at];
+        let bytes = range.start as usize..range.end as usize;
+        for (was, now) in self.bytes[bytes.clone()].iter_mut().zip(&now[bytes]) {
+            assert!(*now == 0 || now == was, "{now} instead of {was} after a discard of {range}");
+            *was = *now;
         }
         self.changed.push(range);
         Ok(())
