@@ -113,7 +113,7 @@ pub struct Convert {
     #[arg(long)]
     pub reuse_external: bool,
     /// Whether images go through the page cache
-    #[arg(long, default_value = "none", value_parser = caches())]
+    #[arg(long, default_value = "none", value_parser = copy_caches())]
     pub cache: Cache,
 }
 
@@ -252,6 +252,11 @@ fn policies() -> impl TypedValueParser<Value = OnError> {
 
 fn caches() -> impl TypedValueParser<Value = Cache> {
     named(&["none", "writeback"])
+}
+
+/// A copy can be made again, so it may be left to the system when it is durable.
+fn copy_caches() -> impl TypedValueParser<Value = Cache> {
+    named(&["none", "writeback", "unsafe"])
 }
 
 /// A size that the demo can do, in whole MiB.

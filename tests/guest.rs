@@ -52,7 +52,7 @@ fn move_disk(daemon: &Daemon, vm: &mut Vm, target: &Path, options: &[&str]) {
     vm.wait_files(5);
     daemon.wait_for("vda", "ready");
     vm.wait_files(5);
-    daemon.ok("pivot", &["vda"]);
+    daemon.pivot("vda");
     assert_eq!(daemon.status("vda")["serving"], target);
     vm.wait_files(5);
 }
@@ -123,7 +123,7 @@ fn a_guest_does_not_notice_that_the_daemon_was_killed_while_its_disk_moved() {
     verify(&mut vm);
 
     // Killed right behind the pivot: it is the target that is served.
-    daemon.ok("pivot", &["vda"]);
+    daemon.pivot("vda");
     daemon.kill();
     daemon.start();
     assert_eq!(daemon.status("vda")["serving"], path(&target));

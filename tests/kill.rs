@@ -2,7 +2,7 @@
 //!
 //! Held here, of `SEMANTICS` §5: every acknowledged write is there, flushed or not (8); a kill in the middle of a
 //! job loses neither the guest's writes nor the job (10); after a pivot it is the target, and only the target, that
-//! is served (7, 9).
+//! is served (7, 9). A kill may leave clusters that nobody uses, as a power cut may; nothing worse.
 mod support;
 
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use support::daemon::Daemon;
 use support::images::{self, Chain, compare, three_layers};
 use support::nbd::{Client, Replies, Request};
 use support::random::Random;
-use support::tools::{check, check_leaks_allowed, content};
+use support::tools::{check_leaks_allowed, content};
 use support::writer::{Habits, Writer};
 use support::{assert_same, folder};
 
@@ -63,7 +63,7 @@ fn survives(chain: &Chain, folder: &Path, requests: &[Request], depth: usize) {
     assert_same("the disk after the kill", &connect(&daemon).content(), &truth);
     daemon.stop();
     assert_same("the image on its own", &chain.content(), &truth);
-    check(&chain.top, chain.format);
+    check_leaks_allowed(&chain.top, chain.format);
 }
 
 #[test]
@@ -127,7 +127,7 @@ fn a_discard_reads_the_same_before_and_after_a_kill() {
     assert_same("the disk after the kill", &connect(&daemon).content(), &truth);
     daemon.stop();
     assert_same("the image on its own", &chain.content(), &truth);
-    check(&chain.top, chain.format);
+    check_leaks_allowed(&chain.top, chain.format);
 }
 
 #[test]
@@ -193,7 +193,7 @@ fn a_killed_job_goes_on(options: &[&str], target_format: &str) {
     daemon.ok("set", &["vda", "--speed", "0"]);
     daemon.wait_for("vda", "ready");
     writer.wait(50);
-    daemon.ok("pivot", &["vda"]);
+    daemon.pivot("vda");
     assert_eq!(daemon.status("vda")["serving"], name);
     writer.wait(50);
     let truth = writer.stop();
@@ -233,7 +233,7 @@ fn a_job_that_was_ready_is_ready_again_after_a_kill() {
     daemon.start();
     daemon.wait_for("vda", "ready");
     writer.wait(100);
-    daemon.ok("pivot", &["vda"]);
+    daemon.pivot("vda");
     let truth = writer.stop();
     daemon.stop();
     assert_same("the target on its own", &content(&target, "qcow2"), &truth);

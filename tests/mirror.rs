@@ -80,7 +80,7 @@ impl Scene {
         self.writes(100);
         self.daemon.wait_for("vda", "ready");
         self.writes(50);
-        self.daemon.ok("pivot", &["vda"]);
+        self.daemon.pivot("vda");
         let status = self.status();
         assert_eq!(status["phase"], "pivoted", "{status}");
         assert_eq!(status["serving"], self.target(), "{status}");
@@ -213,7 +213,7 @@ fn a_larger_raw_target_is_used_and_the_export_keeps_its_size() {
     images::create(&scene.target, "raw", DISK_LEN + (1 << 20), &[]);
     let mut scene = scene;
     scene.mirror(&["--reuse-external", "--raw", "--wait"]);
-    scene.daemon.ok("pivot", &["vda"]);
+    scene.daemon.pivot("vda");
     let truth = scene.writer.take().expect("a guest").stop();
     scene.holds(&truth);
     scene.daemon.stop();
@@ -264,7 +264,7 @@ fn wait_returns_when_the_job_is_ready_and_pivot_when_it_is_done() {
     let mut scene = Scene::new(14);
     scene.mirror(&["--wait"]);
     assert_eq!(scene.status()["phase"], "ready");
-    scene.daemon.ok("pivot", &["vda"]);
+    scene.daemon.pivot("vda");
     scene.ends_on_the_target("qcow2");
 
     let mut scene = Scene::new(15);
@@ -345,7 +345,6 @@ fn a_cancelled_job_leaves_the_guest_where_it_was() {
         scene.daemon.ok("cancel", force);
         let status = scene.status();
         assert_eq!(status["phase"], "cancelled", "{status}");
-        assert_eq!(status["job"], Value::Null, "{status}");
         scene.ends_on_the_source();
     }
     let mut scene = Scene::new(21);
@@ -382,7 +381,7 @@ fn a_paused_job_copies_nothing_and_loses_no_write() {
     scene.daemon.ok("resume", &["vda"]);
     let ready = scene.daemon.wait_for("vda", "ready");
     assert_eq!(ready["paused"], false, "{ready}");
-    scene.daemon.ok("pivot", &["vda"]);
+    scene.daemon.pivot("vda");
     scene.ends_on_the_target("qcow2");
 }
 
@@ -432,7 +431,7 @@ fn two_disks_of_one_daemon_move_at_once() {
     }
     for name in ["vda", "vdb"] {
         daemon.wait_for(name, "ready");
-        daemon.ok("pivot", &[name]);
+        daemon.pivot(name);
     }
     writers.iter().for_each(|writer| writer.wait(50));
     let truths: Vec<Vec<u8>> = writers.into_iter().map(Writer::stop).collect();

@@ -317,3 +317,17 @@ fn a_client_that_hangs_up_in_the_middle_of_its_requests_disturbs_nobody() {
     check(&disk, "qcow2");
     assert_same("the polite half of the image", &content(&disk, "qcow2")[..half as usize], &truth);
 }
+
+#[test]
+fn a_tcp_client_sees_the_same_disk() {
+    let folder = folder();
+    let chain = three_layers(folder.path(), DISK_LEN, 77);
+    let truth = chain.content();
+    let daemon = Daemon::serve_with(folder.path(), &[chain.export("vda")], &["--listen", "127.0.0.1:0"]);
+    let log = daemon.log();
+    // The daemon's first line says which port the system chose.
+    let address = log.split([' ', '\n', ',']).find(|word| word.starts_with("127.0.0.1:")).expect("the address");
+    let copy = folder.path().join("copy");
+    run("nbdcopy", &[&format!("nbd://{address}/vda"), &copy.display().to_string()]);
+    assert_same("what came by TCP", &content(&copy, "raw"), &truth);
+}

@@ -3,8 +3,8 @@
 //! Who finds that something is not possible yet listens first, tries once more, and only then waits:
 //! a ring between the first try and the listening would wake nobody.
 use crate::io::Waker;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use crate::sync::{AtomicBool, Mutex, MutexGuard, Ordering, fence};
+use std::sync::PoisonError;
 
 /// A bell that wakes everybody who listened since it last rang.
 #[derive(Debug, Default)]
@@ -26,7 +26,7 @@ impl Bell {
 
     /// Wakes everybody who listens. What they wait for has to be in place before.
     pub fn ring(&self) {
-        std::sync::atomic::fence(Ordering::SeqCst);
+        fence(Ordering::SeqCst);
         if self.awaited.load(Ordering::SeqCst) {
             let mut listeners = self.listeners();
             self.awaited.store(false, Ordering::SeqCst);

@@ -116,25 +116,38 @@ impl Layer {
     /// Makes durable what was done to the image. Waits, and nobody else may be using it: for
     /// starting and stopping.
     pub fn settle_now(&self) -> Result<()> {
-        let mut progress = Progress::default();
-        loop {
-            match self.image.settle(&mut progress)? {
-                Settle::Done => return Ok(()),
-                Settle::Flush => self.file.file().flush_now().context(|| "flush")?,
-                Settle::Busy => return Err(Error::invalid("somebody else is settling the image")),
-            }
-        }
+        self.settle_by(&|| self.file.file().flush_now().context(|| "flush"))
     }
 
     /// Leaves the image as tidy as it can be: durable, and no longer than it has to be. As
     /// `settle_now`.
     pub fn close(&self) -> Result<()> {
-        let closed = self.settle_now().and_then(|()| {
+        self.close_by(&|| self.file.file().flush_now().context(|| "flush"))
+    }
+
+    /// The same, leaving it to the system when the bytes become durable.
+    pub fn close_unsafely(&self) -> Result<()> {
+        self.close_by(&|| Ok(()))
+    }
+
+    fn settle_by(&self, flush: &dyn Fn() -> Result<()>) -> Result<()> {
+        let mut progress = Progress::default();
+        loop {
+            match self.image.settle(&mut progress)? {
+                Settle::Done => return Ok(()),
+                Settle::Flush => flush()?,
+                Settle::Busy => return Err(Error::invalid("somebody else is settling the image")),
+            }
+        }
+    }
+
+    fn close_by(&self, flush: &dyn Fn() -> Result<()>) -> Result<()> {
+        let closed = self.settle_by(flush).and_then(|()| {
             // What was given up is free now that nobody is inside, and its tables say so next.
             self.image.recycle();
-            self.settle_now()?;
+            self.settle_by(flush)?;
             self.image.close()?;
-            self.file.file().flush_now().context(|| "flush")
+            flush()
         });
         closed.map_err(|error| error.at(self.path.display()))
     }

@@ -153,18 +153,15 @@ impl Copier {
     /// Fills a free slot where there is something to copy; says how long to wait where the speed
     /// limit forbids it.
     fn start<I: Io>(&mut self, tools: &Tools<I>, number: usize) -> std::result::Result<(), Duration> {
-        if self.mirror.is_held() || self.mirror.dirty.is_clean() {
-            self.mirror.work.listen(tools.waker);
-            if self.mirror.is_held() || self.mirror.dirty.is_clean() {
-                return Ok(());
+        let claim = match self.take(tools)? {
+            None => {
+                // Marked chunks may be in the claim of a guest that writes to both sides.
+                self.mirror.work.listen(tools.waker);
+                self.mirror.released().listen(tools.waker);
+                self.take(tools)?
             }
-        }
-        self.mirror.rate.check(tools.io.now())?;
-        let size = self.mirror.source.size();
-        let chunks_max = (self.run_len as u64 / self.mirror.dirty.chunk_len()).max(1);
-        let from_here = ByteRange { start: self.cursor.min(size), end: size };
-        let everything = ByteRange { start: 0, end: size };
-        let claim = self.mirror.take(from_here, chunks_max).or_else(|| self.mirror.take(everything, chunks_max));
+            claim => claim,
+        };
         if let Some(claim) = claim {
             let range = self.mirror.dirty.claimed(&claim);
             self.cursor = range.end;
@@ -174,6 +171,19 @@ impl Copier {
             self.slots[number] = Some(Slot { claim, range, at: range.start, stage: Stage::Look, failed: false });
         }
         Ok(())
+    }
+
+    /// The next run to copy, from the cursor on and then from the disk's start.
+    fn take<I: Io>(&self, tools: &Tools<I>) -> std::result::Result<Option<Claim>, Duration> {
+        if self.mirror.is_held() || self.mirror.dirty.is_clean() {
+            return Ok(None);
+        }
+        self.mirror.rate.check(tools.io.now())?;
+        let size = self.mirror.source.size();
+        let chunks_max = (self.run_len as u64 / self.mirror.dirty.chunk_len()).max(1);
+        let from_here = ByteRange { start: self.cursor.min(size), end: size };
+        let everything = ByteRange { start: 0, end: size };
+        Ok(self.mirror.take(from_here, chunks_max).or_else(|| self.mirror.take(everything, chunks_max)))
     }
 }
 

@@ -15,8 +15,8 @@
 //! A chunk is one bit in a word of marks and one in a word of claims; a bit of the summary says that
 //! a word of marks may have some, so that a scan of a nearly clean map is short.
 use crate::io::Words;
+use crate::sync::{AtomicU64, Ordering};
 use formats::range::ByteRange;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Consecutive chunks `first..end`, claimed by whoever holds this.
 #[must_use = "a claim that is forgotten is never released"]

@@ -4,7 +4,7 @@
 //! then, so a kill between the two leaves it out whole, and its write was not answered yet.
 //!
 //! ```text
-//! word   0 magic   1, 2 boot id   3 the present generation   4, 5 notes of each   8 … entries
+//! word   0 magic   1, 2 boot id   3 the present generation   4, 5 notes of each   6, 7 owner   8 … entries
 //! entry  table in the top byte, index below it; then the value
 //! ```
 use crate::fault::{Fault, planted};
@@ -23,10 +23,14 @@ const MAGIC: u64 = u64::from_le_bytes(*b"blkmjrn\x01");
 const HEADER: usize = 8;
 const GENERATION: usize = 3;
 const COUNTS: usize = 4;
+const OWNER: usize = 6;
 const INDEX_BITS: u32 = 56;
 
 /// What tells one run of the system from the next: a power cut lies between two.
 pub type BootId = [u64; 2];
+
+/// What tells one image's file from another of the same name.
+pub type Owner = (u64, u64);
 
 /// A journal in words that a kill does not touch.
 #[derive(Debug)]
@@ -50,17 +54,23 @@ impl WordJournal {
         [1 - present, present].into_iter().flat_map(|generation| notes(words, generation)).collect()
     }
 
-    /// An empty journal in `words`. What was left there has to be in the image for good.
-    pub fn new(words: Arc<Words>, boot: BootId) -> Self {
+    /// The file whose notes `words` has, as `new` was told.
+    pub fn owner(words: &Words) -> Owner {
+        (load(words, OWNER), load(words, OWNER + 1))
+    }
+
+    /// An empty journal in `words`, of the file `owner`. What was left there has to be in the image for
+    /// good.
+    pub fn new(words: Arc<Words>, boot: BootId, owner: Owner) -> Self {
         assert!(words.len() >= WORDS, "room for two generations");
         let journal = Self { words, awake: AtomicBool::new(true) };
-        journal.reset(boot);
+        journal.reset(boot, owner);
         journal
     }
 
     /// A journal that notes nothing until `wake`.
-    pub fn asleep(words: Arc<Words>, boot: BootId) -> Self {
-        let journal = Self::new(words, boot);
+    pub fn asleep(words: Arc<Words>, boot: BootId, owner: Owner) -> Self {
+        let journal = Self::new(words, boot, owner);
         journal.awake.store(false, Ordering::Release);
         journal
     }
@@ -77,12 +87,13 @@ impl WordJournal {
         self.store(COUNTS + 1, 0);
     }
 
-    fn reset(&self, boot: BootId) {
-        for (word, value) in
-            [(0, 0), (GENERATION, 0), (COUNTS, 0), (COUNTS + 1, 0), (1, boot[0]), (2, boot[1]), (0, MAGIC)]
-        {
+    fn reset(&self, boot: BootId, owner: Owner) {
+        for (word, value) in [(0, 0), (GENERATION, 0), (COUNTS, 0), (COUNTS + 1, 0), (1, boot[0]), (2, boot[1])] {
             self.store(word, value);
         }
+        self.store(OWNER, owner.0);
+        self.store(OWNER + 1, owner.1);
+        self.store(0, MAGIC);
     }
 
     fn present(&self) -> usize {
@@ -159,6 +170,7 @@ mod tests {
     }
 
     const BOOT: [u64; 2] = [1, 2];
+    const OWNER: (u64, u64) = (3, 4);
 
     fn words() -> Arc<Words> {
         Arc::new(Words::in_memory(WORDS))
@@ -167,7 +179,7 @@ mod tests {
     #[test]
     fn what_a_kill_leaves_is_given_back_in_order_until_it_starts_anew() {
         let words = words();
-        let journal = WordJournal::new(Arc::clone(&words), BOOT);
+        let journal = WordJournal::new(Arc::clone(&words), BOOT, OWNER);
         journal.note(change(1));
         journal.turn();
         journal.note(change(2));
@@ -175,14 +187,14 @@ mod tests {
         for _ in 0..2 {
             assert_eq!(WordJournal::left_behind(&words, BOOT), [change(1), change(2)]);
         }
-        assert_eq!(WordJournal::new(Arc::clone(&words), BOOT).room(), NOTES_MAX);
+        assert_eq!(WordJournal::new(Arc::clone(&words), BOOT, OWNER).room(), NOTES_MAX);
         assert!(WordJournal::left_behind(&words, BOOT).is_empty());
     }
 
     #[test]
     fn what_is_settled_is_forgotten() {
         let words = words();
-        let journal = WordJournal::new(Arc::clone(&words), BOOT);
+        let journal = WordJournal::new(Arc::clone(&words), BOOT, OWNER);
         for round in 0..5 {
             journal.note(change(round));
             journal.turn();
@@ -195,14 +207,14 @@ mod tests {
     #[test]
     fn after_another_boot_nothing_is_left() {
         let words = words();
-        WordJournal::new(Arc::clone(&words), BOOT).note(change(1));
+        WordJournal::new(Arc::clone(&words), BOOT, OWNER).note(change(1));
         assert!(WordJournal::left_behind(&words, [1, 3]).is_empty());
     }
 
     #[test]
     fn asleep_it_takes_everything_and_keeps_nothing() {
         let words = words();
-        let journal = WordJournal::asleep(Arc::clone(&words), BOOT);
+        let journal = WordJournal::asleep(Arc::clone(&words), BOOT, OWNER);
         journal.note(change(1));
         assert_eq!(journal.room(), usize::MAX);
         journal.wake();

@@ -9,6 +9,8 @@ pub mod dirty;
 pub mod disk;
 pub mod export;
 pub mod fault;
+#[cfg(all(test, loom))]
+mod interleavings;
 pub mod io;
 pub mod job;
 pub mod journal;
@@ -20,5 +22,6 @@ pub mod seed;
 #[cfg(test)]
 mod simulator;
 pub mod state;
+mod sync;
 pub mod target;
 pub mod zero;

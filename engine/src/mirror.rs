@@ -3,10 +3,10 @@ use crate::bell::Bell;
 use crate::dirty::{Claim, DirtyBitmap};
 use crate::disk::Disk;
 use crate::rate::Rate;
+use crate::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard, Ordering};
 use formats::error::Error;
 use formats::range::ByteRange;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 /// One mirror: a source that guests write to, and a target that follows.
 pub struct Mirror {

@@ -16,7 +16,7 @@ use formats::probe::{Probed, probe};
 use formats::qcow2::{Open, Qcow2, read_header};
 use formats::raw::Raw;
 use formats::storage::Storage;
-use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
+use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, StatxFlags};
 use std::fs;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -122,6 +122,30 @@ fn identity_of(metadata: &fs::Metadata) -> Identity {
     }
 }
 
+/// The full name by which a file is found again: its real one. A block device keeps the name that it
+/// was given, for what a link like `/dev/vg/disk` leads to (`/dev/dm-3`) may be another device after a
+/// reboot. A file that is not there has its folder's real name and its own.
+pub fn lasting_name(path: &Path) -> std::io::Result<PathBuf> {
+    match fs::metadata(path) {
+        Ok(metadata) if metadata.file_type().is_block_device() => std::path::absolute(path),
+        Ok(_) => path.canonicalize(),
+        Err(error) => {
+            let absent = error.kind() == std::io::ErrorKind::NotFound;
+            let full = std::path::absolute(path)?;
+            match (full.parent(), full.file_name()) {
+                (Some(folder), Some(name)) if absent => Ok(folder.canonicalize()?.join(name)),
+                _ => Err(error),
+            }
+        }
+    }
+}
+
+/// Makes the names durable that were made in `folder`: a flush of a file does not promise its name.
+pub fn sync_folder(folder: &Path) -> Result<()> {
+    let opened = fs::File::open(folder).and_then(|folder| folder.sync_all());
+    opened.context(|| format!("{}: flush of the folder", folder.display()))
+}
+
 /// The format of the file at `path` by its magic number.
 pub fn probe_format(path: &Path) -> Result<TargetFormat> {
     let file = open_file(path, false)?;
@@ -165,7 +189,7 @@ impl Opened {
         // Metadata goes through the page cache: direct payload may not share a page with it.
         let cache = if grain < PAGE as u64 { Cache::Writeback } else { access.cache };
         let file = file.data_file(path, access.writable, cache)?;
-        let path = path.canonicalize().context(|| "looking up its full name")?;
+        let path = lasting_name(path).context(|| "looking up its full name")?;
         Ok(Self { layer: Layer { image, file, path, format: name }, identity, below })
     }
 }
@@ -215,8 +239,9 @@ fn decide_format(storage: &dyn Storage, named: Option<TargetFormat>) -> Result<T
             "the format {name} is not supported: convert it with qemu-img convert -O qcow2"
         ))),
         Probed::Unknown => Err(Error::invalid(
-            "its format is not known, and raw is never guessed: name it with format=raw (for a backing layer, \
-             record it in the layer above with qemu-img rebase -u -F raw)",
+            "its format is not known, and raw is never guessed: name it (serve: format=raw, convert: --source-format \
+             raw, compare: --a-format or --b-format; a backing layer: record it in the layer above with qemu-img \
+             rebase -u -F raw)",
         )),
     }
 }
@@ -245,16 +270,30 @@ fn open_file(path: &Path, writable: bool) -> Result<OpenFile> {
 
 impl OpenFile {
     fn data_file(self, path: &Path, writable: bool, cache: Cache) -> Result<DataFile> {
+        if writable {
+            // Alone first, and then shared with our own second way in: the lock is kept by each open
+            // file, and by every operation that the kernel still has of it.
+            lock(&self.buffered, FlockOperation::NonBlockingLockExclusive)?;
+            lock(&self.buffered, FlockOperation::NonBlockingLockShared)?;
+        }
         let direct = match cache {
             Cache::None => direct_file(path, &self.buffered, writable),
-            Cache::Writeback => None,
+            Cache::Writeback | Cache::Unsafe => None,
         };
+        if let (true, Some((direct, _))) = (writable, &direct) {
+            lock(direct, FlockOperation::NonBlockingLockShared)?;
+        }
         let buffered = File::new(self.buffered);
         Ok(match direct {
             Some((direct, align)) => DataFile::direct(buffered, File::new(direct), align),
             None => DataFile::buffered(buffered),
         })
     }
+}
+
+fn lock(file: &fs::File, how: FlockOperation) -> Result<()> {
+    rustix::fs::flock(file, how)
+        .map_err(|_| Error::invalid("another export or another blkmirror writes to it, and an image has one writer"))
 }
 
 /// The same file once more for direct I/O, and its alignment; `None` where there is none.
@@ -275,5 +314,33 @@ fn alignment(file: &fs::File) -> u64 {
             u64::from(answer.stx_dio_offset_align.max(answer.stx_dio_mem_align)).next_power_of_two()
         }
         _ => PAGE as u64,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::lasting_name;
+    use std::os::unix::fs::{FileTypeExt, symlink};
+
+    /// Devices were known by what their links led to at the time.
+    #[test]
+    fn files_are_known_by_their_real_names_and_devices_by_their_given_ones() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let real = folder.path().canonicalize().expect("a folder");
+        let (file, link) = (real.join("file"), real.join("link"));
+        std::fs::write(&file, "").expect("a file");
+        symlink(&file, &link).expect("a link");
+        assert_eq!(lasting_name(&link).expect("it is there"), file);
+        std::fs::remove_file(&file).expect("it was there");
+        assert_eq!(lasting_name(&file).expect("its folder is there"), file);
+        assert!(lasting_name(&real.join("none").join("file")).is_err());
+
+        let is_device = |entry: &std::fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_block_device());
+        let devices = std::fs::read_dir("/dev").expect("/dev").flatten();
+        if let Some(device) = devices.into_iter().find(is_device) {
+            let link = real.join("disk");
+            symlink(device.path(), &link).expect("a link");
+            assert_eq!(lasting_name(&link).expect("it is there"), link);
+        }
     }
 }

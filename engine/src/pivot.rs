@@ -8,6 +8,7 @@
 //! Record       the slot that does not count, checksum, flush        ◄── the point of no return
 //! ──────────── everything below is done again after a crash
 //! Switch       the gate opens on the target; waiting requests go there
+//! Confirm      the same record in the other slot, which still names the source
 //! ```
 //!
 //! A copy of one point in time (cancel when ready) goes the same way and ends before `Record`.
@@ -15,6 +16,9 @@
 //! A record whose writing fails may be durable all the same. Nobody may be served then until one
 //! side is named for certain, so the gate stays closed and the source is recorded anew, again and
 //! again: a guest that waits loses nothing.
+//!
+//! Until the record is confirmed, the older slot names the source. A newest slot that rots would then
+//! be taken for one whose writing was cut short, and the source for the truth.
 use crate::disk::{Status, Task, Tools};
 use crate::export::gate::{Gate, Leaving, Route};
 use crate::fault::{Fault, planted};
@@ -52,6 +56,13 @@ impl RecordFile {
         self.newest().map_or(0, |record| record.generation)
     }
 
+    /// Writes `record` into the slot that does not count.
+    fn write(&self, record: &Record) -> Result<Op> {
+        let mut buf = Buffer::alone(SLOT_LEN);
+        buf.copy_from_slice(&record.encode()?);
+        Ok(Op::Write { file: self.file.clone(), at: (self.free_slot() * SLOT_LEN) as u64, buf })
+    }
+
     /// The slot that does not count.
     fn free_slot(&self) -> usize {
         let newest = self.newest.as_ref().map_or(1, |(_, slot)| *slot);
@@ -80,7 +91,7 @@ pub struct Pivot {
     stage: Stage,
     /// Absent where nothing is to be recorded.
     record_file: Option<RecordFile>,
-    /// The last pass ends by then or the pivot is undone.
+    /// Nobody is inside and the last pass is over by then, or the pivot is undone.
     deadline: Duration,
     /// Why the source is being recorded anew.
     failed: Option<Error>,
@@ -91,6 +102,8 @@ enum Stage {
     LastPass,
     FlushTarget(Box<Task>),
     Record(Writing),
+    /// The record is being put into the other slot too; the guest is on the target already.
+    Confirm(Record),
     Over,
 }
 
@@ -127,6 +140,11 @@ impl Pivot {
         Self { mirror, gate, end, stage, record_file, deadline: now.saturating_add(pause_max), failed: None }
     }
 
+    /// True while guests wait at the gate.
+    pub fn holds_gate(&self) -> bool {
+        !matches!(self.stage, Stage::Confirm(_) | Stage::Over)
+    }
+
     /// True where it ends on the target.
     pub fn switches(&self) -> bool {
         matches!(self.end, End::Switch { .. })
@@ -143,7 +161,7 @@ impl Pivot {
             match &mut self.stage {
                 Stage::Drain(leaving) => {
                     if !leaving.is_empty(tools.waker) && !planted(Fault::PivotWithoutDrain) {
-                        return Step::Busy;
+                        return if tools.io.now() > self.deadline { self.undo_drain() } else { Step::Busy };
                     }
                     self.stage = Stage::LastPass;
                 }
@@ -169,7 +187,7 @@ impl Pivot {
                     Ok(()) => return Step::Busy,
                     Err(error) => return self.undo(error),
                 },
-                Stage::Record(_) => return Step::Busy,
+                Stage::Record(_) | Stage::Confirm(_) => return Step::Busy,
                 Stage::Over => return Step::Done(Ok(())),
             }
         }
@@ -186,6 +204,10 @@ impl Pivot {
                 let writing = *writing;
                 self.record_moved(tools, base, writing, done)
             }
+            Stage::Confirm(_) => match std::mem::replace(&mut self.stage, Stage::Over) {
+                Stage::Confirm(again) => self.confirmed(tools, base, again, done),
+                _ => Step::Busy,
+            },
             Stage::Drain(_) | Stage::LastPass | Stage::Over => Step::Busy,
         }
     }
@@ -210,6 +232,13 @@ impl Pivot {
             End::Switch { .. } if planted(Fault::RecordBeforeFlush) => Stage::Record(Writing::Begin),
             _ => Stage::FlushTarget(Box::new(Task::flush(Arc::clone(&self.mirror.target)))),
         }
+    }
+
+    /// Somebody's request takes too long, and all others wait for it: they go on beside it.
+    fn undo_drain(&mut self) -> Step {
+        self.gate.reopen();
+        self.stage = Stage::Over;
+        Step::Done(Err(Error::invalid("requests that were under way took longer than the pause allows")))
     }
 
     /// Everything before the record is undone by opening the gate on the source, mirrored as before.
@@ -253,13 +282,11 @@ impl Pivot {
         };
         // A failed record may count after a crash: what replaces it has to be newer.
         new.generation = record_file.generation() + if self.failed.is_some() { 2 } else { 1 };
-        let slot = record_file.free_slot();
-        let bytes = new.encode()?;
-        let mut buf = Buffer::alone(SLOT_LEN);
-        buf.copy_from_slice(&bytes);
-        *record = if self.failed.is_some() { record.clone() } else { new };
-        let file = record_file.file.clone();
-        tools.io.submit(base, Op::Write { file, at: (slot * SLOT_LEN) as u64, buf });
+        let op = record_file.write(&new)?;
+        if self.failed.is_none() {
+            *record = new;
+        }
+        tools.io.submit(base, op);
         self.stage = Stage::Record(Writing::Written);
         Ok(())
     }
@@ -271,7 +298,7 @@ impl Pivot {
                 tools.io.submit(base, Op::Flush { file: record_file.file.clone() });
                 self.stage = Stage::Record(Writing::Flushing);
             }
-            (Writing::Flushing, Ok(_)) => return self.recorded(),
+            (Writing::Flushing, Ok(_)) => return self.recorded(tools, base),
             (Writing::Waiting, _) => self.stage = Stage::Record(Writing::Begin),
             (_, result) => {
                 let error = result.err().unwrap_or_else(|| std::io::ErrorKind::WriteZero.into());
@@ -286,15 +313,48 @@ impl Pivot {
     }
 
     /// The record is durable: from here on there is only one way.
-    fn recorded(&mut self) -> Step {
+    fn recorded<I: Io>(&mut self, tools: &mut Tools<I>, base: Token) -> Step {
         if let Some(error) = self.failed.take() {
             return self.undo(error);
         }
-        if let (End::Switch { record, .. }, Some(file)) = (&self.end, &mut self.record_file) {
-            file.newest = Some((record.clone(), file.free_slot()));
-        }
         let disk = if planted(Fault::SourceAfterRecord) { &self.mirror.source } else { &self.mirror.target };
         self.open(Route { disk: Arc::clone(disk), mirror: None });
+        let (End::Switch { record, .. }, Some(file)) = (&self.end, &mut self.record_file) else {
+            return Step::Done(Ok(()));
+        };
+        file.newest = Some((record.clone(), file.free_slot()));
+        let again = Record { generation: record.generation + 1, ..record.clone() };
+        match file.write(&again) {
+            Ok(op) => {
+                tools.io.submit(base, op);
+                self.stage = Stage::Confirm(again);
+                Step::Busy
+            }
+            Err(error) => unconfirmed(&error),
+        }
+    }
+
+    /// The record in the other slot was written, or made durable.
+    fn confirmed<I: Io>(&mut self, tools: &mut Tools<I>, base: Token, again: Record, done: Completion) -> Step {
+        let Some(file) = &mut self.record_file else { return Step::Done(Ok(())) };
+        match (done.op, done.result) {
+            (Op::Write { .. }, Ok(count)) if count as usize == SLOT_LEN => {
+                tools.io.submit(base, Op::Flush { file: file.file.clone() });
+                self.stage = Stage::Confirm(again);
+                return Step::Busy;
+            }
+            (Op::Flush { .. }, Ok(_)) => file.newest = Some((again, file.free_slot())),
+            (_, result) => {
+                let error = result.err().unwrap_or_else(|| std::io::ErrorKind::WriteZero.into());
+                return unconfirmed(&Error::io("writing it a second time", error));
+            }
+        }
         Step::Done(Ok(()))
     }
+}
+
+/// The pivot is done all the same: the first slot is durable, and counts.
+fn unconfirmed(error: &Error) -> Step {
+    tracing::warn!("the pivot record has one good slot only: {}", error.one_line());
+    Step::Done(Ok(()))
 }

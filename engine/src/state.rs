@@ -3,20 +3,25 @@
 //! ```text
 //! DIR/lock                one daemon at a time
 //! DIR/NAME.record         which image is the truth of export NAME: two slots
+//! DIR/NAME.job            the copy request of export NAME's job, while it is under way
 //! DIR/FILE-CRC.journal    mappings of the image FILE that are only in memory; CRC is of its path
 //! ```
+use crate::control::MirrorRequest;
 use crate::io::{File, Words};
-use crate::journal::{BootId, WORDS, WordJournal};
+use crate::journal::{BootId, Owner, WORDS, WordJournal};
+use crate::open::sync_folder;
 use crate::pivot::RecordFile;
 use formats::error::{Context, Error, Result};
 use formats::journal::Change;
 use formats::record::{Record, SLOT_LEN};
-use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::fs::FlockOperation;
+use serde::{Deserialize, Serialize};
 use std::fs;
-use std::io::Read;
-use std::os::unix::fs::FileExt;
+use std::io::{Read, Write};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::UNIX_EPOCH;
 
 /// An open state folder, locked.
 pub struct StateFolder {
@@ -29,7 +34,11 @@ impl StateFolder {
     /// Opens the folder, making it where it is not there.
     pub fn open(folder: &Path) -> Result<Self> {
         let named = |what: &str| format!("state folder {}: {what}", folder.display());
+        let new: Vec<&Path> = folder.ancestors().take_while(|folder| !folder.exists()).collect();
         fs::create_dir_all(folder).context(|| named("it cannot be made; name another with --state"))?;
+        // A power cut must not take the folder with the record.
+        let beside = |folder: &&Path| folder.canonicalize().ok()?.parent().map(Path::to_owned);
+        new.iter().filter_map(beside).try_for_each(|parent| sync_folder(&parent))?;
         let folder = folder.canonicalize().context(|| named("it cannot be looked up"))?;
         let lock = fs::File::options().create(true).truncate(false).write(true).open(folder.join("lock"));
         let lock = lock.context(|| named("its lock file cannot be opened"))?;
@@ -44,19 +53,12 @@ impl StateFolder {
         &self.folder
     }
 
-    /// True where a reboot empties it.
-    pub fn is_volatile(&self) -> bool {
-        const TMPFS: i64 = 0x0102_1994;
-        const RAMFS: i64 = 0x8584_58f6;
-        rustix::fs::statfs(&self.folder).is_ok_and(|fs| matches!(fs.f_type, TMPFS | RAMFS))
-    }
-
     /// The record of an export; made, with two blank slots, where there is none.
     pub fn record(&self, export: &str) -> Result<RecordFile> {
-        let path = self.folder.join(format!("{}.record", file_name(export)));
+        let path = self.record_path(export);
         let named = |what: &str| format!("{}: {what}", path.display());
-        let mut file = fs::File::options().create(true).truncate(false).read(true).write(true).open(&path);
-        let file = file.as_mut().map_err(|error| Error::io(named("open"), std::io::Error::from(error.kind())))?;
+        let file = fs::File::options().create(true).truncate(false).read(true).write(true).open(&path);
+        let mut file = file.context(|| named("open"))?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes).context(|| named("read"))?;
         if bytes.is_empty() {
@@ -65,61 +67,166 @@ impl StateFolder {
             file.sync_all().context(|| named("flush"))?;
             self.sync()?;
         }
+        lock(&file, &path)?;
         let newest = Record::newest(&bytes).map_err(|error| error.at(named(REMEDY)))?;
-        let owned = file.try_clone().context(|| named("open"))?;
-        Ok(RecordFile::new(File::new(owned), newest))
+        Ok(RecordFile::new(File::new(file), newest))
+    }
+
+    /// Where the record of an export is.
+    pub fn record_path(&self, export: &str) -> PathBuf {
+        self.folder.join(format!("{}.record", file_name(export)))
+    }
+
+    /// Keeps the request of a job that starts, so that it goes on after a kill.
+    pub fn keep_job(&self, job: &KeptJob) -> Result<()> {
+        let path = self.job_path(&job.request.export);
+        let named = || format!("{}: keeping the job's request", path.display());
+        let text = serde_json::to_vec_pretty(job).map_err(std::io::Error::from).context(named)?;
+        let new = path.with_extension("job.new");
+        let mut file = fs::File::create(&new).context(named)?;
+        file.write_all(&text).and_then(|()| file.sync_all()).context(named)?;
+        fs::rename(&new, &path).context(named)?;
+        self.sync()
+    }
+
+    /// The request of a job that a kill interrupted, if there is one.
+    pub fn kept_job(&self, export: &str) -> Result<Option<KeptJob>> {
+        let path = self.job_path(export);
+        let named = || format!("{}: reading the job's request", path.display());
+        let text = match fs::read(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            text => text.context(named)?,
+        };
+        let job = serde_json::from_slice(&text).map_err(std::io::Error::from);
+        job.map(Some)
+            .context(|| format!("{}: not a job's request; remove the file to go on without it", path.display()))
+    }
+
+    /// The job is over: it is not to go on after a kill.
+    pub fn forget_job(&self, export: &str) -> Result<()> {
+        let path = self.job_path(export);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(Error::io(format!("{}: removing the job's request", path.display()), error))
+            }
+            _ => self.sync(),
+        }
+    }
+
+    fn job_path(&self, export: &str) -> PathBuf {
+        self.folder.join(format!("{}.job", file_name(export)))
     }
 
     /// The journal of an image, and what a kill left in it: to be brought into the image before the
     /// journal is used.
     pub fn journal(&self, image: &Path) -> Result<JournalFile> {
-        Ok(JournalFile { words: self.words(image)?, boot: self.boot })
-    }
-
-    fn words(&self, image: &Path) -> Result<Arc<Words>> {
-        let name = image.file_name().map_or_else(|| "image".into(), |name| name.to_string_lossy());
-        let crc = crc32c::crc32c(image.as_os_str().as_encoded_bytes());
-        let path = self.folder.join(format!("{}-{crc:08x}.journal", file_name(&name)));
+        let path = self.journal_path(image);
         let named = |what: &str| format!("{}: {what}", path.display());
         let file = fs::File::options().create(true).truncate(false).read(true).write(true).open(&path);
         let file = file.context(|| named("open"))?;
-        Ok(Arc::new(Words::in_file(&file, WORDS).context(|| named("mapping it into memory"))?))
+        let words = Arc::new(Words::in_file(&file, WORDS).context(|| named("mapping it into memory"))?);
+        Ok(JournalFile { words, boot: self.boot, owner: owner(image)?, path, image: image.to_owned() })
+    }
+
+    /// True where a kill left something of an image that is not in the image yet.
+    pub fn has_left_behind(&self, image: &Path) -> Result<bool> {
+        match self.journal_path(image).exists() {
+            true => Ok(!self.journal(image)?.left_behind()?.is_empty()),
+            false => Ok(false),
+        }
+    }
+
+    fn journal_path(&self, image: &Path) -> PathBuf {
+        let name = image.file_name().map_or_else(|| "image".into(), |name| name.to_string_lossy());
+        let crc = crc32c::crc32c(image.as_os_str().as_encoded_bytes());
+        self.folder.join(format!("{}-{crc:08x}.journal", file_name(&name)))
     }
 
     /// Makes the folder's own entries durable.
     fn sync(&self) -> Result<()> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let folder = rustix::fs::open(&self.folder, flags, Mode::empty());
-        let synced = folder.and_then(rustix::fs::fsync).map_err(std::io::Error::from);
-        synced.context(|| format!("{}: flush", self.folder.display()))
+        sync_folder(&self.folder)
     }
+}
+
+/// A job that goes on after a kill, with what tells whether it is still about the same images.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct KeptJob {
+    /// Path of the source's top image.
+    pub source: String,
+    /// Device and inode of the target.
+    pub target_identity: (u64, u64),
+    /// What was asked for; its target is there already.
+    pub request: MirrorRequest,
 }
 
 /// An image's journal as a file of the state folder.
 pub struct JournalFile {
     words: Arc<Words>,
     boot: BootId,
+    owner: Owner,
+    path: PathBuf,
+    image: PathBuf,
 }
 
 impl JournalFile {
-    /// What a kill left behind, in order.
-    pub fn left_behind(&self) -> Vec<Change> {
-        WordJournal::left_behind(&self.words, self.boot)
+    /// What a kill left behind, in order. Refused where it is of another file that was there by the
+    /// image's name: what belongs to one image destroys another.
+    pub fn left_behind(&self) -> Result<Vec<Change>> {
+        let changes = WordJournal::left_behind(&self.words, self.boot);
+        if changes.is_empty() || WordJournal::owner(&self.words) == self.owner {
+            return Ok(changes);
+        }
+        Err(Error::invalid(format!(
+            "{}: a kill left writes there that belong to another file than the one that is {} now: bring that file \
+             back or, where it was replaced on purpose, remove this journal",
+            self.path.display(),
+            self.image.display()
+        )))
     }
 
     /// Starts it anew. What was left behind has to be in the image for good.
     pub fn start(self) -> Arc<WordJournal> {
-        Arc::new(WordJournal::new(self.words, self.boot))
+        Arc::new(WordJournal::new(self.words, self.boot, self.owner))
     }
 
     /// Starts it anew, noting nothing yet: a target's, before it is the truth.
     pub fn start_asleep(self) -> Arc<WordJournal> {
-        Arc::new(WordJournal::asleep(self.words, self.boot))
+        Arc::new(WordJournal::asleep(self.words, self.boot, self.owner))
     }
+}
+
+/// What a file keeps as long as it is there, also through a new mount: its number and when it was made.
+fn owner(image: &Path) -> Result<Owner> {
+    let metadata = fs::metadata(image).context(|| format!("{}: stat", image.display()))?;
+    if metadata.file_type().is_block_device() {
+        return Ok((u64::MAX, metadata.rdev()));
+    }
+    // Where the file system does not know when, the number alone has to do.
+    let made = metadata.created().ok().and_then(|made| made.duration_since(UNIX_EPOCH).ok()).unwrap_or_default();
+    Ok((metadata.ino(), made.as_secs() << 30 | u64::from(made.subsec_nanos())))
 }
 
 const REMEDY: &str = "the record is damaged, so nobody knows which image is the truth; compare the images, then \
                       move this file away and start with the right one";
+
+/// Locks a file that operations will be under way on.
+///
+/// The lock is the open file's own, and an operation that the kernel still has keeps that open: so
+/// whoever gets the lock after a kill knows that nothing of the dead process can land any more.
+fn lock(file: &fs::File, path: &Path) -> Result<()> {
+    rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive)
+        .map_err(|_| Error::invalid(format!("{}: another process has it locked", path.display())))
+}
+
+/// True where a reboot empties the file system that `folder` is on.
+pub fn is_volatile(folder: &Path) -> bool {
+    const TMPFS: i64 = 0x0102_1994;
+    const RAMFS: i64 = 0x8584_58f6;
+    // Of one that is made later, the folder that it will be made in: the answer must not change with it.
+    let there = folder.ancestors().find(|folder| folder.exists());
+    there.is_some_and(|there| rustix::fs::statfs(there).is_ok_and(|fs| matches!(fs.f_type, TMPFS | RAMFS)))
+}
 
 /// An export's or an image's name as a file's: what is no letter, digit, dot, dash or underscore is
 /// written as its bytes in hexadecimal.
@@ -152,7 +259,9 @@ fn boot_id() -> Result<BootId> {
 
 #[cfg(test)]
 mod tests {
-    use super::{StateFolder, file_name};
+    use super::{StateFolder, file_name, is_volatile};
+    use formats::journal::{Change, Journal};
+    use std::path::Path;
 
     #[test]
     fn names_become_file_names_of_their_own() {
@@ -171,5 +280,34 @@ mod tests {
         assert!(first.record("vda").expect("a new record").newest().is_none());
         drop(first);
         StateFolder::open(folder.path()).expect("the next");
+    }
+
+    /// The daemon chose one folder at its first start and, that one being there then, another one at its
+    /// next: the record was not found and the wrong image served.
+    #[test]
+    fn a_folder_is_as_volatile_before_it_is_made_as_after() {
+        assert!(is_volatile(Path::new("/dev/shm")));
+        assert!(is_volatile(Path::new("/dev/shm/blkmirror-test-none/deeper")));
+        assert!(!is_volatile(Path::new("/proc/none")));
+    }
+
+    /// An image was replaced by another of the same name after a kill, and the writes of the first were
+    /// brought into the second.
+    #[test]
+    fn what_a_kill_left_of_one_file_is_not_brought_into_another() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let (image, other) = (folder.path().join("image"), folder.path().join("other"));
+        for file in [&image, &other] {
+            std::fs::write(file, "").expect("a file");
+        }
+        let state = StateFolder::open(&folder.path().join("state")).expect("a state folder");
+        let change = Change { table: 2, index: 1, value: 1 };
+        state.journal(&image).expect("a journal").start().note(change);
+        let left = || state.journal(&image).expect("a journal").left_behind();
+        assert_eq!(left().expect("the same file"), [change]);
+        std::fs::rename(&other, &image).expect("both are there");
+        assert!(left().expect_err("another file").one_line().contains("remove this journal"));
+        state.journal(&image).expect("a journal").start();
+        assert!(left().expect("begun anew").is_empty());
     }
 }

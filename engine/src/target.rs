@@ -16,7 +16,7 @@ use crate::control::options::Cache;
 use crate::control::{Code, MirrorRequest, Refusal, TargetFormat};
 use crate::disk::Disk;
 use crate::io::FileStorage;
-use crate::open::{Access, Identity, identity, open_disk, open_on, probe_format};
+use crate::open::{Access, Identity, identity, lasting_name, open_disk, open_on, probe_format, sync_folder};
 use formats::error::{Context, Error, Result};
 use formats::journal::Journal;
 use formats::qcow2::{Backing, Create, create, read_header};
@@ -45,6 +45,8 @@ pub struct Plan {
     pub shallow: bool,
     /// The target has to be made.
     pub create: bool,
+    /// What is there.
+    found: Found,
     /// Chunks have 2 to this bytes.
     pub chunk_bits: u32,
     /// What the request was taken to mean, a sentence each.
@@ -86,7 +88,7 @@ pub fn plan(request: &MirrorRequest, source: &Disk) -> std::result::Result<Plan,
         true => (found.reuse(&path, request.format)?, false),
         false => (found.create(&path, request.format, layers)?, true),
     };
-    let plan = Plan { path, format, shallow, create, chunk_bits, notes };
+    let plan = Plan { path, format, shallow, create, found, chunk_bits, notes };
     if !create || found == Found::Device {
         plan.check_size(source)?;
     }
@@ -100,21 +102,27 @@ pub fn plan(request: &MirrorRequest, source: &Disk) -> std::result::Result<Plan,
 impl Plan {
     /// Makes or opens the target. What was made is removed again where that fails.
     pub fn open(&self, source: &Disk, cache: Cache, journals: Journals) -> std::result::Result<Target, Refusal> {
-        let fresh = self.create && !self.path.exists();
         self.try_open(source, cache, journals).map_err(|error| {
-            if fresh {
-                // It was not there before; what could not be made is gone again.
-                let _ = fs::remove_file(&self.path);
-            }
+            self.unmake();
             failed(&error)
         })
+    }
+
+    /// Leaves what was there before the target was made: nothing, an empty file, or a device.
+    pub fn unmake(&self) {
+        // Whoever removed it already wanted the same.
+        let _ = match self.found {
+            Found::Nothing => fs::remove_file(&self.path),
+            Found::Empty => fs::File::options().write(true).truncate(true).open(&self.path).map(drop),
+            Found::File | Found::Device => Ok(()),
+        };
     }
 
     fn try_open(&self, source: &Disk, cache: Cache, journals: Journals) -> Result<Target> {
         if self.create {
             self.make(source)?;
         }
-        let path = self.path.canonicalize().context(|| self.path.display().to_string())?;
+        let path = lasting_name(&self.path).context(|| self.path.display().to_string())?;
         let access = Access {
             journal: Some(journals(&path)?),
             size: (self.format == TargetFormat::Raw).then_some(source.size()),
@@ -134,6 +142,10 @@ impl Plan {
         let file = fs::File::options().read(true).write(true).create(true).truncate(false).open(&self.path);
         let file = file.context(|| named("create"))?;
         let is_file = file.metadata().context(|| named("stat"))?.is_file();
+        if let (true, Some(folder)) = (is_file, self.path.parent()) {
+            // The record will name it.
+            sync_folder(folder)?;
+        }
         let storage = FileStorage::new(file);
         match self.format {
             TargetFormat::Raw if is_file => {

@@ -49,7 +49,7 @@ pub enum Request {
     Quit,
 }
 
-/// A copy request: `SEMANTICS` of the flags is in `docs/flags.md`.
+/// A copy request; what its flags mean together is in `docs/flags.md`.
 ///
 /// Its serialised form is the arguments of `blkmirror-mirror`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -203,6 +203,13 @@ pub struct Refusal {
     pub code: Code,
     /// What was wrong and what to do.
     pub message: String,
+}
+
+/// What was tried, and failed.
+impl From<formats::error::Error> for Refusal {
+    fn from(error: formats::error::Error) -> Self {
+        Self::new(Code::OperationFailed, error.one_line())
+    }
 }
 
 impl Refusal {

@@ -52,4 +52,6 @@ pub enum Cache {
     None,
     /// Through it.
     Writeback,
+    /// Through it, and nothing is made durable: for copies that can be made again. Never for `serve`.
+    Unsafe,
 }

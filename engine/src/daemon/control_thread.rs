@@ -1,6 +1,6 @@
 //! The control thread: takes connections in, answers operators, and steps the jobs.
 use super::clients::Connection;
-use super::exports::{Export, Table};
+use super::exports::{Export, Table, layer_of};
 use super::jobs::Active;
 use super::listen::Listening;
 use super::threads::Worker;
@@ -10,12 +10,14 @@ use crate::control::{Code, Event, Refusal, Reply, Request, Status};
 use crate::disk::Tools;
 use crate::io::{Arena, Buffer, Completion, File, Io, Op, Ring, Token, Wait, Waker};
 use crate::job::Phase;
+use crate::open::identity;
 use crate::state::StateFolder;
 use formats::error::Result;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use std::collections::BTreeMap;
 use std::io;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -29,6 +31,9 @@ const ARENA_LEN: usize = 1 << 20;
 const TICK: Duration = Duration::from_millis(50);
 /// How many steps a job may take before others are looked at.
 const STEPS: usize = 64;
+const STEPS_TIME: Duration = Duration::from_millis(5);
+/// How long to wait before connections are taken in again after one could not be.
+const ACCEPT_REST: Duration = Duration::from_millis(200);
 /// How long the last answers may take when the daemon ends.
 const FAREWELL: Duration = Duration::from_millis(500);
 
@@ -41,6 +46,7 @@ const NBD: u64 = 3;
 const CONTROL: u64 = 4;
 const CLIENT: u64 = 5;
 const JOB: u64 = 6;
+const RESTED: u64 = 7;
 /// Each client and each job has so many tokens, as bits.
 const SPAN: u32 = 8;
 
@@ -60,6 +66,8 @@ pub(super) struct ControlThread {
     client_next: u64,
     /// Clients that wait for the end of an export's job, and what they wished for.
     waiting: Vec<(u64, usize, Wish)>,
+    /// Listeners whose last connection could not be taken in, with their tokens.
+    resting: Vec<(Token, File)>,
     ticking: bool,
     ending: bool,
 }
@@ -91,6 +99,7 @@ impl ControlThread {
             clients: BTreeMap::new(),
             client_next: 0,
             waiting: Vec::new(),
+            resting: Vec::new(),
             ticking: false,
             ending: false,
         })
@@ -100,6 +109,38 @@ impl ControlThread {
     pub fn names(&self) -> String {
         let name = |export: &Export| format!("{} ({})", export.name, export.serving());
         self.exports.iter().map(name).collect::<Vec<_>>().join(", ")
+    }
+
+    /// Goes on with the jobs that a kill or a stop interrupted.
+    pub fn resume_jobs(&mut self) {
+        for number in 0..self.exports.len() {
+            let check = |target: &str| self.refuse_in_use(number, target);
+            match Active::resume(&self.exports[number], self.cache, &self.state, &check) {
+                Ok(Some(active)) => {
+                    tracing::info!(export = self.exports[number].name, "its job goes on");
+                    self.jobs.insert(number, active);
+                }
+                Ok(None) => self.forget_job(number),
+                Err(failed) => {
+                    let (request, refusal) = *failed;
+                    tracing::error!(export = self.exports[number].name, "its job cannot go on: {refusal}");
+                    self.exports[number].last = Some(Status {
+                        phase: Phase::Failed.name().to_owned(),
+                        job: request.job_id,
+                        target: Some(request.target),
+                        error: Some(refusal.message),
+                        ..self.status(number)
+                    });
+                    self.forget_job(number);
+                }
+            }
+        }
+    }
+
+    fn forget_job(&self, number: usize) {
+        if let Err(error) = self.state.forget_job(&self.exports[number].name) {
+            tracing::warn!("{}", error.one_line());
+        }
     }
 
     /// Serves until it is told to end.
@@ -119,7 +160,10 @@ impl ControlThread {
         let mut farewell = None;
         loop {
             self.step();
-            if self.ending {
+            if self.jobs.values().any(|active| active.job.holds_gate()) {
+                // Guests that wait at a closed gate would keep their sessions from ending.
+                farewell = None;
+            } else if self.ending {
                 let until = *farewell.get_or_insert(self.ring.now() + FAREWELL);
                 if self.clients.values().all(Connection::is_quiet) || self.ring.now() > until {
                     return Ok(());
@@ -141,6 +185,10 @@ impl ControlThread {
         match done.token.0 >> KIND {
             WAKE => self.ring.submit(done.token, Op::Wake { waker: self.waker.clone() }),
             TICKS => self.ticking = false,
+            RESTED => {
+                let rested = std::mem::take(&mut self.resting);
+                rested.into_iter().for_each(|(token, listener)| self.accept(token, listener));
+            }
             SIGNAL => {
                 tracing::info!("a signal asks for the end");
                 self.ending = true;
@@ -167,11 +215,21 @@ impl ControlThread {
         let Op::Accept { listener, accepted } = done.op else { return };
         match (done.result, accepted) {
             (Ok(_), Some(socket)) if !self.ending => take(self, socket),
-            (Err(error), _) => tracing::warn!(%error, "a connection could not be taken in"),
+            (Err(error), _) => {
+                // Out of descriptors, most likely, which the kernel says at once each time: not so soon again.
+                tracing::warn!(%error, "a connection could not be taken in");
+                self.resting.push((done.token, listener));
+                self.ring.submit(token(RESTED, 0), Op::Timeout { after: ACCEPT_REST });
+                return;
+            }
             _ => {}
         }
+        self.accept(done.token, listener);
+    }
+
+    fn accept(&mut self, token: Token, listener: File) {
         if !self.ending {
-            self.ring.submit(done.token, Op::Accept { listener, accepted: None });
+            self.ring.submit(token, Op::Accept { listener, accepted: None });
         }
     }
 
@@ -296,12 +354,28 @@ impl ControlThread {
             let message = format!("export {} has a copy job already: cancel it first", request.export);
             return Err(refuse(Code::BlockCopyActive, message));
         }
-        let (started, active) = Active::start(request, &self.exports[number], self.cache, &self.state)?;
+        let check = |target: &str| self.refuse_in_use(number, target);
+        let (started, active) = Active::start(request, &self.exports[number], self.cache, &self.state, &check)?;
         if let Some(active) = active {
             self.jobs.insert(number, active);
             self.waker.wake();
         }
         Ok(Reply::Started(started))
+    }
+
+    /// A target that another export serves or another job writes would be written by two.
+    fn refuse_in_use(&self, number: usize, target: &str) -> std::result::Result<(), Refusal> {
+        // What is not there yet is nobody's.
+        let Ok(file) = identity(Path::new(target)) else { return Ok(()) };
+        for (other, export) in self.exports.iter().enumerate().filter(|(other, _)| *other != number) {
+            let served = export.gate.route().disk;
+            let followed = self.jobs.get(&other).map(|active| Arc::clone(&active.job.mirror().target));
+            if let Some(layer) = followed.iter().chain([&served]).find_map(|disk| layer_of(disk, file)) {
+                let message = format!("{target}: export {} uses it ({layer}): name another file", export.name);
+                return Err(refuse(Code::InvalidArg, message));
+            }
+        }
+        Ok(())
     }
 
     fn job(&mut self, name: &str) -> std::result::Result<(usize, &mut Active), Refusal> {
@@ -363,12 +437,13 @@ impl ControlThread {
 
     fn step_job(&mut self, number: usize) {
         let Some(active) = self.jobs.get_mut(&number) else { return };
-        let mut tools = Tools { io: &mut self.ring, arena: &self.arena, waker: &self.waker };
         let base = token(JOB, (number as u64) << SPAN);
-        let mut steps = 0;
+        let (mut steps, begun) = (0, self.ring.now());
+        let mut tools = Tools { io: &mut self.ring, arena: &self.arena, waker: &self.waker };
         while active.job.step(&mut tools, base) {
             steps += 1;
-            if steps == STEPS {
+            // A walk over a mapping that is not in memory is slow; a pivot of another export must not wait.
+            if steps == STEPS || tools.io.now().saturating_sub(begun) > STEPS_TIME {
                 self.waker.wake();
                 break;
             }
@@ -411,6 +486,8 @@ impl ControlThread {
             export.record = Some(record);
         }
         active.close();
+        self.forget_job(number);
+        let export = &mut self.exports[number];
         export.last = Some(status.clone());
         self.answer_waiting(number, |wish| match (wish, phase) {
             (Wish::Pivot, Phase::Pivoted) | (Wish::Cancel, Phase::Cancelled) => Ok(Reply::Done {}),

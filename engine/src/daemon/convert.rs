@@ -10,7 +10,6 @@ use crate::seed::Seeder;
 use crate::target::plan;
 use formats::error::{Context, Error, Result};
 use formats::journal::Forgetful;
-use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -69,25 +68,27 @@ pub fn convert(options: &ConvertOptions, mut progress: impl FnMut(Copied)) -> Re
     };
     let refused = |refusal: crate::control::Refusal| Error::invalid(refusal.message);
     let plan = plan(&request, &source).map_err(refused)?;
-    let fresh = plan.create && !plan.path.exists();
     let target = plan.open(&source, options.cache, &|_| Ok(Arc::new(Forgetful))).map_err(refused)?;
     let mirror = Arc::new(Mirror::new(source, Arc::new(target.disk), plan.chunk_bits, plan.shallow));
-    let copied = copy(&mirror, target.is_zero, &mut progress).inspect_err(|_| {
-        if fresh {
-            // It was not there before; half a copy is of no use to anybody.
-            let _ = fs::remove_file(&plan.path);
-        }
+    let copied = copy(&mirror, options.cache, target.is_zero, &mut progress).inspect_err(|_| {
+        // Half a copy is of no use to anybody.
+        plan.unmake();
     })?;
     Ok((plan.notes, copied))
 }
 
-fn copy(mirror: &Arc<Mirror>, target_is_zero: bool, progress: &mut impl FnMut(Copied)) -> Result<Copied> {
+fn copy(mirror: &Arc<Mirror>, cache: Cache, target_is_zero: bool, progress: &mut impl FnMut(Copied)) -> Result<Copied> {
     let threads = copiers(mirror).context(|| "starting the copy threads")?;
     let outcome = watch(mirror, Seeder::new(target_is_zero), progress);
     mirror.hold(true);
     threads.into_iter().for_each(Worker::end);
     outcome?;
-    mirror.target.chain().top().close()?;
+    let top = mirror.target.chain().top();
+    if cache == Cache::Unsafe {
+        top.close_unsafely()?
+    } else {
+        top.close()?
+    }
     Ok(state(mirror))
 }
 

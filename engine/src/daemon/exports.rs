@@ -1,13 +1,14 @@
 //! The disks that a daemon serves: what its command line names, or what a pivot put in its place.
+use super::wait::until_free;
 use crate::control::options::{Cache, ExportOptions};
 use crate::control::{Status, TargetFormat};
 use crate::disk::Disk;
 use crate::export::gate::{Gate, Route};
 use crate::export::session::Directory;
-use crate::open::{Access, open_disk, probe_format, recover};
+use crate::open::{Access, Identity, identity, lasting_name, open_disk, probe_format, recover};
 use crate::pivot::RecordFile;
 use crate::state::StateFolder;
-use formats::error::{Context, Result};
+use formats::error::{Context, Error, Result};
 use formats::nbd::{BlockSizes, ExportInfo, Exports};
 use formats::record::Record;
 use std::path::{Path, PathBuf};
@@ -28,12 +29,31 @@ pub(super) struct Export {
 }
 
 impl Export {
+    /// Waits until a killed daemon has nothing under way on what `open` will open.
+    pub fn wait_until_free(options: &ExportOptions, state: &StateFolder) -> Result<()> {
+        if options.readonly {
+            return Ok(());
+        }
+        until_free(&state.record_path(&options.name))?;
+        let record = state.record(&options.name)?;
+        let origin = lasting_name(&options.file).context(|| options.file.display().to_string())?;
+        let truth = record.newest().filter(|record| Path::new(&record.origin) == origin);
+        until_free(truth.map_or(&origin, |record| Path::new(&record.truth)))
+    }
+
     /// Opens what is the truth of an export.
     pub fn open(options: &ExportOptions, cache: Cache, state: &StateFolder) -> Result<Self> {
         let named = || format!("export {}: {}", options.name, options.file.display());
-        let origin = options.file.canonicalize().context(named)?;
+        // Gone where somebody has removed what a pivot left: the record says what is served then.
+        let origin = lasting_name(&options.file).context(named)?;
         let (disk, record) = match options.readonly {
-            true => (open_disk(&origin, options.format, Access::read_only(cache)), None),
+            true => {
+                // Somebody may have served and pivoted it before.
+                let path = state.record_path(&options.name);
+                let record = path.exists().then(|| state.record(&options.name)).transpose()?;
+                let truth = Truth::of(options, &origin, record.as_ref().and_then(RecordFile::newest))?;
+                (truth.open_to_read(cache, state), None)
+            }
             false => {
                 let record = state.record(&options.name)?;
                 let truth = Truth::of(options, &origin, record.newest())?;
@@ -64,6 +84,47 @@ impl Export {
             block_sizes: BlockSizes::default(),
         }
     }
+}
+
+/// Refuses a file that two exports name to write to.
+pub(super) fn refuse_twice(export: &ExportOptions, all: &[ExportOptions]) -> Result<()> {
+    let Ok(file) = identity(&export.file) else { return Ok(()) };
+    let same = |other: &&ExportOptions| {
+        other.name != export.name && !other.readonly && identity(&other.file).is_ok_and(|other| other == file)
+    };
+    match all.iter().filter(|_| !export.readonly).find(same) {
+        None => Ok(()),
+        Some(other) => Err(shared(&export.file.display(), &export.name, &other.name)),
+    }
+}
+
+/// Refuses an image that one export writes and another one uses: neither would know of the other's
+/// clusters. A base that both only read is fine.
+pub(super) fn refuse_shared(exports: &[Export]) -> Result<()> {
+    for (number, export) in exports.iter().enumerate() {
+        let disk = export.gate.route().disk;
+        let top = identity(&disk.chain().top().path)?;
+        let others = exports.iter().enumerate().filter(|(other, _)| *other != number).map(|(_, other)| other);
+        for other in others.filter(|_| !disk.read_only()) {
+            if layer_of(&other.gate.route().disk, top).is_some() {
+                return Err(shared(&disk.name(), &export.name, &other.name));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn shared(file: &dyn std::fmt::Display, writer: &str, other: &str) -> Error {
+    Error::invalid(format!(
+        "{file} is written by export {writer} and used by export {other}: an image has one writer and nobody else"
+    ))
+}
+
+/// The layer of `disk` that is this very file, by any name.
+pub(super) fn layer_of(disk: &Disk, file: Identity) -> Option<String> {
+    let same = |path: &Path| identity(path).is_ok_and(|found| found == file);
+    let paths = disk.chain().layers().iter().map(|layer| &layer.path);
+    paths.into_iter().find(|path| same(path)).map(|path| path.display().to_string())
 }
 
 /// The image that has the guest's acknowledged writes.
@@ -111,10 +172,20 @@ impl Truth {
         Ok(Self { path: origin.to_owned(), format, size: None })
     }
 
+    fn open_to_read(self, cache: Cache, state: &StateFolder) -> Result<Disk> {
+        if state.has_left_behind(&self.path)? {
+            return Err(Error::invalid(format!(
+                "{}: writes that a kill left behind are not in the image yet: serve it once without readonly",
+                self.path.display()
+            )));
+        }
+        open_disk(&self.path, Some(self.format), Access { size: self.size, ..Access::read_only(cache) })
+    }
+
     fn open(self, cache: Cache, state: &StateFolder) -> Result<Disk> {
-        let path = self.path.canonicalize().context(|| self.path.display().to_string())?;
+        let path = lasting_name(&self.path).context(|| self.path.display().to_string())?;
         let journal = state.journal(&path)?;
-        let left = journal.left_behind();
+        let left = journal.left_behind()?;
         if !left.is_empty() {
             recover(&path, self.format, &left)?;
             tracing::info!("{}: {} mappings that a kill left behind were brought in", path.display(), left.len());

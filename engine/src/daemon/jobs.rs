@@ -1,6 +1,7 @@
 //! A job with its threads: how it is started, how it stands, and what is tidied when it is over.
 use super::exports::Export;
 use super::threads::Worker;
+use super::wait::until_free;
 use crate::control::options::Cache;
 use crate::control::{Code, MirrorRequest, Refusal, Started, Status};
 use crate::copier::Depth;
@@ -8,13 +9,15 @@ use crate::disk::Disk;
 use crate::job::{Job, Parts, Phase};
 use crate::journal::WordJournal;
 use crate::mirror::Mirror;
+use crate::open::identity;
 use crate::pivot::End;
-use crate::state::StateFolder;
+use crate::state::{KeptJob, StateFolder};
 use crate::target::plan;
+use formats::error::Context;
 use formats::journal::Journal;
 use formats::record::Record;
 use std::cell::OnceCell;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -46,18 +49,24 @@ struct Pace {
 }
 
 impl Active {
-    /// Starts a job, or says why not. No job where it was only asked whether it could be.
+    /// Starts a job, or says why not; `check` refuses a target that somebody else uses. No job where it was only asked whether it could be.
     pub fn start(
         request: &MirrorRequest,
         export: &Export,
         cache: Cache,
         state: &StateFolder,
+        check: &dyn Fn(&str) -> Result<(), Refusal>,
     ) -> Result<(Started, Option<Self>), Refusal> {
+        check(&request.target)?;
         let source = export.gate.route().disk;
         if source.read_only() {
             let message =
                 format!("export {} is read-only: there is nothing to mirror, copy it with convert", export.name);
             return Err(Refusal { code: Code::OperationInvalid, message });
+        }
+        if export.origin.to_str().is_none() {
+            let message = format!("{}: a record's names have to be UTF-8: rename the file", export.origin.display());
+            return Err(Refusal { code: Code::OperationUnsupported, message });
         }
         let plan = plan(request, &source)?;
         let id = request.job_id.clone().unwrap_or_else(|| export.name.clone());
@@ -75,9 +84,22 @@ impl Active {
         let path = target.disk.chain().top().path.clone();
         let mirror = Arc::new(Mirror::new(source, Arc::new(target.disk), plan.chunk_bits, plan.shallow));
         mirror.rate.set(request.speed);
-        let threads = copiers(&mirror).map_err(|error| {
-            let message = format!("starting the copy threads of export {}: {error}", export.name);
-            Refusal { code: Code::OperationFailed, message }
+        let kept = MirrorRequest {
+            target: path.display().to_string(),
+            shallow: plan.shallow,
+            reuse_external: true,
+            format: Some(plan.format),
+            job_id: Some(id.clone()),
+            ..request.clone()
+        };
+        let keep = |target_identity| KeptJob { source: mirror.source.name(), target_identity, request: kept };
+        let threads = identity(&path)
+            .and_then(|identity| state.keep_job(&keep(identity)))
+            .and_then(|()| copiers(&mirror).context(|| format!("starting the copy threads of export {}", export.name)));
+        let threads = threads.inspect_err(|_| {
+            // Nothing was started, so nothing is left behind.
+            let _ = state.forget_job(&export.name);
+            plan.unmake();
         })?;
         let job = Job::start(Parts {
             id,
@@ -91,6 +113,45 @@ impl Active {
         let pace = Pace { since: Instant::now(), copied: 0, bytes_per_s: 0 };
         let active = Self { job, threads, target: path, journal, notes: plan.notes, told: None, pace };
         Ok((started, Some(active)))
+    }
+
+    /// Goes on with the job that a kill interrupted, if there is one: from its start, onto the target
+    /// that it has. An error is what its status says from then on.
+    pub fn resume(
+        export: &Export,
+        cache: Cache,
+        state: &StateFolder,
+        check: &dyn Fn(&str) -> Result<(), Refusal>,
+    ) -> Result<Option<Self>, Box<(MirrorRequest, Refusal)>> {
+        let KeptJob { source, target_identity, request } = match state.kept_job(&export.name) {
+            Ok(Some(kept)) => kept,
+            Ok(None) => return Ok(None),
+            Err(error) => return Err(Box::new((MirrorRequest::default(), error.into()))),
+        };
+        if Path::new(&request.target) == Path::new(&export.serving()) {
+            // Killed between the record and the end of the job: the pivot happened.
+            return Ok(None);
+        }
+        let same = source == export.serving() && identity(Path::new(&request.target)).ok() == Some(target_identity);
+        if !same {
+            let message = format!(
+                "the job that was interrupted copied {source} to {}, and one of them is another file now: it does not \
+                 go on",
+                request.target
+            );
+            return Err(Box::new((request, Refusal::new(Code::OperationInvalid, message))));
+        }
+        let resumed = until_free(Path::new(&request.target))
+            .map_err(Refusal::from)
+            .and_then(|()| Self::start(&request, export, cache, state, check));
+        match resumed {
+            Ok((_, Some(mut active))) => {
+                active.notes.push("resumed after a restart: everything is copied once more".to_owned());
+                Ok(Some(active))
+            }
+            Ok((_, None)) => Ok(None),
+            Err(refusal) => Err(Box::new((request, refusal))),
+        }
     }
 
     /// The end that makes the target the disk of `export`.

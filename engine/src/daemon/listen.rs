@@ -3,10 +3,15 @@ use crate::control::options::Listener;
 use crate::io::File;
 use formats::error::{Context, Error, Result};
 use std::fs;
+use std::io::{ErrorKind, Read};
 use std::net::TcpListener;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// How long a server may take to say its first byte.
+const GREETING_WAIT: Duration = Duration::from_secs(5);
 
 /// A listening socket; a Unix socket's path goes when it is dropped.
 pub(super) struct Listening {
@@ -52,8 +57,22 @@ fn remove_left_over(path: &Path) -> Result<()> {
     if !metadata.file_type().is_socket() {
         return Err(Error::invalid(format!("{}: there is a file already that is no socket", path.display())));
     }
-    if UnixStream::connect(path).is_ok() {
+    if somebody_answers(path) {
         return Err(Error::invalid(format!("{}: another server listens there: end it first", path.display())));
     }
     fs::remove_file(path).context(|| format!("{}: removing a socket that nobody listens at", path.display()))
+}
+
+/// True where a server greets us.
+///
+/// Being let in is not enough: a killed daemon's ring goes on accepting until the kernel has taken it
+/// apart, a moment after the process is gone, and then resets the connection.
+fn somebody_answers(path: &Path) -> bool {
+    let Ok(mut stream) = UnixStream::connect(path) else { return false };
+    // Both kinds of our sockets speak first. Who says nothing for so long is busy, not gone.
+    let asked = stream.set_read_timeout(Some(GREETING_WAIT)).and_then(|()| stream.read(&mut [0]));
+    match asked {
+        Ok(count) => count > 0,
+        Err(error) => error.kind() != ErrorKind::ConnectionReset,
+    }
 }

@@ -16,18 +16,20 @@ mod exports;
 mod jobs;
 mod listen;
 mod threads;
+mod wait;
 
 pub use compare::{Comparison, compare};
 pub use convert::{ConvertOptions, Copied, convert};
 
 use crate::control::options::ServeOptions;
-use crate::state::StateFolder;
+use crate::open::lasting_name;
+use crate::state::{StateFolder, is_volatile};
 use control_thread::ControlThread;
-use exports::{Export, Table};
+use exports::{Export, Table, refuse_shared, refuse_twice};
 use formats::error::{Context, Error, Result};
 use listen::Listening;
 use std::collections::HashSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Serves until it is told to end, by a signal or by `quit`. `ready` is called once, when the
@@ -38,17 +40,22 @@ pub fn serve(options: &ServeOptions, ready: impl FnOnce(&str)) -> Result<()> {
         return Err(Error::invalid(format!("two exports are named {}: give each a name of its own", twice.name)));
     }
     let state = StateFolder::open(&state_folder(options))?;
-    if state.is_volatile() {
+    if is_volatile(state.path()) {
         tracing::warn!(
             "the state folder {} is gone after a reboot, and with it the word which image is the truth: name \
              another with --state",
             state.path().display()
         );
     }
+    options.exports.iter().try_for_each(|export| refuse_twice(export, &options.exports))?;
+    // Before any of them is opened, for an image that two exports name would be waited for in vain.
+    options.exports.iter().try_for_each(|export| Export::wait_until_free(export, &state))?;
     let open = |export| Export::open(export, options.cache, &state);
     let exports = options.exports.iter().map(open).collect::<Result<Vec<_>>>()?;
+    refuse_shared(&exports)?;
     let table = Arc::new(Table::new(&exports));
     let mut thread = ControlThread::new(exports, table, options.cache, state).context(|| "starting")?;
+    thread.resume_jobs();
     // Only now: who finds the sockets is served.
     let listeners = options.listeners.iter().map(Listening::at).collect::<Result<Vec<_>>>()?;
     let control = Listening::unix(&options.control)?;
@@ -60,11 +67,20 @@ pub fn serve(options: &ServeOptions, ready: impl FnOnce(&str)) -> Result<()> {
     served
 }
 
-/// The named one, or one beside the control socket: the same command line finds it again.
+/// The named one; or one beside the control socket; or, where a reboot would empty that, one beside
+/// the first image, which lasts as long as the image does. The same command line finds it again.
 fn state_folder(options: &ServeOptions) -> PathBuf {
-    options.state.clone().unwrap_or_else(|| {
-        let mut path = options.control.clone().into_os_string();
-        path.push(".state");
-        path.into()
-    })
+    if let Some(named) = &options.state {
+        return named.clone();
+    }
+    let mut name = options.control.file_name().unwrap_or_default().to_owned();
+    name.push(".state");
+    let folder_of = |path: &Path| lasting_name(path).ok()?.parent().map(Path::to_owned);
+    let control = std::path::absolute(&options.control).unwrap_or_else(|_| options.control.clone());
+    let beside = control.parent().unwrap_or(&control).to_owned();
+    let image = options.exports.first().and_then(|export| folder_of(&export.file));
+    match image {
+        Some(image) if is_volatile(&beside) && !is_volatile(&image) => image.join(name),
+        _ => beside.join(name),
+    }
 }

@@ -1,6 +1,6 @@
 //! Making durable what was done to a disk: payload and metadata, in the order its image asks for.
 use super::Disk;
-use super::task::{Status, Tools};
+use super::step::{Status, Tools};
 use crate::io::{Io, Op, Token};
 use formats::error::{Error, Result};
 use formats::image::{Progress, Settle};

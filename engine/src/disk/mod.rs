@@ -6,12 +6,14 @@
 mod flush;
 mod grace;
 mod read;
+mod step;
 mod task;
 mod write;
 mod zero;
 
 pub use crate::data_file::DataFile;
-pub use task::{Status, Task, Tools};
+pub use step::{Status, Tools};
+pub use task::Task;
 
 use crate::bell::Bell;
 use crate::chain::Chain;

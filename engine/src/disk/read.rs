@@ -1,6 +1,6 @@
 //! Reading a range of a disk: each run from where it lives, several at once.
 use super::Disk;
-use super::task::{Moved, Status, Tools, keep};
+use super::step::{Moved, Status, Tools, keep, scratch};
 use crate::chain::{Look, Source};
 use crate::io::{Buffer, Io, Loan, Op, Token};
 use formats::error::{Error, Result};
@@ -125,9 +125,4 @@ impl Read {
     pub fn end(self) -> (Result<()>, Option<Buffer>) {
         (self.error.map_or(Ok(()), Err), Some(self.loan.end()))
     }
-}
-
-/// Memory beside the caller's: from the arena, or its own where that is full.
-pub(super) fn scratch<I: Io>(tools: &Tools<I>, len: usize) -> Buffer {
-    tools.arena.take(len).unwrap_or_else(|| Buffer::alone(len))
 }

@@ -11,35 +11,14 @@
 use super::Disk;
 use super::flush::Flush;
 use super::read::Read;
+use super::step::{Status, Tools};
 use super::write::Write;
 use super::zero::Zero;
-use crate::io::{Arena, Buffer, Completion, Io, Op, Token, Waker};
-use formats::error::{Error, Result};
+use crate::io::{Buffer, Completion, Io, Token};
+use formats::error::Result;
 use formats::image::Zeroing;
 use formats::range::ByteRange;
-use std::io;
 use std::sync::Arc;
-
-/// What a stepped thing works with: its thread's queue, memory and bell-push.
-pub struct Tools<'a, I: Io> {
-    /// The queue.
-    pub io: &'a mut I,
-    /// Memory for what a task needs beside its caller's buffer.
-    pub arena: &'a Arena,
-    /// Who is woken when a blocked task can go on.
-    pub waker: &'a Waker,
-}
-
-/// Where a step left a task.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Status {
-    /// Operations are under way.
-    Busy,
-    /// Nothing is under way; the owner's waker is called when it is worth another step.
-    Blocked,
-    /// Over.
-    Done,
-}
 
 /// One operation on a disk.
 pub struct Task {
@@ -141,37 +120,6 @@ impl Drop for Task {
     fn drop(&mut self) {
         if self.disk.grace.leave(self.parity) {
             self.disk.try_recycle();
-        }
-    }
-}
-
-/// Keeps the first error of several operations.
-pub(super) fn keep(error: &mut Option<Error>, new: Error) {
-    error.get_or_insert(new);
-}
-
-/// How much of a buffer an operation moved: all, a part with the rest to be moved still, or nothing.
-pub(super) enum Moved {
-    All(Buffer),
-    Part { moved: Buffer, rest: Buffer },
-    Nothing(Buffer),
-    Failed(Buffer, io::Error),
-}
-
-impl Moved {
-    pub(super) fn of(op: Op, result: io::Result<u32>) -> Self {
-        let (Op::Read { buf, .. } | Op::Write { buf, .. }) = op else {
-            unreachable!("a task's payload moves by reads and writes")
-        };
-        match result {
-            Err(error) => Self::Failed(buf, error),
-            Ok(count) if count as usize >= buf.len() => Self::All(buf),
-            Ok(0) => Self::Nothing(buf),
-            Ok(count) => {
-                let mut moved = buf;
-                let rest = moved.split_off(count as usize);
-                Self::Part { moved, rest }
-            }
         }
     }
 }

@@ -6,8 +6,8 @@
 //! ```
 use super::Disk;
 use super::flush::Flush;
-use super::read::scratch;
-use super::task::{Moved, Status, Task, Tools, keep};
+use super::step::{Moved, Status, Tools, keep, scratch};
+use super::task::Task;
 use crate::chain::{Layer, Look, Source};
 use crate::data_file::Stay;
 use crate::io::{Buffer, Completion, Io, Loan, Op, Token};

@@ -2,8 +2,8 @@
 //! writing zeroes where neither can.
 use super::Disk;
 use super::flush::Flush;
-use super::read::scratch;
-use super::task::{Status, Task, Tools, keep};
+use super::step::{Status, Tools, keep, scratch};
+use super::task::Task;
 use crate::io::{Completion, Io, Op, Token};
 use formats::error::{Error, Result};
 use formats::image::{Zeroed, Zeroing};

@@ -12,8 +12,8 @@ use crate::bell::Bell;
 use crate::disk::Disk;
 use crate::io::Waker;
 use crate::mirror::Mirror;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use crate::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard, Ordering};
+use std::sync::{Arc, PoisonError};
 
 /// Where guest requests go.
 #[derive(Clone)]
@@ -38,6 +38,8 @@ pub struct Gate {
 struct State {
     open: bool,
     place: Arc<Place>,
+    /// Places that were replaced and that somebody may still be on.
+    left: Vec<Arc<Place>>,
 }
 
 /// One route, as long as it is in place, and who is on it.
@@ -45,22 +47,24 @@ struct Place {
     route: Route,
     inside: AtomicU64,
     /// Nobody comes in any more: the last who leaves rings.
-    closed: std::sync::atomic::AtomicBool,
+    closed: AtomicBool,
     emptied: Arc<Bell>,
 }
 
 /// One request's leave to touch the disk; it holds its route until it is dropped.
 pub struct Pass(Arc<Place>);
 
-/// What a replaced or closed route leaves behind: who is still on it.
-pub struct Leaving(Arc<Place>);
+/// What a replaced or closed route leaves behind: who is still on it, or on one before it. A job that
+/// was given up leaves at once; its successor has to wait for those who came before both.
+pub struct Leaving(Vec<Arc<Place>>);
 
 impl Gate {
     /// An open gate.
     pub fn new(route: Route) -> Self {
         let emptied = Arc::<Bell>::default();
         let place = Place::new(route, &emptied);
-        Self { roll: Roll::default(), state: Mutex::new(State { open: true, place }), opened: Bell::default(), emptied }
+        let state = Mutex::new(State { open: true, place, left: Vec::new() });
+        Self { roll: Roll::default(), state, opened: Bell::default(), emptied }
     }
 
     /// A pass, or `None` while the gate is closed: the request waits in its session, whose waker is
@@ -82,7 +86,8 @@ impl Gate {
         let new = Place::new(route, &self.emptied);
         let old = std::mem::replace(&mut state.place, new);
         old.closed.store(true, Ordering::SeqCst);
-        Leaving(old)
+        state.left.push(old);
+        state.leaving()
     }
 
     /// Lets nobody in any more.
@@ -91,15 +96,27 @@ impl Gate {
         assert!(state.open, "a gate is closed once");
         state.open = false;
         state.place.closed.store(true, Ordering::SeqCst);
-        Leaving(Arc::clone(&state.place))
+        let place = Arc::clone(&state.place);
+        state.left.push(place);
+        state.leaving()
     }
 
     /// Opens a closed gate onto `route`. Nobody may be inside.
     pub fn open(&self, route: Route) {
         let mut state = self.state();
         assert!(!state.open, "only a closed gate is opened");
-        assert!(state.place.inside.load(Ordering::SeqCst) == 0, "nobody is inside");
-        *state = State { open: true, place: Place::new(route, &self.emptied) };
+        assert!(state.leaving().0.is_empty(), "nobody is inside");
+        (state.open, state.place) = (true, Place::new(route, &self.emptied));
+        drop(state);
+        self.opened.ring();
+    }
+
+    /// Opens a closed gate again onto the route that was in place. Others go on inside.
+    pub fn reopen(&self) {
+        let mut state = self.state();
+        assert!(!state.open, "only a closed gate is opened");
+        let route = state.place.route.clone();
+        (state.open, state.place) = (true, Place::new(route, &self.emptied));
         drop(state);
         self.opened.ring();
     }
@@ -114,12 +131,20 @@ impl Gate {
     }
 }
 
+impl State {
+    /// Those of the places that were left on which somebody still is. Their counts only fall.
+    fn leaving(&mut self) -> Leaving {
+        self.left.retain(|place| place.inside.load(Ordering::SeqCst) > 0);
+        Leaving(self.left.clone())
+    }
+}
+
 impl Place {
     fn new(route: Route, emptied: &Arc<Bell>) -> Arc<Self> {
         Arc::new(Self {
             route,
             inside: AtomicU64::new(0),
-            closed: std::sync::atomic::AtomicBool::new(false),
+            closed: AtomicBool::new(false),
             emptied: Arc::clone(emptied),
         })
     }
@@ -128,11 +153,11 @@ impl Place {
 impl Leaving {
     /// True where nobody is inside any more; else `waker` is called when that may have changed.
     pub fn is_empty(&self, waker: &Waker) -> bool {
-        let empty = || self.0.inside.load(Ordering::SeqCst) == 0;
-        empty() || {
-            self.0.emptied.listen(waker);
-            empty()
-        }
+        let busy = || self.0.iter().find(|place| place.inside.load(Ordering::SeqCst) > 0);
+        busy().is_none_or(|place| {
+            place.emptied.listen(waker);
+            busy().is_none()
+        })
     }
 }
 
@@ -148,5 +173,41 @@ impl Drop for Pass {
         if self.0.inside.fetch_sub(1, Ordering::SeqCst) == 1 && self.0.closed.load(Ordering::SeqCst) {
             self.0.emptied.ring();
         }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::{Gate, Route};
+    use crate::chain::{Chain, Layer};
+    use crate::disk::{DataFile, Disk};
+    use crate::io::{File, FileStorage, Waker};
+    use formats::raw::Raw;
+    use std::sync::Arc;
+
+    fn route() -> Route {
+        let storage = Arc::new(FileStorage::new(tempfile::tempfile().expect("a temporary file")));
+        let file = DataFile::buffered(File::simulated(0));
+        let layer = Layer { image: Box::new(Raw::new(storage, 512)), file, path: "disk".into(), format: "raw" };
+        Route { disk: Arc::new(Disk::new(Chain::new(vec![Arc::new(layer)]), false)), mirror: None }
+    }
+
+    /// A write was under way when a job began and was given up, and still when the next one began: it
+    /// marks nothing there, and the next job looked at the mapping without waiting for it.
+    #[test]
+    fn who_leaves_a_route_waits_for_those_on_the_routes_before_it_too() {
+        let (gate, waker) = (Gate::new(route()), Waker::simulated(1));
+        let pass = gate.enter(&waker).expect("an open gate");
+        assert!(!gate.replace(route()).is_empty(&waker));
+        let second = gate.replace(route());
+        assert!(!second.is_empty(&waker), "somebody is on the first route");
+        let closed = gate.close();
+        assert!(!closed.is_empty(&waker));
+        assert!(!waker.was_woken());
+        drop(pass);
+        assert!(waker.was_woken());
+        assert!(second.is_empty(&waker) && closed.is_empty(&waker));
+        gate.open(route());
+        assert!(gate.enter(&waker).is_some());
     }
 }

@@ -174,7 +174,10 @@ impl GuestRequest {
             match mirror.dirty.claim(run) {
                 Some(claim) => self.both.push((run, claim)),
                 None => {
-                    self.both.drain(..).for_each(|(_, claim)| mirror.release(claim));
+                    // Not rung: this request would wake itself, again and again while it waits. Whom a claim
+                    // of this moment turned away is woken by the claim that turned this one away, or by
+                    // this request's own end.
+                    self.both.drain(..).for_each(|(_, claim)| mirror.dirty.release(claim));
                     return false;
                 }
             }

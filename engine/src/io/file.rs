@@ -3,6 +3,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// An open file or socket. Clones are the same one; the last that goes closes it.
 #[derive(Clone, Debug)]
@@ -11,7 +12,14 @@ pub struct File(Arc<Inner>);
 #[derive(Debug)]
 enum Inner {
     Open(OwnedFd),
-    Simulated(u32),
+    Simulated(Simulated),
+}
+
+/// A simulator's file: a number, and whether it was woken.
+#[derive(Debug)]
+struct Simulated {
+    number: u32,
+    woken: AtomicBool,
 }
 
 impl File {
@@ -22,14 +30,14 @@ impl File {
 
     /// A simulator's: nothing but a number.
     pub fn simulated(number: u32) -> Self {
-        Self(Arc::new(Inner::Simulated(number)))
+        Self(Arc::new(Inner::Simulated(Simulated { number, woken: AtomicBool::new(false) })))
     }
 
     /// The simulator's number; `None` for a real file.
     pub fn number(&self) -> Option<u32> {
-        match *self.0 {
+        match &*self.0 {
             Inner::Open(_) => None,
-            Inner::Simulated(number) => Some(number),
+            Inner::Simulated(simulated) => Some(simulated.number),
         }
     }
 
@@ -102,9 +110,18 @@ impl Waker {
 
     /// Ends the `Op::Wake` that is under way, or the next one.
     pub fn wake(&self) {
-        if let Some(fd) = self.0.as_fd() {
+        match &*self.0.0 {
             // Fails only where the counter is full: then the thread is being woken already.
-            let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
+            Inner::Open(fd) => drop(rustix::io::write(fd, &1u64.to_ne_bytes())),
+            Inner::Simulated(simulated) => simulated.woken.store(true, Ordering::SeqCst),
+        }
+    }
+
+    /// Whether a simulator's was woken since this was asked last.
+    pub fn was_woken(&self) -> bool {
+        match &*self.0.0 {
+            Inner::Open(_) => false,
+            Inner::Simulated(simulated) => simulated.woken.swap(false, Ordering::SeqCst),
         }
     }
 

@@ -3,11 +3,13 @@
 //! What a killed process had stored in a mapped file is in the system's page cache, and the next
 //! process finds it there. It needs no flush; a power cut loses it.
 // UNSAFETY: mapping a file, and seeing its bytes as atomic words.
-#![expect(unsafe_code)]
+#![cfg_attr(not(loom), expect(unsafe_code))]
+use crate::sync::AtomicU64;
+#[cfg(not(loom))]
 use memmap2::MmapMut;
+#[cfg(not(loom))]
 use std::io;
 use std::ops::Deref;
-use std::sync::atomic::AtomicU64;
 
 /// A fixed number of atomic words, all zero at first.
 #[derive(Debug)]
@@ -16,6 +18,7 @@ pub struct Words(Inner);
 #[derive(Debug)]
 enum Inner {
     Memory(Box<[AtomicU64]>),
+    #[cfg(not(loom))]
     File(MmapMut),
 }
 
@@ -25,10 +28,17 @@ impl Words {
         Self(Inner::Memory((0..count).map(|_| AtomicU64::new(0)).collect()))
     }
 
+    /// There are no files where loom explores.
+    #[cfg(loom)]
+    pub fn in_file(_: &std::fs::File, count: usize) -> std::io::Result<Self> {
+        Ok(Self::in_memory(count))
+    }
+
     /// The first `count` words of `file`, which is made that long; what was in it is kept.
     ///
     /// The file's blocks are allocated first, for a store to a mapped page that finds no space
     /// would end the process.
+    #[cfg(not(loom))]
     pub fn in_file(file: &std::fs::File, count: usize) -> io::Result<Self> {
         let len = (count.max(1) as u64) * 8;
         match rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), 0, len) {
@@ -49,6 +59,7 @@ impl Deref for Words {
     fn deref(&self) -> &[AtomicU64] {
         match &self.0 {
             Inner::Memory(words) => words,
+            #[cfg(not(loom))]
             // SAFETY: a mapping is page aligned, lives as long as `self`, is a whole number of
             // words long, and is only ever seen as atomic words, whose every bit pattern is valid.
             Inner::File(map) => unsafe { std::slice::from_raw_parts(map.as_ptr().cast::<AtomicU64>(), map.len() / 8) },
@@ -56,7 +67,7 @@ impl Deref for Words {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::Words;
     use std::sync::atomic::Ordering::Relaxed;

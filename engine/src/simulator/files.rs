@@ -33,10 +33,12 @@ impl Dice {
     }
 }
 
+/// What follows the bytes that were ever written is a hole, up to `len`.
 #[derive(Default)]
 pub struct FileBytes {
-    pub cached: Vec<u8>,
+    cached: Vec<u8>,
     durable: Vec<u8>,
+    len: usize,
     /// Which flush made `durable` what it is.
     flush: u64,
 }
@@ -49,7 +51,7 @@ impl Files {
     /// One more file, durable as it is.
     pub fn add(&self, bytes: Vec<u8>) -> u32 {
         let mut files = self.lock();
-        files.push(FileBytes { durable: bytes.clone(), cached: bytes, flush: 0 });
+        files.push(FileBytes { durable: bytes.clone(), len: bytes.len(), cached: bytes, flush: 0 });
         files.len() as u32 - 1
     }
 
@@ -101,9 +103,9 @@ impl SimStorage {
 
 impl Storage for SimStorage {
     fn read_at(&self, at: u64, bytes: &mut [u8]) -> io::Result<()> {
-        let read = |file: &mut FileBytes| {
-            let found = file.cached.get(at as usize..at as usize + bytes.len());
-            found.map(|found| bytes.copy_from_slice(found)).ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+        let read = |file: &mut FileBytes| match file.read(at as usize, bytes) {
+            count if count == bytes.len() => Ok(()),
+            _ => Err(io::ErrorKind::UnexpectedEof.into()),
         };
         self.with(read)
     }
@@ -112,10 +114,10 @@ impl Storage for SimStorage {
         Ok(())
     }
     fn len(&self) -> io::Result<u64> {
-        Ok(self.with(|file| file.cached.len() as u64))
+        Ok(self.with(|file| file.len as u64))
     }
     fn set_len(&self, len: u64) -> io::Result<()> {
-        self.with(|file| file.cached.resize(len as usize, 0));
+        self.with(|file| file.set_len(len as usize));
         Ok(())
     }
     fn next_data(&self, at: u64) -> io::Result<Option<u64>> {
@@ -127,9 +129,30 @@ impl Storage for SimStorage {
 }
 
 impl FileBytes {
+    /// How many bytes there were to be read.
+    pub fn read(&self, at: usize, bytes: &mut [u8]) -> usize {
+        let count = self.len.saturating_sub(at).min(bytes.len());
+        let written = self.cached.get(at..).unwrap_or_default();
+        let written = &written[..written.len().min(count)];
+        bytes[..written.len()].copy_from_slice(written);
+        bytes[written.len()..count].fill(0);
+        count
+    }
+
+    /// A bit of the device is not what it was.
+    pub fn rot(&mut self, at: usize) {
+        self.cached[at] ^= 1;
+    }
+
+    pub fn set_len(&mut self, len: usize) {
+        self.cached.truncate(len);
+        self.len = len;
+    }
+
     fn write(&mut self, at: usize, bytes: &[u8]) {
         if self.cached.len() < at + bytes.len() {
             self.cached.resize(at + bytes.len(), 0);
+            self.len = self.len.max(self.cached.len());
         }
         self.cached[at..at + bytes.len()].copy_from_slice(bytes);
     }
@@ -158,12 +181,13 @@ impl SimIo {
         Self { files: files.clone(), queue: Vec::new(), dice, fail_one_in, now: Duration::ZERO }
     }
 
-    pub fn stop_failing(&mut self) {
-        self.fail_one_in = 0;
-    }
-
     fn roll(&self, below: u64) -> u64 {
         self.dice.borrow_mut().roll(below)
+    }
+
+    /// True where nothing is under way.
+    pub fn is_empty(&self) -> bool {
+        self.queue.is_empty()
     }
 
     /// What the kernel still does after its process is gone: some of it, in any order.
@@ -179,15 +203,9 @@ impl SimIo {
 
     fn carry_out(&self, queued: &mut Queued) -> io::Result<u32> {
         let mut files = self.files.lock();
-        let mut file = |file: &crate::io::File| file.number().expect("a simulated file") as usize;
+        let file = |file: &crate::io::File| file.number().expect("a simulated file") as usize;
         match &mut queued.op {
-            Op::Read { file: from, at, buf } => {
-                let bytes = &files[file(from)].cached;
-                let found = bytes.get(*at as usize..).unwrap_or_default();
-                let count = found.len().min(buf.len());
-                buf[..count].copy_from_slice(&found[..count]);
-                Ok(count as u32)
-            }
+            Op::Read { file: from, at, buf } => Ok(files[file(from)].read(*at as usize, buf) as u32),
             Op::Write { file: to, at, buf } => {
                 files[file(to)].write(*at as usize, buf);
                 Ok(buf.len() as u32)

@@ -16,6 +16,7 @@ pub struct Guest {
     arena: Arena,
     waker: Waker,
     under_way: Option<UnderWay>,
+    blocked: bool,
     /// Requests that it will still make.
     pub left: u32,
     number: u64,
@@ -44,6 +45,7 @@ impl Guest {
             arena: Arena::new(64 << 10),
             waker: Waker::simulated(number as u32),
             under_way: None,
+            blocked: false,
             left: requests,
             number,
             next_value: 0,
@@ -61,10 +63,6 @@ impl Guest {
         std::mem::forget(self.under_way.take());
     }
 
-    pub fn stop_failing(&mut self) {
-        self.io.stop_failing();
-    }
-
     /// One move.
     pub fn step(&mut self, gate: &Gate, history: &mut History, dice: &mut Dice) {
         if self.under_way.is_none() {
@@ -74,6 +72,10 @@ impl Guest {
             self.left -= 1;
             self.begin(gate.route().disk.size(), history, dice);
         }
+        // As its thread does: it waits in its ring for an operation's end, or for its waker.
+        if self.blocked && self.io.is_empty() && !self.waker.was_woken() {
+            return;
+        }
         let Some(under_way) = &mut self.under_way else { return };
         let mut done = Vec::new();
         self.io.reap(Wait::No, &mut done).expect("a simulated queue");
@@ -81,7 +83,9 @@ impl Guest {
         for completion in done {
             under_way.request.complete(&mut tools, Token(0), completion);
         }
-        if under_way.request.step(gate, &mut tools, Token(0)) == Status::Done {
+        let status = under_way.request.step(gate, &mut tools, Token(0));
+        self.blocked = status == Status::Blocked;
+        if status == Status::Done {
             let under_way = self.under_way.take().expect("just stepped");
             under_way.end(history);
         }

@@ -92,6 +92,8 @@ pub struct World {
     /// Steps of this life.
     step: u64,
     pivots: u32,
+    /// The steps between the beginning of the pivot and its end.
+    pivoting: Option<(u64, u64)>,
 }
 
 /// One life of the daemon.
@@ -103,6 +105,10 @@ struct Life {
     waker: Waker,
     job: Option<(Job, Arc<WordJournal>, Copier, SimIo)>,
     copier_arena: Arena,
+    copier_waker: Waker,
+    copier_waits: bool,
+    /// The guests are on the target.
+    switched: bool,
 }
 
 impl World {
@@ -133,12 +139,15 @@ impl World {
         let raw_target = plan.raw_target && !plan.shallow;
         let target = ImageFile { file: files.add(Vec::new()), words: words(), raw: raw_target, base: target_base };
         match raw_target {
-            true => files.lock()[target.file as usize].cached.resize(DISK as usize, 0),
+            true => files.lock()[target.file as usize].set_len(DISK as usize),
             false => make_qcow2(&files, target.file, [9, 12, 13][dice.roll(3) as usize], plan.shallow),
         }
-        let record = files.add(vec![0; 2 * SLOT_LEN]);
+        let first = Record { generation: 1, truth: "source".to_owned(), ..new_record() };
+        let mut record = first.encode().expect("a record that fits");
+        record.resize(2 * SLOT_LEN, 0);
+        let record = files.add(record);
         files.sync();
-        Self { plan, dice, files, source, target, record, history, step: 0, pivots: 0 }
+        Self { plan, dice, files, source, target, record, history, step: 0, pivots: 0, pivoting: None }
     }
 
     /// Lives as the plan says, and once more after a crash; every promise is checked on the way.
@@ -153,6 +162,21 @@ impl World {
             self.check(crashed);
         }
         self.pivots
+    }
+
+    /// Lives without a crash. Says between which steps the pivot was.
+    pub fn pivoting(mut self) -> Option<(u64, u64)> {
+        self.live(true);
+        self.check(None);
+        self.pivoting
+    }
+
+    /// Lives without a crash; then a slot of the record rots. Says whether there was a pivot.
+    pub fn rotting(mut self, slot: usize) -> bool {
+        self.live(true);
+        self.files.lock()[self.record as usize].rot(slot * SLOT_LEN + 700);
+        self.check(None);
+        self.pivots > 0
     }
 
     /// One life. Says how it ended, if by a crash.
@@ -177,7 +201,7 @@ impl World {
                 drop(life);
                 return None;
             }
-            assert!(self.step < 200_000, "the world does not come to an end: {:?}", self.plan);
+            assert!(self.step < 200_000, "the world does not come to an end: {:?}: {}", self.plan, life.describe());
         }
     }
 
@@ -201,15 +225,21 @@ impl World {
             job.complete(&mut tools, Token(0), completion);
         }
         if job.phase() == Phase::Ready && !job.is_ending() && self.dice.one_in(6) {
-            let end = End::Switch { record: self.new_record(), journal: Some(Arc::clone(journal)) };
+            let end = End::Switch { record: new_record(), journal: Some(Arc::clone(journal)) };
             job.pivot(end, self.record_file());
         }
         let mut tools = Tools { io: &mut life.control, arena: &life.arena, waker: &life.waker };
         job.step(&mut tools, Token(0));
         let phase = job.phase();
-        if phase == Phase::Pivoted {
+        if matches!(phase, Phase::Pivoting | Phase::Pivoted) {
+            let (first, _) = self.pivoting.unwrap_or((self.step, 0));
+            self.pivoting = Some((first, self.step));
+        }
+        // The gate opens before the pivot is over: nobody has been through it yet.
+        let mirror = Arc::clone(job.mirror());
+        let opened = matches!(phase, Phase::Pivoting | Phase::Pivoted) && !job.holds_gate();
+        if opened && !std::mem::replace(&mut life.switched, true) {
             self.pivots += 1;
-            let mirror = Arc::clone(job.mirror());
             self.compare(&mirror);
         }
         if phase.is_over() {
@@ -251,6 +281,9 @@ impl World {
             waker: Waker::simulated(100),
             job: None,
             copier_arena: Arena::new(256 << 10),
+            copier_waker: Waker::simulated(101),
+            copier_waits: false,
+            switched: false,
         }
     }
 
@@ -282,20 +315,10 @@ impl World {
     }
 
     fn record_file(&self) -> RecordFile {
-        let bytes = self.files.lock()[self.record as usize].cached.clone();
+        let mut bytes = vec![0; 2 * SLOT_LEN];
+        self.files.lock()[self.record as usize].read(0, &mut bytes);
         let newest = Record::newest(&bytes).expect("one side is named");
         RecordFile::new(File::simulated(self.record), newest)
-    }
-
-    fn new_record(&self) -> Record {
-        Record {
-            generation: 0,
-            export: "vda".to_owned(),
-            origin: "source".to_owned(),
-            truth: "target".to_owned(),
-            format: "any".to_owned(),
-            size: DISK,
-        }
     }
 
     /// As the daemon opens an image at its start: what a kill left behind first.
@@ -307,8 +330,8 @@ impl World {
             settle(&*recovered, &self.files, image.file);
         }
         let journal = Arc::new(match asleep {
-            true => WordJournal::asleep(Arc::clone(&image.words), BOOT),
-            false => WordJournal::new(Arc::clone(&image.words), BOOT),
+            true => WordJournal::asleep(Arc::clone(&image.words), BOOT, (0, u64::from(image.file))),
+            false => WordJournal::new(Arc::clone(&image.words), BOOT, (0, u64::from(image.file))),
         });
         let kept: Arc<dyn Journal> = Arc::clone(&journal) as _;
         let mut layers = vec![self.layer(image.file, self.image(image, kept))];
@@ -339,10 +362,8 @@ impl World {
             let (range, source) = disk.chain().map(at, DISK - at, Look::Images).expect("a mapping");
             if let Source::Data { layer, host } = source {
                 let number = disk.chain().layers()[layer].file.file().number().expect("a simulated file");
-                let files = self.files.lock();
-                let found = files[number as usize].cached.get(host as usize..).unwrap_or_default();
-                let count = found.len().min(range.len() as usize);
-                bytes[range.start as usize..][..count].copy_from_slice(&found[..count]);
+                let bytes = &mut bytes[range.start as usize..range.end as usize];
+                self.files.lock()[number as usize].read(host as usize, bytes);
             }
             at = range.end;
         }
@@ -390,10 +411,31 @@ impl World {
 impl Life {
     fn step_copier(&mut self) {
         let Some((_, _, copier, io)) = &mut self.job else { return };
+        // As its thread does: it waits in its ring for an operation's end, or for its waker.
+        if self.copier_waits && io.is_empty() && !self.copier_waker.was_woken() {
+            return;
+        }
+        self.copier_waits = true;
         let mut done: Vec<Completion> = Vec::new();
         io.reap(Wait::No, &mut done).expect("a simulated queue");
-        let progress = copier.step(&mut Tools { io, arena: &self.copier_arena, waker: &self.waker }, &mut done);
+        let progress = copier.step(&mut Tools { io, arena: &self.copier_arena, waker: &self.copier_waker }, &mut done);
         assert!(!matches!(progress, Progress::Throttled(_)), "nobody set a limit");
+    }
+
+    /// Who waits for what.
+    fn describe(&self) -> String {
+        let guests: Vec<bool> = self.guests.iter().map(Guest::is_idle).collect();
+        let job = self.job.as_ref().map(|(job, _, copier, io)| {
+            let mirror = job.mirror();
+            let (left, settled) = (mirror.dirty.marked_bytes(), mirror.is_settled());
+            format!(
+                "{:?}, {left} marked, settled: {settled}, copier idle: {} {}",
+                job.phase(),
+                copier.is_idle(),
+                io.is_empty()
+            )
+        });
+        format!("guests idle: {guests:?}; job: {job:?}")
     }
 
     fn die(mut self) {
@@ -404,6 +446,13 @@ impl Life {
             std::mem::forget((job, journal, copier));
         }
     }
+}
+
+/// The target as the truth. Its text is longer than a sector, so its writing can be cut short.
+fn new_record() -> Record {
+    let text = str::to_owned;
+    let export = "vda".repeat(500);
+    Record { generation: 0, export, origin: text("source"), truth: text("target"), format: text("any"), size: DISK }
 }
 
 fn make_qcow2(files: &Files, file: u32, cluster_bits: u32, backed: bool) {

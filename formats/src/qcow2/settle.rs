@@ -51,7 +51,8 @@ impl Shared {
             if state.is_settling() {
                 return Ok(Settle::Busy);
             }
-            if state.is_clean() {
+            // Nothing to write, unless the journal is full of what was written: only a whole settle empties it.
+            if state.is_clean() && state.notes_left(&*this.journal) > 0 {
                 progress.stage = PAYLOAD;
                 return Ok(Settle::Flush);
             }

@@ -1,13 +1,11 @@
 //! A mirror job from its start to its end.
 //!
-//! ```text
-//!            ┌───────────► failed ◄──────────┐
-//! seeding ─► converging ◄─► ready ─► pivoting ─► pivoted
-//!    └───────────┴────────────┴───► cancelled
-//! ```
-//!
-//! `Phase::on` is the table, and does nothing itself. `Job` is stepped by the control thread: it puts
-//! the mirror in the guest's way, lets the seeder look when it may, watches the backlog, and ends.
+//! The phases are a table, in `phase`. `Job` is stepped by the control thread: it puts the mirror in
+//! the guest's way, lets the seeder look when it may, watches the backlog, and ends.
+mod phase;
+
+pub use phase::{Happened, Phase};
+
 use crate::control::{Mode, OnError};
 use crate::disk::{Disk, Status, Task, Tools};
 use crate::export::gate::{Gate, Leaving, Route};
@@ -21,80 +19,6 @@ use rustix::io::Errno;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
-
-/// Where a mirror stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Phase {
-    /// Everything is brought over once.
-    Seeding,
-    /// Catching up with the guest.
-    Converging,
-    /// Clean, or as good as: a pivot may be asked for.
-    Ready,
-    /// Between the gate's closing and its opening.
-    Pivoting,
-    /// The target is the truth.
-    Pivoted,
-    /// Ended on request; the source is the truth.
-    Cancelled,
-    /// Ended on an error; the source is the truth.
-    Failed,
-}
-
-/// What happened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Happened {
-    /// Every chunk was brought over once.
-    SeedDone,
-    /// The backlog fits in a pause, and the target is durable up to it.
-    CaughtUp,
-    /// The backlog grew past it again.
-    FellBehind,
-    /// The gate closes for the end.
-    EndBegan,
-    /// The record is durable and the export switched.
-    PivotDone,
-    /// The end stopped before its point of no return.
-    EndUndone,
-    /// An operator's wish to end was carried out.
-    CancelDone,
-    /// An error that no retry mends.
-    Broke,
-}
-
-impl Phase {
-    /// The phase after `happened`; `None` where that has no place.
-    pub fn on(self, happened: Happened) -> Option<Self> {
-        use Happened::{Broke, CancelDone, CaughtUp, EndBegan, EndUndone, FellBehind, PivotDone, SeedDone};
-        Some(match (self, happened) {
-            (Self::Seeding, SeedDone) | (Self::Ready, FellBehind) => Self::Converging,
-            (Self::Converging, CaughtUp) | (Self::Pivoting, EndUndone) => Self::Ready,
-            (Self::Ready, EndBegan) => Self::Pivoting,
-            (Self::Pivoting, PivotDone) => Self::Pivoted,
-            (Self::Seeding | Self::Converging | Self::Ready | Self::Pivoting, CancelDone) => Self::Cancelled,
-            (Self::Seeding | Self::Converging | Self::Ready | Self::Pivoting, Broke) => Self::Failed,
-            _ => return None,
-        })
-    }
-
-    /// Its name, as `status` has it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Seeding => "seeding",
-            Self::Converging => "converging",
-            Self::Ready => "ready",
-            Self::Pivoting => "pivoting",
-            Self::Pivoted => "pivoted",
-            Self::Cancelled => "cancelled",
-            Self::Failed => "failed",
-        }
-    }
-
-    /// True where the job is over.
-    pub fn is_over(self) -> bool {
-        matches!(self, Self::Pivoted | Self::Cancelled | Self::Failed)
-    }
-}
 
 /// A backlog that is copied within a pause, in bytes.
 const BACKLOG_READY: u64 = 8 << 20;
@@ -146,6 +70,10 @@ pub struct Job {
     retry_at: Option<Duration>,
     /// The record as a finished pivot left it.
     record: Option<RecordFile>,
+    /// It was ready once.
+    was_ready: bool,
+    /// The target was made durable for an end that is about to begin.
+    flushed: bool,
     /// It ended with the target a whole copy.
     complete: bool,
     /// Set while a failed job is being taken out of the guest's way.
@@ -157,7 +85,7 @@ enum Stage {
     Attaching(Leaving),
     Seeding(Seeder),
     Copying,
-    /// The target is made durable before it is called ready.
+    /// The target is made durable before it is called ready, and before the gate closes for the end.
     Settling(Box<Task>),
     Ending(Box<Pivot>),
     /// The guest's writes that still know the mirror are under way.
@@ -184,6 +112,8 @@ impl Job {
             undone: None,
             retry_at: None,
             record: None,
+            was_ready: false,
+            flushed: false,
             complete: false,
             broken: false,
         }
@@ -234,6 +164,11 @@ impl Job {
         self.wish.is_some() || matches!(self.stage, Stage::Ending(_) | Stage::Detaching(_) | Stage::Resting)
     }
 
+    /// True while it keeps guests waiting at a closed gate: it has to be stepped to its end.
+    pub fn holds_gate(&self) -> bool {
+        matches!(&self.stage, Stage::Ending(pivot) if pivot.holds_gate())
+    }
+
     /// Bytes that are left: never 0 before it is ready.
     pub fn remaining(&self) -> u64 {
         let unseen = match &self.stage {
@@ -246,8 +181,11 @@ impl Job {
         if before_ready { left.max(1) } else { left }
     }
 
-    /// Stops copying, or goes on.
+    /// Stops copying, or goes on. A job that is being given up rests for good.
     pub fn pause(&mut self, paused: bool) {
+        if matches!(self.stage, Stage::Detaching(_) | Stage::Resting | Stage::Over) {
+            return;
+        }
         self.paused = paused;
         if !paused {
             self.error = None;
@@ -267,9 +205,10 @@ impl Job {
         self.wish = Some(Wish::Pivot(Box::new((end, record))));
     }
 
-    /// Wishes for the end on the source: with a whole copy where it is ready and not `force`.
+    /// Wishes for the end on the source: with a whole copy, unless it never was ready or `force`. Who
+    /// heard that it is ready gets what was promised, also where the guest has just run ahead again.
     pub fn cancel(&mut self, force: bool) {
-        self.wish = Some(if force || self.phase != Phase::Ready { Wish::GiveUp } else { Wish::Finish });
+        self.wish = Some(if force || !self.was_ready { Wish::GiveUp } else { Wish::Finish });
     }
 
     /// Why a pivot or a finish was undone, once.
@@ -321,6 +260,7 @@ impl Job {
                 if task.step(tools, base) == Status::Done {
                     let Stage::Settling(task) = std::mem::replace(&mut self.stage, Stage::Copying) else { return true };
                     match task.end().0 {
+                        Ok(()) if self.phase == Phase::Ready => self.flushed = true,
                         Ok(()) => self.happened(Happened::CaughtUp),
                         Err(error) => self.parts.mirror.fail(true, error),
                     }
@@ -393,7 +333,11 @@ impl Job {
             return;
         }
         let Some(fault) = self.parts.mirror.clear_fault() else { return };
-        let policy = if fault.target { self.parts.on_target_error } else { OnError::Report };
+        let policy = match fault.target && !self.parts.mirror.target.is_poisoned() {
+            true => self.parts.on_target_error,
+            // No retry makes good what a flush has lost.
+            false => OnError::Report,
+        };
         let no_space = fault.error.raw_os_error() == Some(Errno::NOSPC.raw_os_error());
         self.error = Some(self.describe(&fault));
         match policy {
@@ -433,6 +377,11 @@ impl Job {
                 self.wish = Some(wish);
                 return false;
             }
+            // What was copied since may be much: made durable now, it does not keep the guest waiting.
+            Some(wish) if !self.flushed && !planted(fault::Fault::RecordBeforeFlush) => {
+                self.wish = Some(wish);
+                self.stage = Stage::Settling(Box::new(Task::flush(Arc::clone(&self.parts.mirror.target))));
+            }
             Some(Wish::Pivot(wish)) => self.begin_end(wish.0, Some(wish.1), tools.io.now()),
             Some(Wish::Finish) => self.begin_end(End::Stay, None, tools.io.now()),
         }
@@ -442,6 +391,7 @@ impl Job {
     /// Closes the gate for the end. A wish to end outweighs a wish to rest.
     fn begin_end(&mut self, end: End, record: Option<RecordFile>, now: Duration) {
         self.paused = false;
+        self.flushed = false;
         self.parts.mirror.hold(false);
         let (mirror, gate) = (Arc::clone(&self.parts.mirror), Arc::clone(&self.parts.gate));
         self.stage = Stage::Ending(Box::new(Pivot::begin(mirror, gate, end, record, now, self.parts.pause_max)));
@@ -463,6 +413,10 @@ impl Job {
             Err(error) => {
                 self.undone = Some(error.one_line());
                 self.happened(Happened::EndUndone);
+                if self.parts.mirror.target.is_poisoned() {
+                    // Whatever was ready is so no more.
+                    self.parts.mirror.fail(true, error);
+                }
             }
         }
     }
@@ -487,7 +441,10 @@ impl Job {
 
     fn happened(&mut self, happened: Happened) {
         match self.phase.on(happened) {
-            Some(phase) => self.phase = phase,
+            Some(phase) => {
+                self.was_ready |= phase == Phase::Ready;
+                self.phase = phase;
+            }
             None => unreachable!("{happened:?} in {:?}", self.phase),
         }
     }

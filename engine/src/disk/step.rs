@@ -1,0 +1,62 @@
+//! What every stepped operation on a disk has to do with: its thread's tools, where a step left it, and
+//! what the kernel moved of a buffer.
+use crate::io::{Arena, Buffer, Io, Op, Waker};
+use formats::error::Error;
+use std::io;
+
+/// What a stepped thing works with: its thread's queue, memory and bell-push.
+pub struct Tools<'a, I: Io> {
+    /// The queue.
+    pub io: &'a mut I,
+    /// Memory for what a task needs beside its caller's buffer.
+    pub arena: &'a Arena,
+    /// Who is woken when a blocked task can go on.
+    pub waker: &'a Waker,
+}
+
+/// Where a step left a task.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    /// Operations are under way.
+    Busy,
+    /// Nothing is under way; the owner's waker is called when it is worth another step.
+    Blocked,
+    /// Over.
+    Done,
+}
+
+/// Memory beside the caller's: from the arena, or its own where that is full.
+pub(super) fn scratch<I: Io>(tools: &Tools<I>, len: usize) -> Buffer {
+    tools.arena.take(len).unwrap_or_else(|| Buffer::alone(len))
+}
+
+/// Keeps the first error of several operations.
+pub(super) fn keep(error: &mut Option<Error>, new: Error) {
+    error.get_or_insert(new);
+}
+
+/// How much of a buffer an operation moved: all, a part with the rest to be moved still, or nothing.
+pub(super) enum Moved {
+    All(Buffer),
+    Part { moved: Buffer, rest: Buffer },
+    Nothing(Buffer),
+    Failed(Buffer, io::Error),
+}
+
+impl Moved {
+    pub(super) fn of(op: Op, result: io::Result<u32>) -> Self {
+        let (Op::Read { buf, .. } | Op::Write { buf, .. }) = op else {
+            unreachable!("a task's payload moves by reads and writes")
+        };
+        match result {
+            Err(error) => Self::Failed(buf, error),
+            Ok(count) if count as usize >= buf.len() => Self::All(buf),
+            Ok(0) => Self::Nothing(buf),
+            Ok(count) => {
+                let mut moved = buf;
+                let rest = moved.split_off(count as usize);
+                Self::Part { moved, rest }
+            }
+        }
+    }
+}

@@ -1,0 +1,192 @@
+//! Every interleaving, and every order of memory that the language allows, of what threads share:
+//! `RUSTFLAGS="--cfg loom" cargo test -p engine --release interleavings`.
+use crate::chain::{Chain, Layer};
+use crate::dirty::DirtyBitmap;
+use crate::disk::{DataFile, Disk};
+use crate::export::gate::{Gate, Route};
+use crate::io::{File, Waker};
+use crate::mirror::Mirror;
+use crate::sync::{AtomicU64, Ordering};
+use formats::image::Image;
+use formats::range::ByteRange;
+use formats::raw::Raw;
+use formats::storage::Storage;
+use std::io;
+use std::sync::Arc;
+
+const CHUNK_BITS: u32 = 9;
+const CHUNK: ByteRange = ByteRange { start: 0, end: 1 << CHUNK_BITS };
+
+/// A bitmap of two words of marks.
+fn bitmap() -> DirtyBitmap {
+    DirtyBitmap::new(128 << CHUNK_BITS, CHUNK_BITS)
+}
+
+/// A guest writes and then marks; a copier takes, reads and puts on the target. When the map is clean
+/// the target has what the guest wrote. The bytes are relaxed: only the marks order them.
+#[test]
+fn a_clean_map_means_that_the_target_has_it() {
+    loom::model(|| {
+        let map = Arc::new(bitmap());
+        let source = Arc::new(AtomicU64::new(0));
+        let target = Arc::new(AtomicU64::new(0));
+        let copy = |map: &DirtyBitmap, source: &AtomicU64, target: &AtomicU64| {
+            if let Some(claim) = map.take(CHUNK, 1) {
+                target.store(source.load(Ordering::Relaxed), Ordering::Relaxed);
+                map.release(claim);
+            }
+        };
+        map.mark(CHUNK);
+        let guest = {
+            let (map, source) = (Arc::clone(&map), Arc::clone(&source));
+            loom::thread::spawn(move || {
+                source.store(1, Ordering::Relaxed);
+                map.mark(CHUNK);
+            })
+        };
+        copy(&map, &source, &target);
+        guest.join().expect("no panic");
+        copy(&map, &source, &target);
+        assert!(map.is_clean());
+        assert_eq!(target.load(Ordering::Relaxed), 1);
+    });
+}
+
+/// A scan that finds a word empty may clear its bit of the summary, never that of a mark.
+#[test]
+fn a_mark_that_comes_while_somebody_scans_is_found() {
+    loom::model(|| {
+        let map = Arc::new(bitmap());
+        let everything = ByteRange { start: 0, end: 128 << CHUNK_BITS };
+        // The summary's bit is set and the word is empty: the scan will clear it.
+        map.mark(CHUNK);
+        let claim = map.take(CHUNK, 1).expect("just marked");
+        map.release(claim);
+        let guest = {
+            let map = Arc::clone(&map);
+            loom::thread::spawn(move || map.mark(CHUNK))
+        };
+        let early = map.take(everything, 1);
+        guest.join().expect("no panic");
+        let found = early.is_some() || map.take(ByteRange { start: 0, end: 128 << CHUNK_BITS }, 1).is_some();
+        assert!(found, "a mark was lost");
+    });
+}
+
+/// Two copiers and one mark: one of them has the chunk.
+#[test]
+fn a_chunk_has_one_claim_at_a_time() {
+    loom::model(|| {
+        let map = Arc::new(bitmap());
+        let inside = Arc::new(AtomicU64::new(0));
+        map.mark(CHUNK);
+        let work = |map: &DirtyBitmap, inside: &AtomicU64| {
+            if let Some(claim) = map.take(CHUNK, 1) {
+                assert_eq!(inside.fetch_add(1, Ordering::Relaxed), 0, "two are in one chunk");
+                inside.fetch_sub(1, Ordering::Relaxed);
+                map.release(claim);
+            }
+        };
+        let other = {
+            let (map, inside) = (Arc::clone(&map), Arc::clone(&inside));
+            loom::thread::spawn(move || work(&map, &inside))
+        };
+        map.mark(CHUNK);
+        work(&map, &inside);
+        other.join().expect("no panic");
+    });
+}
+
+/// A copy that fails marks again before it lets go: nobody sees a settled mirror in between.
+#[test]
+fn a_mirror_is_not_settled_while_a_copy_may_fail() {
+    loom::model(|| {
+        let mirror = Arc::new(Mirror::new(disk(), disk(), CHUNK_BITS, false));
+        mirror.dirty.mark(CHUNK);
+        let copier = {
+            let mirror = Arc::clone(&mirror);
+            loom::thread::spawn(move || {
+                if let Some(claim) = mirror.take(CHUNK, 1) {
+                    mirror.dirty.mark(CHUNK);
+                    mirror.put(claim);
+                }
+            })
+        };
+        assert!(!mirror.is_settled(), "the target still lacks the chunk");
+        copier.join().expect("no panic");
+    });
+}
+
+/// Closed and nobody inside: then nobody is, and nobody will be.
+#[test]
+fn a_closed_and_empty_gate_has_nobody_inside() {
+    loom::model(|| {
+        let gate = Arc::new(Gate::new(Route { disk: disk(), mirror: None }));
+        let inside = Arc::new(AtomicU64::new(0));
+        let guest = {
+            let (gate, inside) = (Arc::clone(&gate), Arc::clone(&inside));
+            loom::thread::spawn(move || {
+                if let Some(pass) = gate.enter(&Waker::simulated(1)) {
+                    inside.store(1, Ordering::Relaxed);
+                    inside.store(0, Ordering::Relaxed);
+                    drop(pass);
+                }
+            })
+        };
+        let leaving = gate.close();
+        if leaving.is_empty(&Waker::simulated(2)) {
+            assert_eq!(inside.load(Ordering::Relaxed), 0, "a request is inside a closed gate");
+        }
+        guest.join().expect("no panic");
+        assert!(leaving.is_empty(&Waker::simulated(2)));
+    });
+}
+
+/// Who waits at a closed gate hears of its opening.
+#[test]
+fn nobody_waits_at_an_open_gate() {
+    loom::model(|| {
+        let route = || Route { disk: disk(), mirror: None };
+        let gate = Arc::new(Gate::new(route()));
+        drop(gate.close());
+        let opener = {
+            let gate = Arc::clone(&gate);
+            loom::thread::spawn(move || gate.open(Route { disk: disk(), mirror: None }))
+        };
+        let waker = Waker::simulated(3);
+        let entered = gate.enter(&waker).is_some();
+        opener.join().expect("no panic");
+        assert!(entered || waker.was_woken(), "a request waits for good");
+    });
+}
+
+fn disk() -> Arc<Disk> {
+    let image: Box<dyn Image> = Box::new(Raw::new(Arc::new(Nothing), 128 << CHUNK_BITS));
+    let file = DataFile::buffered(File::simulated(0));
+    let layer = Layer { image, file, path: "nothing".into(), format: "raw" };
+    Arc::new(Disk::new(Chain::new(vec![Arc::new(layer)]), false))
+}
+
+/// Bytes that nobody asks for.
+struct Nothing;
+
+impl Storage for Nothing {
+    fn read_at(&self, _: u64, _: &mut [u8]) -> io::Result<()> {
+        Err(io::ErrorKind::UnexpectedEof.into())
+    }
+    fn write_at(&self, _: u64, _: &[u8]) -> io::Result<()> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+    fn len(&self) -> io::Result<u64> {
+        Ok(0)
+    }
+    fn set_len(&self, _: u64) -> io::Result<()> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+    fn next_data(&self, _: u64) -> io::Result<Option<u64>> {
+        Ok(None)
+    }
+    fn next_hole(&self, at: u64) -> io::Result<u64> {
+        Ok(at)
+    }
+}

@@ -1,0 +1,236 @@
+//! Corners that a world of dice rarely comes to: each is built by hand, step by step.
+use super::files::{Files, SimIo};
+use crate::chain::{Chain, Layer};
+use crate::control::{Mode, OnError};
+use crate::copier::{Copier, Depth};
+use crate::disk::{DataFile, Disk, Status, Tools};
+use crate::export::gate::{Gate, Route};
+use crate::export::request::{Action, GuestRequest};
+use crate::io::{Arena, Buffer, Completion, File, Io, Op, Token, Wait, Waker};
+use crate::job::{Job, Parts, Phase};
+use crate::mirror::Mirror;
+use crate::pivot::{End, RecordFile};
+use formats::range::ByteRange;
+use formats::raw::Raw;
+use formats::record::{Record, SLOT_LEN};
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+const DISK: u64 = 96 << 10;
+const CHUNK_BITS: u32 = 12;
+const CHUNK: u64 = 1 << CHUNK_BITS;
+
+/// Two raw disks of ones and zeroes, and the gate to the first.
+struct Stage {
+    files: Files,
+    record: u32,
+    gate: Arc<Gate>,
+    mirror: Arc<Mirror>,
+    arena: Arena,
+    waker: Waker,
+}
+
+impl Stage {
+    fn new() -> Self {
+        let files = Files::default();
+        let disk = |byte: u8| {
+            let number = files.add(vec![byte; DISK as usize]);
+            let image = Box::new(Raw::new(files.storage(number), DISK));
+            let file = DataFile::buffered(File::simulated(number));
+            let layer = Layer { image, file, path: format!("file{number}").into(), format: "raw" };
+            Arc::new(Disk::new(Chain::new(vec![Arc::new(layer)]), false))
+        };
+        let mirror = Arc::new(Mirror::new(disk(1), disk(0), CHUNK_BITS, false));
+        let gate = Arc::new(Gate::new(Route { disk: Arc::clone(&mirror.source), mirror: None }));
+        let record = files.add(vec![0; 2 * SLOT_LEN]);
+        Self { files, record, gate, mirror, arena: Arena::new(256 << 10), waker: Waker::simulated(9) }
+    }
+
+    fn mirrored(&self) -> Route {
+        Route { disk: Arc::clone(&self.mirror.source), mirror: Some(Arc::clone(&self.mirror)) }
+    }
+
+    fn job(&self, on_target_error: OnError) -> Job {
+        Job::start(Parts {
+            id: "job".to_owned(),
+            mirror: Arc::clone(&self.mirror),
+            gate: Arc::clone(&self.gate),
+            target_is_zero: true,
+            mode: Mode::Background,
+            on_target_error,
+            pause_max: Duration::from_secs(1),
+        })
+    }
+
+    fn copier(&self) -> (Copier, SimIo) {
+        let copier = Copier::new(Arc::clone(&self.mirror), Depth { slots: 2, run_len: 16 << 10 }, 0);
+        (copier, SimIo::new(&self.files, 3, 0))
+    }
+
+    /// Steps a job and its copier until `until`, or says where it stands after so many steps.
+    fn run<I: Io>(&self, job: &mut Job, io: &mut I, copier: &mut (Copier, SimIo), until: Phase) -> Phase {
+        for _ in 0..2_000 {
+            if job.phase() == until {
+                break;
+            }
+            let mut done = Vec::new();
+            io.reap(Wait::No, &mut done).expect("a simulated queue");
+            let mut tools = Tools { io, arena: &self.arena, waker: &self.waker };
+            done.into_iter().for_each(|completion| job.complete(&mut tools, Token(0), completion));
+            job.step(&mut tools, Token(0));
+            let (copier, io) = &mut *copier;
+            let mut done = Vec::new();
+            io.reap(Wait::No, &mut done).expect("a simulated queue");
+            copier.step(&mut Tools { io, arena: &self.arena, waker: &self.waker }, &mut done);
+        }
+        job.phase()
+    }
+
+    fn switch(&self) -> (End, RecordFile) {
+        let text = |text: &str| text.to_owned();
+        let record = Record {
+            generation: 0,
+            export: text("vda"),
+            origin: text("source"),
+            truth: text("target"),
+            format: text("raw"),
+            size: DISK,
+        };
+        (End::Switch { record, journal: None }, RecordFile::new(File::simulated(self.record), None))
+    }
+}
+
+/// A queue in which every flush fails from the time that it is told to.
+struct NoFlush {
+    io: SimIo,
+    fails: bool,
+}
+
+impl Io for NoFlush {
+    fn submit(&mut self, token: Token, op: Op) {
+        self.io.submit(token, op);
+    }
+    fn reap(&mut self, wait: Wait, done: &mut Vec<Completion>) -> io::Result<()> {
+        self.io.reap(wait, done)?;
+        for completion in done.iter_mut().filter(|_| self.fails) {
+            if matches!(completion.op, Op::Flush { .. }) {
+                completion.result = Err(io::Error::from_raw_os_error(5));
+            }
+        }
+        Ok(())
+    }
+    fn now(&self) -> Duration {
+        self.io.now()
+    }
+}
+
+/// A request got some of its claims, gave them back and rang: for itself, who had just begun to listen.
+#[test]
+fn a_request_that_waits_for_a_claim_does_not_wake_itself() {
+    let stage = Stage::new();
+    stage.mirror.set_write_both(true);
+    drop(stage.gate.replace(stage.mirrored()));
+    stage.mirror.dirty.mark(ByteRange { start: CHUNK, end: 2 * CHUNK });
+    let elsewhere = stage.mirror.dirty.claim(ByteRange { start: 2 * CHUNK, end: 3 * CHUNK }).expect("nobody has it");
+    let range = ByteRange { start: 0, end: 3 * CHUNK };
+    let mut request = GuestRequest::new(Action::Write(Buffer::alone(range.len() as usize)), range, false);
+    let mut io = SimIo::new(&stage.files, 1, 0);
+    let mut tools = Tools { io: &mut io, arena: &stage.arena, waker: &stage.waker };
+    for _ in 0..3 {
+        assert_eq!(request.step(&stage.gate, &mut tools, Token(0)), Status::Blocked);
+        assert!(!stage.waker.was_woken(), "it would be stepped again and again for nothing");
+    }
+    stage.mirror.release(elsewhere);
+    assert!(stage.waker.was_woken());
+    assert_eq!(request.step(&stage.gate, &mut tools, Token(0)), Status::Busy);
+    std::mem::forget(request);
+}
+
+/// With `ignore` and `stop` the job went on after a flush of its target had failed, and could be called
+/// ready again.
+#[test]
+fn a_failed_flush_of_the_target_ends_the_job_whatever_was_said_of_errors() {
+    for policy in [OnError::Report, OnError::Stop, OnError::Enospc, OnError::Ignore] {
+        let stage = Stage::new();
+        let mut io = NoFlush { io: SimIo::new(&stage.files, 2, 0), fails: true };
+        let phase = stage.run(&mut stage.job(policy), &mut io, &mut stage.copier(), Phase::Failed);
+        assert_eq!(phase, Phase::Failed, "{policy:?}");
+    }
+}
+
+/// The pivot was undone, and the job stayed ready with a target that nothing is promised of.
+#[test]
+fn a_failed_flush_of_the_target_in_a_pivot_ends_the_job() {
+    for policy in [OnError::Report, OnError::Ignore] {
+        let stage = Stage::new();
+        let (mut job, mut copier) = (stage.job(policy), stage.copier());
+        let mut io = NoFlush { io: SimIo::new(&stage.files, 2, 0), fails: false };
+        assert_eq!(stage.run(&mut job, &mut io, &mut copier, Phase::Ready), Phase::Ready);
+        let (end, record) = stage.switch();
+        job.pivot(end, record);
+        assert_eq!(stage.run(&mut job, &mut io, &mut copier, Phase::Pivoting), Phase::Pivoting);
+        io.fails = true;
+        assert_eq!(stage.run(&mut job, &mut io, &mut copier, Phase::Failed), Phase::Failed, "{policy:?}");
+        assert!(job.take_undone().is_some());
+        assert!(stage.gate.enter(&stage.waker).is_some_and(|pass| pass.route().mirror.is_none()));
+    }
+}
+
+/// Resumed while it was being given up, a job copied on to its end before it was over.
+#[test]
+fn a_job_that_is_given_up_is_not_resumed() {
+    let stage = Stage::new();
+    let (mut job, mut copier) = (stage.job(OnError::Report), stage.copier());
+    let mut io = SimIo::new(&stage.files, 2, 0);
+    stage.mirror.hold(true);
+    assert_eq!(stage.run(&mut job, &mut io, &mut copier, Phase::Ready), Phase::Seeding);
+    let pass = stage.gate.enter(&stage.waker);
+    job.cancel(true);
+    assert_eq!(stage.run(&mut job, &mut io, &mut copier, Phase::Cancelled), Phase::Seeding);
+    let left = stage.mirror.dirty.marked_bytes();
+    assert!(left > 0, "nothing was copied while it was held");
+    job.pause(false);
+    assert_eq!(stage.run(&mut job, &mut io, &mut copier, Phase::Cancelled), Phase::Seeding);
+    assert_eq!(stage.mirror.dirty.marked_bytes(), left);
+    drop(pass);
+    assert_eq!(stage.run(&mut job, &mut io, &mut copier, Phase::Cancelled), Phase::Cancelled);
+}
+
+/// One guest's request did not end, and all others waited for it at the closed gate.
+#[test]
+fn a_request_that_does_not_end_undoes_the_pivot() {
+    let stage = Stage::new();
+    let (mut job, mut copier) = (stage.job(OnError::Report), stage.copier());
+    let mut io = SimIo::new(&stage.files, 2, 0);
+    assert_eq!(stage.run(&mut job, &mut io, &mut copier, Phase::Ready), Phase::Ready);
+    let stuck = stage.gate.enter(&stage.waker);
+    let (end, record) = stage.switch();
+    job.pivot(end, record);
+    assert_eq!(stage.run(&mut job, &mut io, &mut copier, Phase::Pivoting), Phase::Pivoting);
+    assert!(stage.gate.enter(&stage.waker).is_none());
+    assert_eq!(stage.run(&mut job, &mut io, &mut copier, Phase::Ready), Phase::Ready);
+    assert!(job.take_undone().is_some_and(|why| why.contains("under way")));
+    assert!(stage.gate.enter(&stage.waker).is_some_and(|pass| pass.route().mirror.is_some()));
+    let (end, record) = stage.switch();
+    job.pivot(end, record);
+    assert_eq!(stage.run(&mut job, &mut io, &mut copier, Phase::Pivoting), Phase::Pivoting);
+    drop(stuck);
+    assert_eq!(stage.run(&mut job, &mut io, &mut copier, Phase::Pivoted), Phase::Pivoted);
+}
+
+/// The target was flushed for the first time since it was ready with all guests waiting.
+#[test]
+fn the_target_is_flushed_before_the_gate_closes() {
+    let stage = Stage::new();
+    let (mut job, mut copier) = (stage.job(OnError::Report), stage.copier());
+    let mut io = SimIo::new(&stage.files, 2, 0);
+    assert_eq!(stage.run(&mut job, &mut io, &mut copier, Phase::Ready), Phase::Ready);
+    let (end, record) = stage.switch();
+    job.pivot(end, record);
+    let mut tools = Tools { io: &mut io, arena: &stage.arena, waker: &stage.waker };
+    job.step(&mut tools, Token(0));
+    job.step(&mut tools, Token(0));
+    assert!(stage.gate.enter(&stage.waker).is_some(), "the gate is open while the target is flushed");
+    assert_eq!(stage.run(&mut job, &mut io, &mut copier, Phase::Pivoted), Phase::Pivoted);
+}
