@@ -19,6 +19,11 @@ impl Shared {
         if let Entry::Data { host, copied } = entry
             && state.is_exclusive(host, copied)?
         {
+            // It was shared when a write began to move it, and is not any more: what is written
+            // in place now would be left behind.
+            if !copied && state.unreserved(first, 1) == 0 {
+                return Ok(Reserve::Busy);
+            }
             let here = |nth, raw: u64| raw == (host + (nth << bits)) | COPIED;
             let count = state.run(first, last - first + 1, here)?.max(1);
             return Ok(Reserve::Room(this.in_place(guest, host, count)));
