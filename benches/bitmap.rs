@@ -47,7 +47,7 @@ fn mark(c: &mut Criterion) {
             at = (at + 7_654_321) % (CHUNKS - 512);
             at
         };
-        let mut next_too = next.clone();
+        let mut next_too = next;
         group.bench_function(format!("ours/{count}"), |b| b.iter(|| map.mark(chunks(next(), count))));
         group.bench_function(format!("bitvec/{count}"), |b| {
             b.iter(|| {

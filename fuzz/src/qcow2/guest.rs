@@ -183,9 +183,10 @@ impl Guest {
     /// What was discarded reads as zeroes, or as before.
     fn discarded(&mut self, range: ByteRange) -> Result<(), Error> {
         let now = read_all(self.image(), &self.disk, self.below)?;
-        for at in range.start as usize..range.end as usize {
-            assert!(now[at] == 0 || now[at] == self.bytes[at], "byte {at} after a discard");
-            self.bytes[at] = now[at];
+        let here = range.start as usize..range.end as usize;
+        for (before, now) in self.bytes[here.clone()].iter_mut().zip(&now[here]) {
+            assert!(*now == 0 || now == before, "{range} after a discard");
+            *before = *now;
         }
         self.changed.push(range);
         Ok(())
