@@ -183,10 +183,10 @@ impl Guest {
     /// What was discarded reads as zeroes, or as before.
     fn discarded(&mut self, range: ByteRange) -> Result<(), Error> {
         let now = read_all(self.image(), &self.disk, self.below)?;
-        let bytes = range.start as usize..range.end as usize;
-        for (was, now) in self.bytes[bytes.clone()].iter_mut().zip(&now[bytes]) {
-            assert!(*now == 0 || now == was, "{now} instead of {was} after a discard of {range}");
-            *was = *now;
+        let here = range.start as usize..range.end as usize;
+        for (before, now) in self.bytes[here.clone()].iter_mut().zip(&now[here]) {
+            assert!(*now == 0 || now == before, "{range} after a discard");
+            *before = *now;
         }
         self.changed.push(range);
         Ok(())
