@@ -97,8 +97,9 @@ impl Record {
     /// The record that counts among the slots of `file`, and its slot; `None` where there never was
     /// one.
     ///
-    /// A slot that is not whole is one whose writing was cut short, so the other counts. Where no
-    /// slot is whole and one was written, nobody knows: an error.
+    /// A slot that is not whole is one whose writing was cut short, so the other counts. The first record
+    /// ever goes to the first slot: where that is not whole and the second was never written, it was
+    /// cut short too, and nothing is recorded yet. Where else no slot is whole, nobody knows: an error.
     pub fn newest(file: &[u8]) -> Result<Option<(Self, usize)>> {
         if file.len() != 2 * SLOT_LEN {
             return Err(Error::malformed(format!(
@@ -123,7 +124,7 @@ impl Record {
             }
         }
         match (newest, damaged) {
-            (None, Some(damaged)) => Err(damaged),
+            (None, Some(damaged)) if second.iter().any(|byte| *byte != 0) => Err(damaged),
             (newest, _) => Ok(newest),
         }
     }
@@ -172,7 +173,9 @@ mod tests {
         let halved = file(&new_slot[..40], &old_slot[40..]);
         assert_eq!(newest(&old_slot, &torn), Some((new.clone(), 1)), "a short record fits one sector");
         assert_eq!(newest(&old_slot, &halved), Some((old, 0)));
-        assert!(Record::newest(&file(&halved, &blank)).is_err(), "nobody knows");
+        assert_eq!(newest(&halved, &blank), None, "the first record ever was cut short");
+        assert!(Record::newest(&file(&blank, &halved)).is_err(), "nobody knows");
+        assert!(Record::newest(&file(&halved, &halved)).is_err(), "nobody knows");
     }
 
     #[test]

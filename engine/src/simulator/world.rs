@@ -142,10 +142,7 @@ impl World {
             true => files.lock()[target.file as usize].set_len(DISK as usize),
             false => make_qcow2(&files, target.file, [9, 12, 13][dice.roll(3) as usize], plan.shallow),
         }
-        let first = Record { generation: 1, truth: "source".to_owned(), ..new_record() };
-        let mut record = first.encode().expect("a record that fits");
-        record.resize(2 * SLOT_LEN, 0);
-        let record = files.add(record);
+        let record = files.add(first_record(&mut dice));
         files.sync();
         Self { plan, dice, files, source, target, record, history, step: 0, pivots: 0, pivoting: None }
     }
@@ -453,6 +450,14 @@ fn new_record() -> Record {
     let text = str::to_owned;
     let export = "vda".repeat(500);
     Record { generation: 0, export, origin: text("source"), truth: text("target"), format: text("any"), size: DISK }
+}
+
+/// Blank, or naming the source since an earlier life.
+fn first_record(dice: &mut Dice) -> Vec<u8> {
+    let first = Record { generation: 1, truth: "source".to_owned(), ..new_record() };
+    let mut record = if dice.one_in(2) { first.encode().expect("a record that fits") } else { Vec::new() };
+    record.resize(2 * SLOT_LEN, 0);
+    record
 }
 
 fn make_qcow2(files: &Files, file: u32, cluster_bits: u32, backed: bool) {
