@@ -6,6 +6,8 @@
 pub enum Fault {
     /// 1: the mapping is looked at while writes that mark nothing are still under way.
     LookBeforeOldWritesEnd,
+    /// 1: copies begin while writes that mark nothing are still under way.
+    CopyBeforeOldWritesEnd,
     /// 2: a guest write marks its chunks before the source has it.
     MarkBeforeWrite,
     /// 2: a guest write that failed marks nothing.

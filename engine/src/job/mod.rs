@@ -99,7 +99,9 @@ impl Job {
     /// Puts the mirror in the way of every guest write that comes from now on.
     pub fn start(parts: Parts) -> Self {
         let route = Route { disk: Arc::clone(&parts.mirror.source), mirror: Some(Arc::clone(&parts.mirror)) };
-        parts.mirror.set_write_both(parts.mode == Mode::WriteBlocking);
+        // Nothing reaches the target before: what an old write turns to zeroes behind a copy, the seeder
+        // would take for something that need not be brought.
+        parts.mirror.hold(!planted(fault::Fault::CopyBeforeOldWritesEnd));
         let stage = Stage::Attaching(parts.gate.replace(route));
         Self {
             parts,
@@ -191,7 +193,12 @@ impl Job {
             self.error = None;
             self.parts.mirror.clear_fault();
         }
-        self.parts.mirror.hold(paused);
+        self.parts.mirror.hold(paused || self.is_attaching());
+    }
+
+    /// True while writes that mark nothing may be under way: nothing may reach the target yet.
+    fn is_attaching(&self) -> bool {
+        matches!(self.stage, Stage::Attaching(_))
     }
 
     /// Changes how guest writes are handled from now on.
@@ -236,6 +243,8 @@ impl Job {
             Stage::Attaching(leaving) => {
                 if leaving.is_empty(tools.waker) || planted(fault::Fault::LookBeforeOldWritesEnd) {
                     self.stage = Stage::Seeding(Seeder::new(self.parts.target_is_zero));
+                    self.parts.mirror.hold(self.paused);
+                    self.choose_mode();
                     return true;
                 }
                 self.look_at_wishes(tools)
@@ -312,6 +321,7 @@ impl Job {
         let mirror = &self.parts.mirror;
         let both = match self.parts.mode {
             Mode::Background => false,
+            _ if self.is_attaching() => false,
             Mode::WriteBlocking => true,
             Mode::Auto => {
                 let looked = matches!(self.stage, Stage::Copying | Stage::Settling(_));

@@ -183,7 +183,7 @@ fn a_job_that_is_given_up_is_not_resumed() {
     let stage = Stage::new();
     let (mut job, mut copier) = (stage.job(OnError::Report), stage.copier());
     let mut io = SimIo::new(&stage.files, 2, 0);
-    stage.mirror.hold(true);
+    job.pause(true);
     assert_eq!(stage.run(&mut job, &mut io, &mut copier, Phase::Ready), Phase::Seeding);
     let pass = stage.gate.enter(&stage.waker);
     job.cancel(true);

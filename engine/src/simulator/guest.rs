@@ -56,6 +56,12 @@ impl Guest {
         self.under_way.is_none()
     }
 
+    /// True while it makes zeroes.
+    pub fn is_zeroing(&self) -> bool {
+        let zero = |under_way: &UnderWay| matches!(under_way.kind, Kind::Write { value: 0, .. });
+        self.under_way.as_ref().is_some_and(zero)
+    }
+
     /// The process is gone; the kernel ends what it has.
     pub fn die(mut self) {
         self.io.abandon();

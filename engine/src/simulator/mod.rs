@@ -72,6 +72,13 @@ fn looking_before_old_writes_end_is_caught() {
     assert_caught(Fault::LookBeforeOldWritesEnd, calm);
 }
 
+/// Promise 1. Found by a world (seed 1239 of its day): a chunk was copied for a new write while an old one
+/// was under way, which then made it zeroes; the seeder took them for nothing to bring.
+#[test]
+fn copying_before_old_writes_end_is_caught() {
+    assert_caught(Fault::CopyBeforeOldWritesEnd, |seed| Plan { eager: true, mode: Mode::Background, ..calm(seed) });
+}
+
 /// Promise 2.
 #[test]
 fn marking_before_the_write_is_caught() {

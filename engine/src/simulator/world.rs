@@ -48,6 +48,8 @@ pub struct Plan {
     pub mode: Mode,
     /// One operation in so many fails; 0 for none.
     pub fail_one_in: u64,
+    /// The job starts while a guest makes zeroes, and its copier moves far more often than the guests.
+    pub eager: bool,
 }
 
 impl Plan {
@@ -68,6 +70,7 @@ impl Plan {
             shallow: !raw_source && dice.one_in(3),
             mode: [Mode::Background, Mode::WriteBlocking, Mode::Auto][dice.roll(3) as usize],
             fail_one_in: if dice.one_in(3) { 40 } else { 0 },
+            eager: false,
         }
     }
 }
@@ -188,7 +191,8 @@ impl World {
                 Fate::PowerCut(step) if step == self.step => return Some(self.cut_power(life)),
                 _ => {}
             }
-            if !started && self.step >= start {
+            let may_start = !self.plan.eager || life.guests.iter().any(|guest| guest.is_zeroing() || guest.left == 0);
+            if !started && self.step >= start && may_start {
                 started = true;
                 self.start_job(&mut life);
             }
@@ -204,6 +208,9 @@ impl World {
 
     /// One actor moves.
     fn step(&mut self, life: &mut Life) {
+        if self.plan.eager && self.dice.one_in(2) {
+            return life.step_copier();
+        }
         match self.dice.roll(GUESTS + 4) {
             number if number < GUESTS => {
                 life.guests[number as usize].step(&life.gate, &mut self.history, &mut self.dice);
