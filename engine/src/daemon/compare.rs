@@ -37,9 +37,9 @@ pub fn compare(first: Disk, second: Disk, mut progress: impl FnMut(u64)) -> Resu
         for (number, slot) in slots.iter_mut().enumerate() {
             // Once a difference is known, only what lies before it matters.
             while slot.is_none() && at < found.unwrap_or(size) {
-                let range = next(&disks, at, size)?;
+                let (range, zeroes) = next(&disks, at, size)?;
                 at = range.end;
-                *slot = Piece::new(&disks, range)?;
+                *slot = (!zeroes).then(|| Piece::new(&disks, range));
             }
             let Some(piece) = slot else { continue };
             if piece.step(&mut Tools { io: &mut ring, arena: &arena, waker: &waker }, number)? {
@@ -69,19 +69,16 @@ pub fn compare(first: Disk, second: Disk, mut progress: impl FnMut(u64)) -> Resu
 
 const WAKE: Token = Token(u64::MAX);
 
-/// The next bytes to compare: past what is zeroes on both sides.
-fn next(disks: &[Arc<Disk>; 2], at: u64, size: u64) -> Result<ByteRange> {
-    let mut end = size;
+/// The next bytes to compare, and whether both sides are known to be zeroes there.
+fn next(disks: &[Arc<Disk>; 2], at: u64, size: u64) -> Result<(ByteRange, bool)> {
+    let mut range = ByteRange { start: at, end: size };
     let mut zeroes = true;
     for disk in disks.iter().filter(|disk| at < disk.size()) {
-        let (range, source) = disk.chain().map(at, size - at, Look::Holes)?;
+        let (found, source) = disk.chain().map(at, size - at, Look::Holes)?;
         zeroes &= source == Source::Zero;
-        end = end.min(range.end);
+        range.end = range.end.min(found.end);
     }
-    for disk in disks.iter().filter(|disk| at < disk.size()) {
-        end = end.min(disk.size());
-    }
-    if zeroes { Ok(ByteRange { start: at, end }) } else { Ok(ByteRange { start: at, end: size }.prefix(PIECE)) }
+    if zeroes { Ok((range, true)) } else { Ok((ByteRange { start: at, end: size }.prefix(PIECE), false)) }
 }
 
 /// Some bytes of both disks.
@@ -98,11 +95,7 @@ enum Side {
 }
 
 impl Piece {
-    /// `None` where both sides are known to be zeroes.
-    fn new(disks: &[Arc<Disk>; 2], range: ByteRange) -> Result<Option<Self>> {
-        if range.len() > PIECE || all_zero(disks, range)? {
-            return Ok(None);
-        }
+    fn new(disks: &[Arc<Disk>; 2], range: ByteRange) -> Self {
         let side = |disk: &Arc<Disk>| {
             let inside = range.intersect(ByteRange { start: 0, end: disk.size() });
             match inside.is_empty() {
@@ -113,7 +106,7 @@ impl Piece {
                 }
             }
         };
-        Ok(Some(Self { range, reads: [side(&disks[0]), side(&disks[1])] }))
+        Self { range, reads: disks.each_ref().map(side) }
     }
 
     /// True where both sides are read.
@@ -159,17 +152,6 @@ impl Side {
             Self::Reading(_) | Self::Nothing => &[],
         }
     }
-}
-
-fn all_zero(disks: &[Arc<Disk>; 2], range: ByteRange) -> Result<bool> {
-    for disk in disks.iter().filter(|disk| range.start < disk.size()) {
-        let inside = range.end.min(disk.size());
-        let (found, source) = disk.chain().map(range.start, inside - range.start, Look::Holes)?;
-        if source != Source::Zero || found.end < inside {
-            return Ok(false);
-        }
-    }
-    Ok(true)
 }
 
 fn base(number: usize, side: usize) -> Token {
