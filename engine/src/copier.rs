@@ -97,16 +97,11 @@ struct Placing {
 }
 
 impl Copier {
-    /// A copier of `mirror`, beginning at `start` bytes.
+    /// A copier of `mirror`, beginning at `start` bytes. Its tokens are `Task::TOKENS` a slot, from 0.
     pub fn new(mirror: Arc<Mirror>, depth: Depth, start: u64) -> Self {
         let slots = (0..depth.slots).map(|_| None).collect();
         let run_len = depth.run_len.max(mirror.dirty.chunk_len() as usize);
         Self { mirror, slots, cursor: start, run_len }
-    }
-
-    /// How many tokens it uses, from 0.
-    pub fn tokens(&self) -> u64 {
-        self.slots.len() as u64 * Task::TOKENS
     }
 
     /// Takes in what is done and starts what can be started. Never waits.

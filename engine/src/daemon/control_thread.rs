@@ -287,24 +287,15 @@ impl ControlThread {
             Request::Status(Some(name)) => self.find(&name).map(|number| Reply::One(Box::new(self.status(number)))),
             Request::Mirror(request) => self.mirror(&request),
             Request::Pivot(name) => match self.pivot(&name) {
-                Ok(number) if call.wait => {
-                    self.waiting.push((client, number, Wish::Pivot));
-                    return None;
-                }
+                Ok(number) if call.wait => return self.wait_for(client, number, Wish::Pivot),
                 answer => answer.map(|_| Reply::Done {}),
             },
             Request::Cancel { export, force } => match self.cancel(&export, force) {
-                Ok(number) if call.wait => {
-                    self.waiting.push((client, number, Wish::Cancel));
-                    return None;
-                }
+                Ok(number) if call.wait => return self.wait_for(client, number, Wish::Cancel),
                 answer => answer.map(|_| Reply::Done {}),
             },
             Request::Finish(name) => match self.finish(&name) {
-                Ok(number) if call.wait => {
-                    self.waiting.push((client, number, Wish::Cancel));
-                    return None;
-                }
+                Ok(number) if call.wait => return self.wait_for(client, number, Wish::Cancel),
                 answer => answer.map(|_| Reply::Done {}),
             },
             Request::Pause(name) => self.with_job(&name, |active| active.job.pause(true)),
@@ -324,6 +315,12 @@ impl ControlThread {
             }
         };
         Some(answer)
+    }
+
+    /// The client is answered when the job of this export is over.
+    fn wait_for<T>(&mut self, client: u64, number: usize, wish: Wish) -> Option<T> {
+        self.waiting.push((client, number, wish));
+        None
     }
 
     fn find(&self, name: &str) -> std::result::Result<usize, Refusal> {

@@ -2,7 +2,7 @@
 use super::jobs::copiers;
 use super::threads::Worker;
 use crate::control::options::Cache;
-use crate::control::{MirrorRequest, Mode, OnError, TargetFormat};
+use crate::control::{MirrorRequest, TargetFormat};
 use crate::io::{Arena, Io, Op, Ring, Token, Wait, Waker};
 use crate::mirror::Mirror;
 use crate::open::{Access, open_disk};
@@ -54,17 +54,11 @@ pub fn convert(options: &ConvertOptions, mut progress: impl FnMut(Copied)) -> Re
     let access = Access::read_only(options.cache);
     let source = Arc::new(open_disk(&options.source, options.source_format, access)?);
     let request = MirrorRequest {
-        export: String::new(),
         target: options.target.display().to_string(),
         shallow: options.shallow,
         reuse_external: options.reuse_external,
         format: options.format,
-        mode: Mode::Background,
-        speed: 0,
-        granularity: 0,
-        on_target_error: OnError::Report,
-        dry_run: false,
-        job_id: None,
+        ..MirrorRequest::default()
     };
     let refused = |refusal: crate::control::Refusal| Error::invalid(refusal.message);
     let plan = plan(&request, &source).map_err(refused)?;

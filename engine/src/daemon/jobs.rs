@@ -50,7 +50,8 @@ struct Pace {
 }
 
 impl Active {
-    /// Starts a job, or says why not; `check` refuses a target that somebody else uses. No job where it was only asked whether it could be.
+    /// Starts a job, or says why not; `check` refuses a target that somebody else uses. No job where it was
+    /// only asked whether it could be.
     pub fn start(
         request: &MirrorRequest,
         export: &Export,

@@ -42,8 +42,8 @@ impl Zero {
             let status = match &mut self.stage {
                 Stage::Next if self.at >= self.range.end || self.error.is_some() => return Status::Done,
                 Stage::Next => match self.start(disk, tools, base) {
-                    Ok(blocked) if blocked => return Status::Blocked,
-                    Ok(_) => continue,
+                    Ok(true) => return Status::Blocked,
+                    Ok(false) => continue,
                     Err(error) => {
                         keep(&mut self.error, error);
                         continue;
@@ -91,8 +91,7 @@ impl Zero {
                 let file = top.file.file().clone();
                 tools.io.submit(base, Op::Zero { file, at: host, len: guest.len(), unmap });
             }
-            Zeroed::Host { guest, .. } => self.write(disk, tools, guest),
-            Zeroed::Write(guest) => self.write(disk, tools, guest),
+            Zeroed::Host { guest, .. } | Zeroed::Write(guest) => self.write(disk, tools, guest),
             Zeroed::Busy => return Ok(true),
             Zeroed::Settle => self.stage = Stage::Settling(Flush::default()),
         }
