@@ -56,13 +56,19 @@ fn apply(disk: &mut [u8], requests: &[Request]) {
 fn survives(chain: &Chain, folder: &Path, requests: &[Request], depth: usize) {
     let mut truth = chain.content();
     apply(&mut truth, requests);
-    let mut daemon = Daemon::serve(folder, &[chain.export("vda")]);
+    let daemon = Daemon::serve(folder, &[chain.export("vda")]);
     acknowledge_all(&mut connect(&daemon), requests, depth);
+    kill_and_compare(daemon, chain, &truth);
+}
+
+/// Kills the daemon and starts it again: the disk has the truth, and so has the image after a clean stop.
+#[track_caller]
+fn kill_and_compare(mut daemon: Daemon, chain: &Chain, truth: &[u8]) {
     daemon.kill();
     daemon.start();
-    assert_same("the disk after the kill", &connect(&daemon).content(), &truth);
+    assert_same("the disk after the kill", &connect(&daemon).content(), truth);
     daemon.stop();
-    assert_same("the image on its own", &chain.content(), &truth);
+    assert_same("the image on its own", &chain.content(), truth);
     check_leaks_allowed(&chain.top, chain.format);
 }
 
@@ -111,7 +117,7 @@ fn acknowledged_zeroes_are_there_after_a_kill() {
 fn a_discard_reads_the_same_before_and_after_a_kill() {
     let folder = folder();
     let chain = three_layers(folder.path(), DISK_LEN, 8);
-    let mut daemon = Daemon::serve(folder.path(), &[chain.export("vda")]);
+    let daemon = Daemon::serve(folder.path(), &[chain.export("vda")]);
     let mut client = connect(&daemon);
     let mut random = Random::new(9);
     for index in 0..100 {
@@ -122,12 +128,7 @@ fn a_discard_reads_the_same_before_and_after_a_kill() {
         });
     }
     let truth = client.content();
-    daemon.kill();
-    daemon.start();
-    assert_same("the disk after the kill", &connect(&daemon).content(), &truth);
-    daemon.stop();
-    assert_same("the image on its own", &chain.content(), &truth);
-    check_leaks_allowed(&chain.top, chain.format);
+    kill_and_compare(daemon, &chain, &truth);
 }
 
 #[test]
