@@ -13,6 +13,7 @@
 //! replay      takes back what the journal kept through a kill
 //! create      makes an empty image
 //! check       finds leaks and corruptions
+//! fault       breaks the orders below, for tests
 //! ```
 //!
 //! # The orders that must not change
@@ -28,6 +29,7 @@
 pub mod check;
 pub mod create;
 mod entry;
+mod fault;
 mod geometry;
 pub mod header;
 mod inflate;

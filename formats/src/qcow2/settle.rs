@@ -20,6 +20,7 @@
 //! A new table needs no writing of its own: its cluster reads as zeroes from the moment it is taken.
 //! A settle that is dropped before its end leaves everything dirty; the next one writes it again.
 use super::Shared;
+use super::fault::{Fault, planted};
 use super::header::REFTABLE_AT;
 use super::refcounts::FrozenRefcounts;
 use super::state::Frozen;
@@ -70,9 +71,17 @@ impl Shared {
 
     fn next_stage(&self, frozen: &Frozen, progress: &mut Progress) -> Result<Settle> {
         if progress.stage == COUNTS {
-            self.write_counts(&frozen.refs)?;
+            let moved = frozen.refs.table.is_some();
+            if planted(if moved { Fault::HeaderBeforeTable } else { Fault::BlockEntryBeforeBlock }) {
+                self.write_reftable(&frozen.refs)?;
+            }
+            if !planted(Fault::EntriesBeforeCounts) {
+                self.write_counts(&frozen.refs)?;
+            }
             progress.stage = REFTABLE;
-            return Ok(Settle::Flush);
+            if !planted(Fault::EntriesBeforePayload) {
+                return Ok(Settle::Flush);
+            }
         }
         if progress.stage == REFTABLE {
             let written = self.write_reftable(&frozen.refs)?;
@@ -82,6 +91,9 @@ impl Shared {
             }
         }
         if progress.stage == MAPPINGS {
+            if planted(Fault::EntriesBeforeCounts) {
+                self.write_counts(&frozen.refs)?;
+            }
             self.write_mappings(frozen)?;
             progress.stage = FINISH;
             if !frozen.l1.is_empty() || !frozen.l2.is_empty() {

@@ -5,6 +5,7 @@
 //! slices that were changed since it began.
 use super::Open;
 use super::entry::{COPIED, Entry, l2_table};
+use super::fault::{Fault, planted};
 use super::geometry::Geometry;
 use super::header::Header;
 use super::refcounts::{FrozenRefcounts, Refcounts, Run};
@@ -289,7 +290,8 @@ impl State {
         let (before, after) = (used(old)?, used(raw)?);
         if let Some((at, len)) = before.filter(|_| before != after) {
             let (first, last) = (geometry.host_cluster(at), geometry.host_cluster(at + len - 1));
-            push_run(&mut self.freed, Run { start: first, count: last - first + 1 });
+            let freed = if planted(Fault::ReuseBeforeSettled) { &mut self.awaiting } else { &mut self.freed };
+            push_run(freed, Run { start: first, count: last - first + 1 });
         }
         Ok(())
     }
@@ -438,6 +440,7 @@ impl State {
         let slot = self.l2.get(key).expect("frozen slices stay");
         let first = key << self.geometry.l2_slice_bits();
         let undo = self.settling.as_ref().map(|settling| &settling.undo).filter(|undo| !undo.is_empty());
+        let undo = undo.filter(|_| !planted(Fault::NewerEntries));
         match undo {
             None => table::encode(slot.entries.iter().copied(), bytes),
             Some(undo) => {

@@ -1,11 +1,13 @@
 //! A guest on an image: it writes, zeroes, discards and flushes with several requests in flight,
 //! and remembers for each sector what may be found there.
 //!
-//! Sectors are filled with a tag that no other write has, so a stale or misplaced one is seen.
-use super::disk::{Disk, SECTOR};
+//! Every write has stamps that no other has, so a stale, torn or misplaced one is seen.
+use super::disk::{Disk, SECTOR, Sector};
+use super::history::History;
 use super::notes::Notes;
 use super::random::Random;
-use formats::image::{Image, Place, Progress, Reservation, Reserve, Settle, Zeroed, Zeroing};
+use super::stamp::{self, STAMP, Writer, sectors, stamped, tell};
+use formats::image::{Extent, Image, Place, Progress, Reservation, Reserve, Settle, Zeroed, Zeroing};
 use formats::qcow2::{Check, Open, Qcow2, check};
 use formats::range::ByteRange;
 use formats::storage::Storage;
@@ -13,23 +15,12 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 const SECTOR_BYTES: u64 = SECTOR as u64;
-/// Tags from here on are of the image below, one a sector.
-const BACKING: u64 = 1 << 60;
-/// The time of what was written in place and not committed.
-const NEVER: u64 = u64::MAX;
 const IN_FLIGHT_MAX: usize = 6;
-
-/// What a sector held, and from when on that was committed.
-#[derive(Clone, Debug)]
-struct Version {
-    tag: u64,
-    committed: u64,
-}
 
 /// A write that is not committed.
 struct InFlight {
     reservation: Reservation,
-    tag: u64,
+    writer: Writer,
     begun: u64,
     written: bool,
 }
@@ -37,8 +28,8 @@ struct InFlight {
 /// A read of one sector that knows where to look, and has not looked yet.
 struct Read {
     sector: u64,
-    place: Place,
-    tag: u64,
+    extent: Extent,
+    content: Sector,
     begun: u64,
 }
 
@@ -46,17 +37,16 @@ struct Read {
 pub struct Guest {
     pub disk: Arc<Disk>,
     notes: Arc<Notes>,
+    notes_max: usize,
     image: Qcow2,
     open: Open,
     random: Random,
-    /// By sector: what may be there after a power cut, the last one being there now.
-    versions: Vec<Vec<Version>>,
+    history: History,
     /// Where the payload of a guest cluster was last committed.
     places: HashMap<u64, u64>,
     in_flight: Vec<InFlight>,
     reads: Vec<Read>,
-    /// By tag: what its write covered.
-    written: Vec<ByteRange>,
+    writes: u32,
     settle: Option<(Progress, u64)>,
     time: u64,
     last_settled: u64,
@@ -75,41 +65,83 @@ pub struct Stats {
     pub busy: u64,
     pub asked_to_settle: u64,
     pub kills: u64,
+    /// Power cuts that the guest went on after.
+    pub restarts: u64,
+    /// Files that a power cut left and that were judged.
+    pub power_cuts: u64,
     pub zeroed_places: u64,
 }
 
+impl Stats {
+    pub fn add(&mut self, other: &Self) {
+        self.settles += other.settles;
+        self.dropped_settles += other.dropped_settles;
+        self.committed += other.committed;
+        self.dropped += other.dropped;
+        self.busy += other.busy;
+        self.asked_to_settle += other.asked_to_settle;
+        self.kills += other.kills;
+        self.restarts += other.restarts;
+        self.power_cuts += other.power_cuts;
+        self.zeroed_places += other.zeroed_places;
+    }
+}
+
 impl Guest {
-    /// A guest on the image in `disk`, which reads as zeroes or as the backing image.
-    pub fn new(disk: Arc<Disk>, notes: usize, open: Open, seed: u64) -> Self {
-        let notes = Arc::new(Notes::new(notes));
+    /// A guest on the image in `disk`, which reads as `bytes`. The journal has room for `notes_max`.
+    pub fn new(disk: Arc<Disk>, bytes: &[u8], notes_max: usize, open: Open, seed: u64) -> Self {
+        let notes = Arc::new(Notes::new(notes_max));
         let image = Qcow2::open(disk.clone(), notes.clone(), open).expect("a valid image");
-        let sectors = image.size() / SECTOR_BYTES;
-        let first = |sector| if open.has_backing { BACKING + sector } else { 0 };
-        let versions = (0..sectors).map(|sector| vec![Version { tag: first(sector), committed: 0 }]).collect();
-        Self {
+        assert_eq!(image.size(), bytes.len() as u64);
+        let mut guest = Self {
             disk,
             notes,
+            notes_max,
             image,
             open,
             random: Random::new(seed),
-            versions,
+            history: History::new(bytes),
             places: HashMap::new(),
             in_flight: Vec::new(),
             reads: Vec::new(),
-            written: vec![ByteRange::default()],
+            writes: 0,
             settle: None,
             time: 0,
             last_settled: 0,
             cut_at_flushes: false,
             stats: Stats::default(),
+        };
+        guest.assert_all_there();
+        guest.find_places();
+        guest
+    }
+
+    /// Where guest clusters are in an image that was just opened.
+    fn find_places(&mut self) {
+        self.places.clear();
+        let mut at = 0;
+        while at < self.image.size() {
+            let extent = self.image.map(at, u64::MAX).expect("a valid image");
+            at = extent.guest.end;
+            if let Place::Data { host } = extent.place {
+                self.places.extend(self.places_of(extent.guest, host));
+            }
         }
+    }
+
+    /// Something is below its image.
+    pub fn has_backing(&self) -> bool {
+        self.open.has_backing
     }
 
     /// Does one thing that one of its requests needs.
     pub fn step(&mut self) {
         self.time += 1;
         match self.random.below(20) {
-            0..=4 => self.begin_write(),
+            0..=4 => {
+                let range = self.some_range();
+                self.begin_write(range, true);
+            }
             5..=9 => self.advance(),
             10 => self.zero(),
             11..=13 => self.step_settle(),
@@ -120,16 +152,18 @@ impl Guest {
         }
     }
 
+    /// Mostly whole sectors.
     fn some_range(&mut self) -> ByteRange {
-        let sectors = self.versions.len() as u64;
-        let start = self.random.below(sectors);
-        let most = if self.random.one_in(4) { sectors } else { 24 };
-        let count = 1 + self.random.below(most.min(sectors - start));
-        ByteRange { start: start * SECTOR_BYTES, end: (start + count) * SECTOR_BYTES }
+        let unit = if self.random.one_in(4) { STAMP } else { SECTOR_BYTES };
+        let units = self.history.size() / unit;
+        let start = self.random.below(units);
+        let most = if self.random.one_in(4) { units } else { 24 };
+        let count = 1 + self.random.below(most.min(units - start));
+        ByteRange { start: start * unit, end: (start + count) * unit }
     }
 
-    fn begin_write(&mut self) {
-        let range = self.some_range();
+    /// Takes room for a write of stamps, or of zeroes.
+    fn begin_write(&mut self, range: ByteRange, stamps: bool) {
         if self.in_flight.len() >= IN_FLIGHT_MAX || self.meets_another(range) {
             return;
         }
@@ -137,10 +171,10 @@ impl Guest {
             Reserve::Room(reservation) => {
                 assert_eq!(reservation.guest.start, range.start);
                 assert!(reservation.guest.end <= range.end && !reservation.guest.is_empty());
-                let tag = self.written.len() as u64;
-                self.written.push(reservation.guest);
+                self.writes += 1;
+                let writer = if stamps { Writer::Guest(self.writes) } else { Writer::Nobody };
                 self.stats.zeroed_places += u64::from(reservation.zeroed);
-                self.in_flight.push(InFlight { reservation, tag, begun: self.time, written: false });
+                self.in_flight.push(InFlight { reservation, writer, begun: self.time, written: false });
             }
             Reserve::Busy => self.stats.busy += 1,
             Reserve::Settle => self.settle_as_asked(),
@@ -166,20 +200,15 @@ impl Guest {
             self.write_payload(at);
             return;
         }
-        let InFlight { reservation, tag, .. } = self.in_flight.swap_remove(at);
+        let InFlight { reservation, writer, .. } = self.in_flight.swap_remove(at);
         let (guest, host, in_place) = (reservation.guest, reservation.host, reservation.hold.is_none());
         self.image.commit(reservation).expect("a valid image");
         self.stats.committed += 1;
-        for sector in sectors(guest) {
-            let versions = &mut self.versions[sector as usize];
-            match in_place {
-                true => versions.last_mut().expect("never empty").committed = self.time,
-                false => versions.push(Version { tag, committed: self.time }),
-            }
+        match in_place {
+            true => self.history.commit_in_place(guest, self.time),
+            false => self.history.commit(guest, &stamped(guest, writer), self.time),
         }
-        for (cluster, place) in self.places_of(guest, host) {
-            self.places.insert(cluster, place);
-        }
+        self.places.extend(self.places_of(guest, host));
     }
 
     /// Guest clusters of a write, and the places of their first bytes.
@@ -190,8 +219,8 @@ impl Guest {
     }
 
     fn write_payload(&mut self, at: usize) {
-        let InFlight { reservation, tag, .. } = &self.in_flight[at];
-        let (guest, host, fill, tag) = (reservation.guest, reservation.host, reservation.fill, *tag);
+        let InFlight { reservation, writer, .. } = &self.in_flight[at];
+        let (guest, host, fill, writer) = (reservation.guest, reservation.host, reservation.fill, *writer);
         let (zeroed, in_place) = (reservation.zeroed, reservation.hold.is_none());
         if zeroed {
             self.assert_reads_as_zeroes(host, guest.len());
@@ -201,31 +230,30 @@ impl Guest {
             if zeroed {
                 self.assert_reads_as_zeroes(place, part.len());
             }
-            for at in (part.start..part.end).step_by(SECTOR) {
-                self.put(place + (at - part.start), self.tag_at(at / SECTOR_BYTES));
-            }
+            self.disk.write_at(place, &self.history.bytes(part)).expect("memory");
         }
+        let bytes = stamped(guest, writer);
+        self.disk.write_at(host, &bytes).expect("memory");
+        if in_place {
+            self.history.write_in_place(guest, &bytes);
+        }
+        // A kept cluster is written again.
         let size = self.image.info().cluster_size;
-        // A kept cluster is written again: before the zeroes are durable, a power cut finds it there.
-        let reused = self.places_of(guest, host).iter().any(|(cluster, place)| self.places.get(cluster) == Some(place));
-        for at in (guest.start..guest.end).step_by(SECTOR) {
-            self.put(host + (at - guest.start), tag);
-            let versions = &mut self.versions[(at / SECTOR_BYTES) as usize];
-            let last = versions.last().expect("never empty").committed;
-            if in_place {
-                versions.push(Version { tag, committed: NEVER });
-            } else if reused && self.places.contains_key(&(at / size)) {
-                versions.insert(versions.len() - 1, Version { tag, committed: last });
+        for (cluster, place) in self.places_of(guest, host) {
+            if !in_place && self.places.get(&cluster) == Some(&place) {
+                let here = guest.intersect(ByteRange { start: cluster * size, end: (cluster + 1) * size });
+                let skip = (here.start - guest.start) as usize;
+                self.history.write_where_it_was(here, &bytes[skip..][..here.len() as usize]);
             }
         }
         self.in_flight[at].written = true;
     }
 
     fn begin_read(&mut self) {
-        let sector = self.random.below(self.versions.len() as u64);
-        let place = self.image.map(sector * SECTOR_BYTES, SECTOR_BYTES).expect("a valid image").place;
-        let tag = self.tag_of(&self.disk, place, sector, 0);
-        self.reads.push(Read { sector, place, tag, begun: self.time });
+        let sector = self.random.below(self.history.size() / SECTOR_BYTES);
+        let extent = self.image.map(sector * SECTOR_BYTES, SECTOR_BYTES).expect("a valid image");
+        let content = self.content_at(&extent);
+        self.reads.push(Read { sector, extent, content, begun: self.time });
     }
 
     /// What is found where a sector was is still what it was, or another write to it.
@@ -234,23 +262,15 @@ impl Guest {
             return;
         }
         let at = self.random.below(self.reads.len() as u64) as usize;
-        let Read { sector, place, tag, .. } = self.reads.swap_remove(at);
-        let found = self.tag_of(&self.disk, place, sector, 0);
-        let of_it =
-            found == 0 || self.written.get(found as usize).is_some_and(|range| sectors(*range).contains(&sector));
-        assert!(found == tag || of_it, "sector {sector} at {place:?} had {tag:#x} and has {found:#x}");
-    }
-
-    fn put(&self, at: u64, tag: u64) {
-        let bytes: Vec<u8> = tag.to_le_bytes().into_iter().cycle().take(SECTOR).collect();
-        self.disk.write_at(at, &bytes).expect("memory");
+        let Read { sector, extent, content, .. } = self.reads.swap_remove(at);
+        let found = self.content_at(&extent);
+        let right = found == content || stamp::is_of(&found, sector);
+        assert!(right, "sector {sector} at {extent:?} had {} and has {}", tell(&content), tell(&found));
     }
 
     fn assert_reads_as_zeroes(&self, at: u64, len: u64) {
         let mut bytes = vec![0; len as usize];
-        let end = self.disk.len().expect("memory");
-        let inside = len.min(end.saturating_sub(at));
-        self.disk.read_at(at, &mut bytes[..inside as usize]).expect("memory");
+        self.disk.read_padded(at, &mut bytes);
         assert!(bytes.iter().all(|byte| *byte == 0), "{len} bytes at {at} were said to be zeroes");
     }
 
@@ -266,31 +286,35 @@ impl Guest {
                 self.zeroed(done, zeroing);
             }
             Zeroed::Host { guest, host } => {
-                for at in (guest.start..guest.end).step_by(SECTOR) {
-                    self.put(host + (at - guest.start), 0);
-                    let now = Version { tag: 0, committed: self.time };
-                    self.versions[(at / SECTOR_BYTES) as usize].push(now);
-                }
+                let zeroes = vec![0; guest.len() as usize];
+                self.disk.write_at(host, &zeroes).expect("memory");
+                self.history.commit(guest, &zeroes, self.time);
             }
-            Zeroed::Write(guest) => assert!(guest.start == range.start && guest.end <= range.end && !guest.is_empty()),
+            Zeroed::Write(guest) => {
+                assert!(guest.start == range.start && guest.end <= range.end && !guest.is_empty());
+                self.begin_write(guest, false);
+            }
             Zeroed::Busy => self.stats.busy += 1,
             Zeroed::Settle => self.settle_as_asked(),
         }
     }
 
+    /// All of it reads as zeroes, or after a discard each whole cluster of it or none.
     fn zeroed(&mut self, done: ByteRange, zeroing: Zeroing) {
         let info = self.image.info();
         for sector in sectors(done) {
-            let now = self.tag_at(sector);
-            let start = sector * SECTOR_BYTES / info.cluster_size * info.cluster_size;
-            let whole = done.start <= start && (start + info.cluster_size).min(self.image.size()) <= done.end;
-            if zeroing != Zeroing::Discard || whole && (info.version == 3 || !self.open.has_backing) {
-                assert_eq!(now, 0, "sector {sector} was said to be zeroed ({zeroing:?})");
-            }
-            let versions = &mut self.versions[sector as usize];
-            if now != versions.last().expect("never empty").tag {
-                assert_eq!(now, 0, "sector {sector} has something else after {zeroing:?}");
-                versions.push(Version { tag: 0, committed: self.time });
+            let (before, now) = (*self.history.now(sector), self.sector_at(sector));
+            let start = sector * SECTOR_BYTES;
+            let here = done.intersect(ByteRange { start, end: start + SECTOR_BYTES });
+            let mut wanted = before;
+            stamp::overlay(&mut wanted, sector, here, &vec![0; here.len() as usize]);
+            let cluster = start / info.cluster_size * info.cluster_size;
+            let whole = done.start <= cluster && (cluster + info.cluster_size).min(self.image.size()) <= done.end;
+            let must = zeroing != Zeroing::Discard || whole && (info.version == 3 || !self.open.has_backing);
+            let right = now == wanted || !must && now == before;
+            assert!(right, "sector {sector} of {done} has {} after {zeroing:?}", tell(&now));
+            if now != before {
+                self.history.commit(here, &vec![0; here.len() as usize], self.time);
             }
         }
     }
@@ -311,15 +335,10 @@ impl Guest {
         }
     }
 
-    /// What was committed by `time` is durable: older versions cannot come back.
-    fn settled(&mut self, time: u64) {
+    fn settled(&mut self, begun: u64) {
         self.stats.settles += 1;
         self.last_settled = self.time;
-        for versions in &mut self.versions {
-            if let Some(last) = versions.iter().rposition(|version| version.committed <= time) {
-                versions.drain(..last);
-            }
-        }
+        self.history.settle(begun);
     }
 
     pub fn settle_all(&mut self) {
@@ -349,79 +368,104 @@ impl Guest {
         }
     }
 
-    /// The tag of one sector now.
-    fn tag_at(&self, sector: u64) -> u64 {
-        let extent = self.image.map(sector * SECTOR_BYTES, SECTOR_BYTES).expect("a valid image");
+    /// What is in one sector now.
+    fn sector_at(&self, sector: u64) -> Sector {
+        self.content_at(&self.image.map(sector * SECTOR_BYTES, SECTOR_BYTES).expect("a valid image"))
+    }
+
+    /// What is where a sector is said to be.
+    fn content_at(&self, extent: &Extent) -> Sector {
+        let mut content = [0; SECTOR];
         assert_eq!(extent.guest.len(), SECTOR_BYTES);
-        self.tag_of(&self.disk, extent.place, sector, 0)
+        self.fetch(&self.image, &self.disk, extent, &mut content);
+        content
     }
 
-    /// The tag of sector `sector`, which is `nth` of an extent at `place`.
-    fn tag_of(&self, disk: &Disk, place: Place, sector: u64, nth: u64) -> u64 {
-        match place {
-            Place::Data { host } => read_tag(disk, host + nth * SECTOR_BYTES),
-            Place::Absent if self.open.has_backing => BACKING + sector,
-            Place::Absent | Place::Zero => 0,
-            Place::Compressed { .. } => panic!("nobody compresses"),
+    /// All of `image`, by maximal extents.
+    fn read_all(&self, image: &Qcow2, disk: &Disk) -> Vec<u8> {
+        let mut bytes = vec![0; image.size() as usize];
+        let mut at = 0;
+        while at < image.size() {
+            let extent = image.map(at, u64::MAX).expect("a valid image");
+            assert_eq!(extent.guest.start, at);
+            self.fetch(image, disk, &extent, &mut bytes[at as usize..extent.guest.end as usize]);
+            at = extent.guest.end;
         }
+        bytes
     }
 
-    /// All sectors of `image`, by maximal extents.
-    fn all_tags(&self, image: &Qcow2, disk: &Disk) -> Vec<u64> {
-        let mut tags = Vec::new();
-        while tags.len() < self.versions.len() {
-            let first = tags.len() as u64;
-            let extent = image.map(first * SECTOR_BYTES, u64::MAX).expect("a valid image");
-            assert_eq!(extent.guest.start, first * SECTOR_BYTES);
-            let count = extent.guest.len() / SECTOR_BYTES;
-            tags.extend((0..count).map(|nth| self.tag_of(disk, extent.place, first + nth, nth)));
+    fn fetch(&self, image: &Qcow2, disk: &Disk, extent: &Extent, bytes: &mut [u8]) {
+        match extent.place {
+            Place::Data { host } => disk.read_padded(host, bytes),
+            Place::Absent if self.open.has_backing => bytes.copy_from_slice(&stamped(extent.guest, Writer::Below)),
+            Place::Absent | Place::Zero => bytes.fill(0),
+            Place::Compressed { host, len, skip, inflated } => {
+                let mut compressed = vec![0; len as usize];
+                disk.read_padded(host, &mut compressed);
+                let mut cluster = vec![0; inflated as usize];
+                image.inflate(&compressed, &mut cluster).expect("a valid cluster");
+                bytes.copy_from_slice(&cluster[skip as usize..][..bytes.len()]);
+            }
         }
-        tags
     }
 
     /// Everything that was committed is there, and nothing else.
     pub fn assert_all_there(&self) {
-        for (sector, (found, versions)) in self.all_tags(&self.image, &self.disk).iter().zip(&self.versions).enumerate()
-        {
-            let now = versions.last().expect("never empty").tag;
-            assert_eq!(*found, now, "sector {sector}");
-        }
+        self.history.assert_now(&self.read_all(&self.image, &self.disk));
     }
 
     /// The process is killed: what is in memory is gone, the file and the journal stay.
     pub fn kill(&mut self) {
         self.stats.kills += 1;
-        // A kill runs no destructors; here they work on an image and a file that are gone.
-        self.disk = Arc::new(self.disk.copy());
         let kept = self.notes.kept();
+        self.start_again(self.disk.copy(), self.notes.clone());
+        self.image.replay(&kept).expect("its own notes");
+        self.assert_all_there();
+    }
+
+    /// The power is cut, and the guest goes on with what is there then.
+    pub fn power_cut(&mut self) {
+        self.stats.restarts += 1;
+        let (disk, found) = self.after_power_cut();
+        self.start_again(disk, Arc::new(Notes::new(self.notes_max)));
+        self.history = History::new(&found);
+        self.find_places();
+    }
+
+    /// A new process on the file as it was left.
+    fn start_again(&mut self, disk: Disk, notes: Arc<Notes>) {
+        // A kill runs no destructors; here they work on an image and a file that are gone.
+        self.disk = Arc::new(disk);
         self.end_all_requests();
         self.settle = None;
+        self.notes = notes;
         self.image = Qcow2::open(self.disk.clone(), self.notes.clone(), self.open).expect("a valid image");
-        self.image.replay(&kept).expect("its own notes");
         self.last_settled = 0;
-        self.assert_all_there();
     }
 
     fn end_all_requests(&mut self) {
         self.reads.clear();
         self.in_flight.clear();
-        for version in self.versions.iter_mut().flatten().filter(|version| version.committed == NEVER) {
-            // Written in place and not acknowledged: it is there to stay.
-            version.committed = self.time;
-        }
+        self.history.end_requests(self.time);
     }
 
-    /// The power is cut now: the file has leaks at worst and everything that was flushed.
+    /// If the power is cut now, the file has leaks at worst, everything that was flushed, and nothing
+    /// that was not written there.
     pub fn assert_survives_power_cut(&mut self) {
+        self.after_power_cut();
+    }
+
+    /// What the file is if the power is cut now, and what a guest reads from it then.
+    pub fn after_power_cut(&mut self) -> (Disk, Vec<u8>) {
+        self.stats.power_cuts += 1;
         let disk = Arc::new(self.disk.after_power_cut(&mut self.random));
         let storage: Arc<dyn Storage> = disk.clone();
         let found = check(&storage).expect("an image that can be walked");
         assert_eq!(found.corruptions, 0, "{:#?}", found.problems);
         let image = Qcow2::open(storage, Arc::new(Notes::new(0)), self.open).expect("a valid image");
-        for (sector, (found, versions)) in self.all_tags(&image, &disk).iter().zip(&self.versions).enumerate() {
-            let possible = versions.iter().any(|version| version.tag == *found);
-            assert!(possible, "sector {sector} has {found:#x}, possible is {versions:?}");
-        }
+        let found = self.read_all(&image, &disk);
+        self.history.assert_possible(&found);
+        (disk.copy(), found)
     }
 
     /// Closes the image as a clean end does, and checks it.
@@ -435,20 +479,4 @@ impl Guest {
         let storage: Arc<dyn Storage> = self.disk.clone();
         check(&storage).expect("an image that can be walked")
     }
-}
-
-fn sectors(range: ByteRange) -> std::ops::Range<u64> {
-    range.start / SECTOR_BYTES..range.end / SECTOR_BYTES
-}
-
-fn read_tag(disk: &Disk, at: u64) -> u64 {
-    let mut bytes = [0; SECTOR];
-    if disk.read_at(at, &mut bytes).is_err() {
-        // Past the end of the file.
-        return 0;
-    }
-    let mut tag = [0; 8];
-    tag.copy_from_slice(&bytes[..8]);
-    assert!(bytes.chunks(8).all(|part| part == tag), "a torn sector at {at}");
-    u64::from_le_bytes(tag)
 }

@@ -5,6 +5,10 @@
 pub mod disk;
 pub mod file;
 pub mod guest;
+pub mod history;
 pub mod notes;
 pub mod qemu;
 pub mod random;
+pub mod stamp;
+pub mod world;
+pub mod written;

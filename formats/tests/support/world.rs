@@ -1,0 +1,133 @@
+//! Worlds of one image and one guest: everything about one follows from its seed.
+use super::disk::Disk;
+use super::guest::{Guest, Stats};
+use super::random::Random;
+use super::written::{Content, ImageWriter, Shape};
+use formats::qcow2::Open;
+use formats::storage::Storage;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+/// What an image may have besides clusters of payload and zeroes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Feature {
+    Backing,
+    Compressed,
+    ExtendedL2,
+    /// One internal snapshot that shares everything at first.
+    Snapshot,
+}
+
+/// Those that images have which are written to. The others join when writing to them is supported.
+const FEATURES: &[Feature] = &[Feature::Backing, Feature::Compressed];
+
+/// A guest on an image of random geometry and content, in a file with other tenants' bytes in every
+/// cluster that is free.
+pub fn guest(seed: u64) -> Guest {
+    let mut random = Random::new(seed);
+    let features: Vec<Feature> = FEATURES.iter().copied().filter(|_| random.one_in(2)).collect();
+    let shape = shape(seed, &features, &mut random);
+    let mut writer = ImageWriter::new(shape);
+    // Some are empty, some full.
+    let empty_one_in = 1 + random.below(3);
+    let garbage = random.one_in(2);
+    while !writer.is_full() {
+        let content = match random.below(8) {
+            _ if random.one_in(empty_one_in) => Content::Absent,
+            0..=2 => Content::Data,
+            3 => Content::Zero,
+            4 => Content::Kept,
+            5 if shape.extended => Content::Mixed(random.next()),
+            6 if features.contains(&Feature::Compressed) => Content::Compressed,
+            _ if garbage => {
+                writer.garbage();
+                continue;
+            }
+            _ => Content::Absent,
+        };
+        writer.content(content);
+    }
+    let (disk, bytes) = writer.finish(&[]);
+    if shape.cluster_bits == 9 && shape.refcount_order >= 3 && random.one_in(2) {
+        use_up_reftable(&disk, shape.refcount_order, &mut random);
+    }
+    let metadata_bytes_max = if random.one_in(2) { 0 } else { 1 << 20 };
+    let open = Open { writable: true, has_backing: shape.below, metadata_bytes_max };
+    let notes = if random.one_in(2) { 8 } else { 4096 };
+    Guest::new(Arc::new(disk), &bytes, notes, open, seed)
+}
+
+fn shape(seed: u64, features: &[Feature], random: &mut Random) -> Shape {
+    let extended = features.contains(&Feature::ExtendedL2);
+    let snapshot = features.contains(&Feature::Snapshot);
+    let cluster_bits = match extended {
+        true => 14,
+        false => [9, 10, 11, 12, 9, 16, 14, 9][seed as usize % 8],
+    };
+    let version = if !extended && random.one_in(4) { 2 } else { 3 };
+    let refcount_order = match version {
+        2 => 4,
+        _ if snapshot => 3 + random.below(4) as u32,
+        _ => random.below(7) as u32,
+    };
+    // Several L2 tables where clusters are small; the last cluster is a part of one.
+    let clusters = match cluster_bits {
+        9 | 10 => 200,
+        11 | 12 => 40,
+        _ => 6,
+    };
+    let size = (clusters << cluster_bits) - (random.below(1 << cluster_bits) & !511);
+    let zstd = version == 3 && random.one_in(2);
+    let below = features.contains(&Feature::Backing);
+    Shape { version, cluster_bits, refcount_order, size, zstd, below, extended, snapshot }
+}
+
+/// Gives an image with clusters of 512 bytes a refcount block near the end of what its table of one
+/// cluster reaches, with few free clusters behind: soon it needs a further block, or the table moves.
+fn use_up_reftable(disk: &Disk, refcount_order: u32, random: &mut Random) {
+    let (reftable, index) = (512, 62 + random.below(2));
+    let per_block = 1 << (12 - refcount_order);
+    // It counts itself.
+    let in_block = per_block - 1 - random.below(30);
+    let block = (index * per_block + in_block) << 9;
+    disk.write_at(reftable + index * 8, &block.to_be_bytes()).expect("memory");
+    let (width, mut counts) = (1 << (refcount_order - 3), [0; 512]);
+    counts[in_block as usize * width + width - 1] = 1;
+    disk.write_at(block, &counts).expect("memory");
+    disk.flush();
+}
+
+/// Lives through `steps` of one world; `each` happens after every one. It ends with a clean close.
+pub fn live(seed: u64, steps: u64, each: impl Fn(&mut Guest, u64)) -> Stats {
+    let mut guest = guest(seed);
+    for step in 0..steps {
+        guest.step();
+        each(&mut guest, step);
+    }
+    let stats = guest.stats;
+    let found = guest.close();
+    guest.assert_all_there();
+    assert_eq!(found.corruptions, 0, "{:#?}", found.problems);
+    if stats.kills == 0 && stats.restarts == 0 {
+        assert_eq!(found.leaks, 0, "{:#?}", found.problems);
+    }
+    stats
+}
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
+/// So many worlds, or what the environment says: `SEEDS=100000` for more, `SEED=31` for one.
+pub fn worlds(test: &str, count: u64, live: impl Fn(u64) -> Stats) -> Option<Stats> {
+    if let Some(seed) = number("SEED") {
+        live(seed);
+        return None;
+    }
+    let mut all = Stats::default();
+    for seed in 1..=number("SEEDS").unwrap_or(count) {
+        let stats = catch_unwind(AssertUnwindSafe(|| live(seed)));
+        all.add(&stats.unwrap_or_else(|_| panic!("repeat it with SEED={seed} cargo test -p formats {test}")));
+    }
+    Some(all)
+}
