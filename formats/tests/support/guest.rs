@@ -42,7 +42,9 @@ pub struct Guest {
     open: Open,
     random: Random,
     history: History,
-    /// Where the payload of a guest cluster was last committed.
+    /// Bytes that an entry, or a bit of one, is about: a cluster, or a subcluster where there are any.
+    granule: u64,
+    /// Where the payload of a granule was last committed.
     places: HashMap<u64, u64>,
     in_flight: Vec<InFlight>,
     reads: Vec<Read>,
@@ -88,8 +90,9 @@ impl Stats {
 }
 
 impl Guest {
-    /// A guest on the image in `disk`, which reads as `bytes`. The journal has room for `notes_max`.
-    pub fn new(disk: Arc<Disk>, bytes: &[u8], notes_max: usize, open: Open, seed: u64) -> Self {
+    /// A guest on the image in `disk`, which reads as `bytes` and has entries for `granule` bytes. The
+    /// journal has room for `notes_max`.
+    pub fn new(disk: Arc<Disk>, bytes: &[u8], granule: u64, notes_max: usize, open: Open, seed: u64) -> Self {
         let notes = Arc::new(Notes::new(notes_max));
         let image = Qcow2::open(disk.clone(), notes.clone(), open).expect("a valid image");
         assert_eq!(image.size(), bytes.len() as u64);
@@ -101,6 +104,7 @@ impl Guest {
             open,
             random: Random::new(seed),
             history: History::new(bytes),
+            granule,
             places: HashMap::new(),
             in_flight: Vec::new(),
             reads: Vec::new(),
@@ -116,7 +120,7 @@ impl Guest {
         guest
     }
 
-    /// Where guest clusters are in an image that was just opened.
+    /// Where granules are in an image that was just opened.
     fn find_places(&mut self) {
         self.places.clear();
         let mut at = 0;
@@ -211,9 +215,9 @@ impl Guest {
         self.places.extend(self.places_of(guest, host));
     }
 
-    /// Guest clusters of a write, and the places of their first bytes.
+    /// Granules of a write, and the places of their first bytes.
     fn places_of(&self, guest: ByteRange, host: u64) -> Vec<(u64, u64)> {
-        let size = self.image.info().cluster_size;
+        let size = self.granule;
         let first = host - guest.start % size;
         (guest.start / size..=(guest.end - 1) / size).zip((first..).step_by(size as usize)).collect()
     }
@@ -237,11 +241,11 @@ impl Guest {
         if in_place {
             self.history.write_in_place(guest, &bytes);
         }
-        // A kept cluster is written again.
-        let size = self.image.info().cluster_size;
-        for (cluster, place) in self.places_of(guest, host) {
-            if !in_place && self.places.get(&cluster) == Some(&place) {
-                let here = guest.intersect(ByteRange { start: cluster * size, end: (cluster + 1) * size });
+        // What was zeroed and kept its place is written there again.
+        let size = self.granule;
+        for (nth, place) in self.places_of(guest, host) {
+            if !in_place && self.places.get(&nth) == Some(&place) {
+                let here = guest.intersect(ByteRange { start: nth * size, end: (nth + 1) * size });
                 let skip = (here.start - guest.start) as usize;
                 self.history.write_where_it_was(here, &bytes[skip..][..here.len() as usize]);
             }
@@ -299,7 +303,7 @@ impl Guest {
         }
     }
 
-    /// All of it reads as zeroes, or after a discard each whole cluster of it or none.
+    /// All of it reads as zeroes, or after a discard each whole cluster of it.
     fn zeroed(&mut self, done: ByteRange, zeroing: Zeroing) {
         let info = self.image.info();
         for sector in sectors(done) {

@@ -9,7 +9,9 @@
 //!                                start, after a kill with its journal, after a power cut
 //! ```
 mod build;
+mod damage;
 mod guest;
+pub mod tables;
 
 use super::support::disk::Disk;
 use super::support::notes::Notes;
