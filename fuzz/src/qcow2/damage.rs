@@ -48,7 +48,7 @@ impl Value {
                 let x = 62 - (bits - 8);
                 COMPRESSED | (u64::from(sectors) << x & (COMPRESSED - 1)) | u64::from(at)
             }
-            Self::Far(clusters) => 1 << 63 | (1 << 40) + (u64::from(clusters) << bits),
+            Self::Far(clusters) => 1 << 63 | ((1 << 40) + (u64::from(clusters) << bits)),
         }
     }
 }
