@@ -54,6 +54,7 @@ fn images_of_ours_are_right() {
             asked.refcount_order = random.below(7) as u32;
             asked.lazy_refcounts = random.one_in(2);
             asked.compression = [Compression::Zlib, Compression::Zstd][random.below(2) as usize];
+            asked.extended_l2 = asked.cluster_bits >= 14 && random.one_in(2);
         }
         let mut model = vec![0; size as usize];
         if random.one_in(2) {
