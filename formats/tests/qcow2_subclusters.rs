@@ -4,7 +4,7 @@ mod support;
 use formats::error::Kind;
 use formats::image::{Image, Place, Progress, Reservation, Reserve, Settle, Zeroed, Zeroing};
 use formats::journal::Change;
-use formats::qcow2::{Create, Open, Qcow2, check, create};
+use formats::qcow2::{Check, Create, Open, Qcow2, check, create};
 use formats::range::ByteRange;
 use formats::storage::Storage;
 use std::sync::Arc;
@@ -122,21 +122,36 @@ fn a_write_fills_the_borders_of_its_subclusters_and_nothing_else() {
     assert_eq!(image.map(63 * SUB, u64::MAX).expect("a valid image").guest, range(63 * SUB, 98 * SUB));
 }
 
-#[test]
-fn a_cluster_that_others_use_moves_with_all_its_payload() {
-    let disk = empty(true);
-    let image = open(&disk);
+/// Subclusters 3, 6 and 7 have payload, 10 is zeroes, and cluster 1 is the same; returns where it is.
+fn two_clusters_in_one(disk: &Arc<Disk>) -> u64 {
+    let image = open(disk);
     write(&image, 3..4);
     write(&image, 6..8);
     zero(&image, 10..11, Zeroing::Unmap);
     settle(&image);
     drop(image);
-    let entry = entry_at(&disk);
-    let old = word(&disk, entry) & !COPIED;
-    set(&disk, entry, old);
-    let block = word(&disk, word(&disk, 48));
-    disk.write_at(block + old / CLUSTER * 2, &[0, 2]).expect("memory");
+    let entry = entry_at(disk);
+    let (host, bitmap) = (word(disk, entry) & !COPIED, word(disk, entry + 8));
+    for (at, word) in (entry..).step_by(8).zip([host, bitmap, host, bitmap]) {
+        set(disk, at, word);
+    }
+    let block = word(disk, word(disk, 48));
+    disk.write_at(block + host / CLUSTER * 2, &[0, 2]).expect("memory");
+    assert_whole(disk);
+    host
+}
 
+fn assert_whole(disk: &Arc<Disk>) -> Check {
+    let storage: Arc<dyn Storage> = disk.clone();
+    let found = check(&storage).expect("it can be walked");
+    assert_eq!((found.leaks, found.corruptions), (0, 0), "{:#?}", found.problems);
+    found
+}
+
+#[test]
+fn a_cluster_that_others_use_moves_with_all_its_payload() {
+    let disk = empty(true);
+    let old = two_clusters_in_one(&disk);
     let image = open(&disk);
     let moving = room(&image, 4 * SUB + 1, 5 * SUB);
     assert_eq!(moving.fill, [Some(range(3 * SUB, 4 * SUB + 1)), Some(range(5 * SUB, 8 * SUB))]);
@@ -147,10 +162,27 @@ fn a_cluster_that_others_use_moves_with_all_its_payload() {
     assert_eq!(runs(&image)[..2], [(3, Place::Absent), (8, data(host + 3 * SUB))]);
     assert_eq!(runs(&image)[2..], rest);
     settle(&image);
-    let storage: Arc<dyn Storage> = disk;
-    let found = check(&storage).expect("it can be walked");
-    // Whoever used it as well was made up.
-    assert_eq!((found.leaks, found.corruptions), (1, 0), "{:#?}", found.problems);
+    // The other one has it alone from now on, and says so with its next change.
+    zero(&image, 32 + 3..32 + 4, Zeroing::Unmap);
+    settle(&image);
+    assert_eq!(image.map(CLUSTER + 6 * SUB, SUB).expect("a valid image").place, data(old + 6 * SUB));
+    assert_whole(&disk);
+}
+
+/// Replay counted every cluster that an entry names as used by that one alone.
+#[test]
+fn a_shared_cluster_with_new_zeroes_is_counted_for_all_after_a_kill() {
+    let disk = empty(true);
+    let old = two_clusters_in_one(&disk);
+    let notes = Arc::new(Notes::new(1000));
+    let image = open_with(&disk, notes.clone());
+    zero(&image, 6..7, Zeroing::Unmap);
+    let after = Arc::new(disk.copy());
+    let image = open(&after);
+    image.replay(&notes.kept()).expect("its own notes");
+    assert_eq!(runs(&image)[1..4], [(4, data(old + 3 * SUB)), (6, Place::Absent), (7, Place::Zero)]);
+    settle(&image);
+    assert_whole(&after);
 }
 
 #[test]
@@ -173,9 +205,7 @@ fn zeroes_leave_the_neighbours_and_the_last_one_gives_the_cluster_back() {
     zero(&image, 1..2, Zeroing::Unmap);
     assert_eq!(runs(&image), [(1, Place::Absent), (32, Place::Zero)]);
     settle(&image);
-    let storage: Arc<dyn Storage> = disk;
-    let found = check(&storage).expect("it can be walked");
-    assert_eq!((found.leaks, found.corruptions, found.allocated_clusters), (0, 0, 0), "{:#?}", found.problems);
+    assert_eq!(assert_whole(&disk).allocated_clusters, 0);
 }
 
 #[test]

@@ -93,23 +93,27 @@ impl Shared {
 
     /// Counts everything that the changes point at, before a new refcount block could take its place.
     fn count_replayed(&self, tables: &BTreeMap<u64, u64>, entries: &BTreeMap<u64, Words>) -> Result<()> {
-        let mut used = Vec::new();
+        // By host cluster: whether what we noted has it for itself.
+        let mut used = BTreeMap::new();
+        let cluster = |host| self.geometry.host_cluster(host);
         for (index, raw) in tables {
-            used.extend(l2_table(self.geometry, *index, *raw)?);
+            used.extend(l2_table(self.geometry, *index, *raw)?.map(|host| (cluster(host), true)));
         }
-        for (cluster, words) in entries {
-            let entry = Entry::decode(self.geometry, *cluster, *words)?;
-            used.extend(entry.used(self.geometry).map(|(host, _)| host));
+        for (guest, words) in entries {
+            let entry = Entry::decode(self.geometry, *guest, *words)?;
+            let alone = entry.standard().host.is_some_and(|(_, copied)| copied);
+            used.extend(entry.used(self.geometry).map(|(host, _)| (cluster(host), alone)));
         }
-        used.sort_unstable();
-        used.dedup();
-        let clusters: Vec<u64> = used.into_iter().map(|host| self.geometry.host_cluster(host)).collect();
         let mut state = self.lock();
         let space = state.space()?;
-        space.step_over(clusters.last().copied());
-        // We note what we point at alone, always. A cluster that several shared before, compressed ones
-        // for instance, may still be counted for all of them in the file.
-        clusters.into_iter().try_for_each(|cluster| space.mark_used_alone(cluster))
+        space.step_over(used.keys().next_back().copied());
+        // What we point at anew we have alone. A cluster that several shared before, compressed ones for
+        // instance, may still be counted for all of them in the file; one of which some subclusters
+        // became zeroes is still shared.
+        used.into_iter().try_for_each(|(cluster, alone)| match alone {
+            true => space.mark_used_alone(cluster),
+            false => space.mark_used(cluster),
+        })
     }
 
     /// Puts back an L2 table that was new when it was noted.

@@ -133,6 +133,7 @@ impl Shared {
             Some((host, copied)) if state.is_exclusive(host, copied)? => Some(host),
             _ => None,
         };
+        let host = own.map(|host| (host, true)).or(host);
         let set = |host: Option<_>, zero| {
             // Behind the disk's end there may be payload that nobody misses.
             let data = host.map_or(0, |_| data & !here);
@@ -142,7 +143,7 @@ impl Shared {
             (Zeroing::Discard, _) if others != 0 && host.is_none() => Ok(Action::Leave),
             _ if others != 0 && host.is_none() => Ok(Action::Write),
             _ if others != 0 => set(host, zero | here),
-            (Zeroing::Keep, Some(host)) if g.version >= 3 => set(Some((host, true)), zero | here),
+            (Zeroing::Keep, Some(_)) if g.version >= 3 => set(host, zero | here),
             _ if g.version >= 3 => set(None, zero | here),
             (Zeroing::Keep, Some(host)) => Ok(Action::Host(host)),
             _ if !self.has_backing => set(None, 0),
