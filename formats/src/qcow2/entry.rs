@@ -23,7 +23,7 @@ pub enum Entry {
     },
     /// A cluster of payload.
     Data {
-        /// Offset in the file.
+        /// Offset in the file that has the payload.
         host: u64,
         /// The refcount is known to be one.
         copied: bool,
@@ -43,13 +43,16 @@ impl Entry {
         if raw == 0 {
             return Ok(Self::Absent);
         }
-        if raw & COMPRESSED != 0 {
+        if raw & COMPRESSED != 0 && !geometry.external_data {
             return Ok(Self::compressed(geometry, raw));
         }
         let wrong = |what: &str| {
             let (table, index) = (cluster >> geometry.l2_bits(), cluster & ((1 << geometry.l2_bits()) - 1));
             Err(Error::malformed(format!("L2 table {table}: entry {index} is {raw:#018x}: {what}")))
         };
+        if raw & COMPRESSED != 0 {
+            return wrong("a compressed cluster, which cannot be in an external data file");
+        }
         let flags = if geometry.version >= 3 { COPIED | ZERO } else { COPIED };
         if raw & !(OFFSET | flags) != 0 {
             return wrong("reserved bits are set");
@@ -58,9 +61,11 @@ impl Entry {
         if host & (geometry.cluster_size() - 1) != 0 {
             return wrong("its offset is not at a cluster's start");
         }
+        let elsewhere = geometry.external_data && host != cluster << geometry.cluster_bits;
         match (host, zero) {
             (0, true) => Ok(Self::Zero { kept: None }),
-            (0, false) => wrong("it has a flag and no offset"),
+            (0, false) if !geometry.external_data => wrong("it has a flag and no offset"),
+            _ if elsewhere => wrong("its offset in the external data file is not its guest offset"),
             (_, true) => Ok(Self::Zero { kept: Some((host, copied)) }),
             (_, false) => Ok(Self::Data { host, copied }),
         }
@@ -75,9 +80,10 @@ impl Entry {
         Self::Compressed { host, len: (sectors * 512 - (host & 511)) as u32 }
     }
 
-    /// The bytes of the file that this entry uses: offset and length.
+    /// The bytes of the image's file that this entry uses: offset and length.
     pub fn used(self, geometry: Geometry) -> Option<(u64, u64)> {
         match self {
+            _ if geometry.external_data => None,
             Self::Absent | Self::Zero { kept: None } => None,
             Self::Zero { kept: Some((host, _)) } | Self::Data { host, .. } => Some((host, geometry.cluster_size())),
             Self::Compressed { host, len } => Some((host, u64::from(len))),
@@ -124,6 +130,20 @@ mod tests {
             assert_eq!(decode(hostile), None, "{hostile:#x}");
         }
         assert!(Entry::decode(geometry(2, 16), 7, ZERO).is_err(), "version 2 has no zero flag");
+    }
+
+    #[test]
+    fn with_an_external_data_file_an_entry_says_that_a_cluster_is_there_not_where() {
+        let g = Geometry { external_data: true, ..geometry(3, 16) };
+        let decode = |cluster, raw| Entry::decode(g, cluster, raw).ok();
+        assert_eq!(decode(0, COPIED), Some(Entry::Data { host: 0, copied: true }));
+        assert_eq!(decode(0, COPIED | ZERO), Some(Entry::Zero { kept: None }));
+        assert_eq!(decode(3, 0x30000 | COPIED), Some(Entry::Data { host: 0x30000, copied: true }));
+        assert_eq!(decode(3, 0x30000 | COPIED | ZERO), Some(Entry::Zero { kept: Some((0x30000, true)) }));
+        assert_eq!(decode(3, 0x30000 | COPIED).and_then(|entry| entry.used(g)), None, "nothing is counted");
+        for hostile in [COPIED, 0x40000 | COPIED, 0x40000 | ZERO, COMPRESSED | 0x30000] {
+            assert_eq!(decode(3, hostile), None, "{hostile:#x}");
+        }
     }
 
     #[test]

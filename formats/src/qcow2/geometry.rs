@@ -15,6 +15,8 @@ pub struct Geometry {
     pub refcount_order: u32,
     /// Bytes of the disk.
     pub size: u64,
+    /// Payload is in an external data file, each guest cluster at its own guest offset.
+    pub external_data: bool,
 }
 
 impl Geometry {
@@ -44,7 +46,7 @@ impl Geometry {
         if size > i64::MAX as u64 {
             return Err(Error::malformed(format!("size {size} does not fit in 63 bits")));
         }
-        let geometry = Self { version, cluster_bits, refcount_order, size };
+        let geometry = Self { version, cluster_bits, refcount_order, size, external_data: false };
         if geometry.l1_entries() * 8 > Self::L1_BYTES_MAX {
             return Err(Error::unsupported(format!(
                 "size {size} needs an L1 table above 32 MiB with clusters of {} bytes: take larger clusters",

@@ -64,6 +64,7 @@ impl Shared {
             let known = *cluster < self.geometry.clusters();
             match known.then(|| Entry::decode(self.geometry, *cluster, *raw)).transpose()? {
                 Some(Entry::Absent | Entry::Zero { kept: None }) => {}
+                Some(Entry::Data { .. } | Entry::Zero { .. }) if self.geometry.external_data => {}
                 Some(Entry::Data { host, .. } | Entry::Zero { kept: Some((host, _)) }) if host < len => {}
                 _ => return wrong("guest cluster", *cluster, *raw),
             }

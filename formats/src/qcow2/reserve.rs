@@ -1,4 +1,7 @@
 //! Room for what guests write: where it is already, or in clusters taken for it.
+//!
+//! In an external data file each cluster has one place for good. A write to one that reads as zeroes
+//! or from below puts its bytes where no entry shows them yet, and what is around them as well.
 use super::Shared;
 use super::entry::{COPIED, Entry, ZERO};
 use super::state::{Reserved, State};
@@ -90,6 +93,10 @@ impl Shared {
         // What shares its cluster with somebody is not homeless, but moves like it, one at a time.
         let count = state.run(first, clusters, homeless)?.max(1);
         state.ensure_table(first, &*self.journal)?;
+        if geometry.external_data {
+            // Whatever was there before: nobody knows that it is zeroes.
+            return Ok(Some((Reserved { first, count, host: first << bits, taken: false }, false)));
+        }
         let taken = state.space()?.take(count)?;
         let host = taken.run.start << bits;
         Ok(Some((Reserved { first, count: taken.run.count, host, taken: true }, taken.zeroed)))

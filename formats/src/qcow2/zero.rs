@@ -7,6 +7,9 @@
 //! | payload, `Unmap` | zero flag | no entry | zeroed in the file |
 //! | payload, `Discard` | zero flag | no entry | left |
 //! | nothing, over a backing image | zero flag | | written; `Discard` leaves it |
+//!
+//! Payload in an external data file has its place for good, so `Unmap` and `Discard` give its space back
+//! there and leave the entry. A raw data file has to show the zeroes itself: all is zeroed there.
 use super::Shared;
 use super::entry::{COPIED, Entry, ZERO};
 use super::state::{Known, State};
@@ -32,6 +35,9 @@ impl Shared {
     pub(super) fn zero(&self, guest: ByteRange, zeroing: Zeroing) -> Result<Zeroed> {
         self.check_writable()?;
         self.check_inside(guest)?;
+        if self.raw_data {
+            return Ok(Zeroed::Host { guest, host: guest.start });
+        }
         let cluster = self.geometry.cluster_size();
         let first_end = self.geometry.size.min((guest.start & !(cluster - 1)) + cluster);
         if guest.start & (cluster - 1) != 0 || guest.end < first_end {
@@ -77,7 +83,10 @@ impl Shared {
         let clusters = clusters.min(in_slice - (first & (in_slice - 1)));
         let prefix = |count: u64| guest.prefix(count << bits);
         Ok(match self.action(&mut state, first, zeroing)? {
-            Action::Host(host) => Zeroed::Host { guest: prefix(1), host },
+            Action::Host(host) => {
+                let next = |nth, raw: u64| raw == (host + (nth << bits)) | COPIED;
+                Zeroed::Host { guest: prefix(state.run(first, clusters, next)?.max(1)), host }
+            }
             Action::Write => Zeroed::Write(prefix(1)),
             Action::Leave | Action::Set(_) => match self.zero_entries(&mut state, first, clusters, zeroing)? {
                 0 => Zeroed::Settle,
@@ -116,6 +125,7 @@ impl Shared {
         Ok(match (entry, zeroing, own) {
             (Entry::Zero { kept: None }, _, _) | (Entry::Zero { .. }, Zeroing::Keep, _) => Action::Leave,
             (Entry::Absent, _, _) if !self.has_backing => Action::Leave,
+            (_, Zeroing::Unmap | Zeroing::Discard, Some(host)) if self.geometry.external_data => Action::Host(host),
             (_, Zeroing::Keep, Some(host)) if self.geometry.version >= 3 => Action::Set(host | COPIED | ZERO),
             _ if self.geometry.version >= 3 => Action::Set(ZERO),
             (_, Zeroing::Keep, Some(host)) => Action::Host(host),
