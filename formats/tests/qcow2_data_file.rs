@@ -33,8 +33,10 @@ impl Made {
         let made = Self { folder: tempfile::tempdir().expect("a folder"), raw, told: format!("seed {seed}") };
         let size = 512 * (1 + random.below(6000));
         let cluster = 512 << random.below(9);
+        let extended = if cluster >= 1 << 14 && random.one_in(2) { "on" } else { "off" };
+        let raw_text = if raw { "on" } else { "off" };
         let options =
-            format!("cluster_size={cluster},data_file={DATA},data_file_raw={}", if raw { "on" } else { "off" });
+            format!("cluster_size={cluster},extended_l2={extended},data_file={DATA},data_file_raw={raw_text}");
         let mut arguments = vec!["create", "-q", "-f", "qcow2", "-o", &options];
         if !raw && random.one_in(3) {
             run(made.folder.path(), "qemu-img", &["create", "-q", "-f", "raw", "below.raw", "1M"]);
@@ -70,8 +72,10 @@ impl Made {
         let made = Self { folder: tempfile::tempdir().expect("a folder"), raw, told: String::new() };
         let data_file = Some(DataFile { name: DATA.into(), raw });
         let size = 512 * (1 + random.below(8000));
+        let cluster_bits = 9 + random.below(10) as u32;
         let asked = Create {
-            cluster_bits: 9 + random.below(10) as u32,
+            cluster_bits,
+            extended_l2: cluster_bits >= 14 && random.one_in(2),
             refcount_order: random.below(7) as u32,
             data_file,
             ..Create::new(size)

@@ -17,14 +17,19 @@ struct World {
 impl World {
     fn new(seed: u64) -> Self {
         let mut random = Random::new(seed);
-        let cluster_bits = [9, 10, 11, 12, 9, 16, 14, 18][seed as usize % 8];
-        let version = 2 + u32::from(!random.one_in(4));
+        let extended_l2 = seed.is_multiple_of(3);
+        let cluster_bits = match extended_l2 {
+            true => [14, 14, 14, 15][seed as usize % 4],
+            false => [9, 10, 11, 12, 9, 16, 14, 18][seed as usize % 8],
+        };
+        let version = if extended_l2 { 3 } else { 2 + u32::from(!random.one_in(4)) };
         let refcount_order = if version == 2 { 4 } else { random.below(7) as u32 };
         // Several L2 tables where clusters are small; the last cluster is a part of one.
         let clusters = if cluster_bits <= 12 { 200 } else { 10 };
         let size = (clusters << cluster_bits) - (random.below(1 << cluster_bits) & !511);
         let disk = Arc::new(Disk::default());
-        create(&*disk, &Create { version, cluster_bits, refcount_order, ..Create::new(size) }).expect("valid options");
+        let asked = Create { version, cluster_bits, refcount_order, extended_l2, ..Create::new(size) };
+        create(&*disk, &asked).expect("valid options");
         if cluster_bits == 9 && refcount_order >= 4 {
             use_up_reftable(&disk, refcount_order);
         }
@@ -39,12 +44,14 @@ impl World {
     fn with_data_file(seed: u64) -> Self {
         let mut random = Random::new(seed);
         let raw = random.one_in(3);
-        let cluster_bits = [9, 10, 12, 16][seed as usize % 4];
+        let cluster_bits = [9, 10, 14, 16][seed as usize % 4];
+        let extended_l2 = cluster_bits >= 14 && random.one_in(2);
         let clusters = if cluster_bits <= 12 { 200 } else { 10 };
         let size = (clusters << cluster_bits) - (random.below(1 << cluster_bits) & !511);
         let (disk, payload) = (Arc::new(Disk::default()), Arc::new(Disk::default()));
         let data_file = Some(DataFile { name: "data".into(), raw });
-        create(&*disk, &Create { cluster_bits, data_file, ..Create::new(size) }).expect("valid options");
+        let asked = Create { cluster_bits, extended_l2, data_file, ..Create::new(size) };
+        create(&*disk, &asked).expect("valid options");
         disk.flush();
         payload.set_len(size).expect("memory");
         if !raw {

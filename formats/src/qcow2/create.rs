@@ -7,7 +7,7 @@
 //!
 //! There are L2 tables only with a raw data file, all of which is the disk from the start.
 use super::data_file::DataFile;
-use super::entry::COPIED;
+use super::entry::{COPIED, Standard};
 use super::geometry::Geometry;
 use super::header::{
     BACKING_NAME_MAX, Backing, Compression, EXTENSION_BACKING_FORMAT, EXTENSION_DATA_FILE, EXTENSION_END,
@@ -49,6 +49,8 @@ pub struct Create {
     pub refcount_order: u32,
     /// How clusters are to be compressed; version 2 has zlib only.
     pub compression: Compression,
+    /// L2 entries are extended: 32 subclusters a cluster, which has 16 KiB at least (version 3).
+    pub extended_l2: bool,
     /// Others may write refcounts late (version 3).
     pub lazy_refcounts: bool,
     /// The image below.
@@ -67,10 +69,17 @@ impl Create {
             cluster_bits: 16,
             refcount_order: 4,
             compression: Compression::Zlib,
+            extended_l2: false,
             lazy_refcounts: false,
             backing: None,
             data_file: None,
         }
+    }
+
+    fn geometry(&self) -> Result<Geometry> {
+        let mut geometry = Geometry::new(self.version, self.cluster_bits, self.refcount_order, self.size)?;
+        geometry.external_data = self.data_file.is_some();
+        if self.extended_l2 { geometry.with_extended_l2() } else { Ok(geometry) }
     }
 }
 
@@ -128,7 +137,11 @@ pub fn create(storage: &dyn Storage, create: &Create) -> Result<()> {
     let tables = (layout.l2..layout.end).map(|table| table << geometry.cluster_bits | COPIED);
     let clusters = if layout.l2 < layout.end { geometry.clusters() } else { 0 };
     write_entries(layout.l1 << geometry.cluster_bits, tables, &write)?;
-    let data = (0..clusters).map(|cluster| cluster << geometry.cluster_bits | COPIED);
+    let data = (0..clusters).flat_map(|cluster| {
+        let host = Some((cluster << geometry.cluster_bits, true));
+        let words = Standard { host, data: geometry.all_subclusters(), zero: 0 }.encode(geometry);
+        std::iter::once(words.descriptor).chain(geometry.extended_l2.then_some(words.bitmap))
+    });
     write_entries(layout.l2 << geometry.cluster_bits, data, &write)?;
     write(0, &header)
 }
@@ -152,8 +165,7 @@ fn write_entries(
 
 /// The numbers of an image, and where its tables are.
 fn layout(create: &Create) -> Result<(Geometry, Layout)> {
-    let mut geometry = Geometry::new(create.version, create.cluster_bits, create.refcount_order, create.size)?;
-    geometry.external_data = create.data_file.is_some();
+    let geometry = create.geometry()?;
     let is_raw = create.data_file.as_ref().is_some_and(|data_file| data_file.raw);
     Ok((geometry, Layout::new(geometry, if is_raw { geometry.l1_entries() } else { 0 })))
 }
@@ -254,7 +266,9 @@ fn fields(create: &Create, geometry: Geometry, layout: &Layout) -> Vec<u8> {
         let zstd = create.compression == Compression::Zstd;
         let raw = create.data_file.as_ref().is_some_and(|data_file| data_file.raw);
         let bit = |is_set, bit| if is_set { bit } else { 0_u64 };
-        let incompatible = bit(zstd, incompatible::COMPRESSION) | bit(geometry.external_data, incompatible::DATA_FILE);
+        let incompatible = bit(zstd, incompatible::COMPRESSION)
+            | bit(geometry.external_data, incompatible::DATA_FILE)
+            | bit(geometry.extended_l2, incompatible::EXTENDED_L2);
         bytes.extend_from_slice(&incompatible.to_be_bytes());
         bytes.extend_from_slice(&bit(create.lazy_refcounts, compatible::LAZY_REFCOUNTS).to_be_bytes());
         bytes.extend_from_slice(&bit(raw, autoclear::RAW_DATA_FILE).to_be_bytes());

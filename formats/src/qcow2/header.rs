@@ -85,7 +85,7 @@ pub struct Backing {
 /// A header that was found to be right.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Header {
-    /// Version, cluster size, refcount width and size of the disk.
+    /// Version, cluster size, refcount and entry width, and size of the disk.
     pub geometry: Geometry,
     /// Where the active L1 table is.
     pub l1_offset: u64,
@@ -142,6 +142,9 @@ impl Header {
         };
         let mut geometry = Geometry::new(version, bytes.u32(20)?, order, bytes.u64(24)?)?;
         geometry.external_data = features[0] & incompatible::DATA_FILE != 0;
+        if features[0] & incompatible::EXTENDED_L2 != 0 {
+            geometry = geometry.with_extended_l2()?;
+        }
         refuse_encryption(bytes.u32(32)?)?;
         let backing_at = bytes.u64(8)?;
         let extensions = Extensions::parse(bytes, header_len, extensions_end(geometry, backing_at))?;
@@ -280,10 +283,7 @@ fn refuse_features(bits: u64, extensions: &Extensions) -> Result<()> {
     let refused = |bit: u32, name: &str, remedy: &str| {
         Err(Error::unsupported(format!("incompatible feature bit {bit} ({name}) is not supported: {remedy}")))
     };
-    if bits & EXTENDED_L2 != 0 {
-        return refused(4, "extended L2 entries", "write it anew with `qemu-img convert -o extended_l2=off`");
-    }
-    let unknown = bits & !(DIRTY | CORRUPT | DATA_FILE | COMPRESSION);
+    let unknown = bits & !(DIRTY | CORRUPT | DATA_FILE | COMPRESSION | EXTENDED_L2);
     if unknown == 0 {
         return Ok(());
     }
