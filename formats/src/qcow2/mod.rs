@@ -9,6 +9,7 @@
 //!   refcounts   how often each host cluster is used
 //!   space       which of them are free
 //! map, reserve, zero     what guests ask
+//! describe    what `map` tells beyond that
 //! settle      brings the tables into the file, in order
 //! replay      takes back what the journal kept through a kill
 //! create      makes an empty image
@@ -27,6 +28,7 @@
 //!    not flushed. See `settle`.
 pub mod check;
 pub mod create;
+mod describe;
 mod entry;
 mod geometry;
 pub mod header;
@@ -48,12 +50,12 @@ pub use geometry::Geometry;
 pub use header::{Backing, Compression, Header};
 
 use crate::error::{Context, Error, Result};
-use crate::image::{Extent, Holder, Image, Progress, Reservation, Reserve, Settle, Zeroed, Zeroing};
+use crate::image::{Description, Extent, Holder, Image, Progress, Reservation, Reserve, Settle, Zeroed, Zeroing};
 use crate::journal::{Change, Journal};
 use crate::range::ByteRange;
 use crate::storage::Storage;
 use state::State;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 /// How to open an image.
 #[derive(Clone, Copy, Debug)]
@@ -115,6 +117,8 @@ struct Shared {
     writable: bool,
     has_backing: bool,
     state: Mutex<State>,
+    /// Whether holes are looked for under payload; see `describe`.
+    preallocated: OnceLock<bool>,
 }
 
 impl Qcow2 {
@@ -135,6 +139,7 @@ impl Qcow2 {
             writable: open.writable,
             has_backing: open.has_backing,
             state: Mutex::new(state),
+            preallocated: OnceLock::new(),
         };
         Ok(Self { header, flush_first, shared: Arc::new(shared) })
     }
@@ -260,6 +265,10 @@ impl Image for Qcow2 {
 
     fn map(&self, at: u64, len_max: u64) -> Result<Extent> {
         self.shared.map(at, len_max)
+    }
+
+    fn describe(&self, at: u64, len_max: u64) -> Result<Description> {
+        self.shared.describe(&self.header, at, len_max)
     }
 
     fn reserve(&self, guest: ByteRange) -> Result<Reserve> {
