@@ -11,6 +11,7 @@ pub mod random;
 pub mod tools;
 pub mod vm;
 pub mod writer;
+pub mod zoo;
 
 use std::time::{Duration, Instant};
 

@@ -79,11 +79,7 @@ fn mapped_otherwise(first: &Chain, second: &Chain) -> Result<Option<u64>> {
     Ok(None)
 }
 
-fn contents(
-    first: Disk,
-    second: Disk,
-    mut progress: impl FnMut(u64),
-) -> std::result::Result<Comparison, Incomparable> {
+fn contents(first: Disk, second: Disk, mut progress: impl FnMut(u64)) -> std::result::Result<Comparison, Incomparable> {
     let disks = [Arc::new(first), Arc::new(second)];
     let size = disks.iter().map(|disk| disk.size()).max().unwrap_or(0);
     let failed = |error| Incomparable::Reading(Error::io("the ring", error));
