@@ -11,7 +11,6 @@ pub mod random;
 pub mod tools;
 pub mod vm;
 pub mod writer;
-pub mod zoo;
 
 use std::time::{Duration, Instant};
 

@@ -1,17 +1,22 @@
-//! This program against qemu-img on random images: the bytes, the extents and the facts are the same.
+//! This program against qemu-img on random images: the bytes, the extents and the facts are the same; and against other
+//! readers of qcow2, where they can read the image.
 //!
 //! `IMAGES` says how many (100 where it is not given), `SEED` from which one on. A failure tells how its image was made,
 //! and `SEED=N IMAGES=1` makes it again.
-#[path = "support/mod.rs"]
+mod oracles;
+#[path = "../support/mod.rs"]
 mod support;
+mod zoo;
 
+use oracles::Oracle;
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 use support::tools::{content, output, ran};
-use support::zoo::{Layer, Zoo};
 use support::{assert_same, folder};
+use zoo::{Layer, Zoo};
 
 /// Facts of qemu-img's that are told in another way, or not yet.
 const TOLD_OTHERWISE: [&str; 2] = ["snapshots", "bitmaps"];
@@ -19,14 +24,21 @@ const TOLD_OTHERWISE: [&str; 2] = ["snapshots", "bitmaps"];
 #[test]
 fn qemu_img_sees_what_we_see() {
     let (first, images) = (number("SEED", 1), number("IMAGES", 100));
+    let mut asked = BTreeMap::new();
     for seed in first..first + images {
         let folder = folder();
         let zoo = Zoo::new(folder.path(), seed);
         same_extents(&zoo);
         same_table(&zoo);
-        same_facts(&zoo);
-        same_bytes(&zoo, folder.path());
+        let theirs = same_facts(&zoo);
+        let bytes = same_bytes(&zoo, folder.path());
+        for oracle in Oracle::ALL.into_iter().filter(|oracle| oracle.reads(&theirs)) {
+            assert_same(&format!("{oracle:?}: {}", zoo.told), &bytes, &oracle.content(&zoo.top().file));
+            *asked.entry(oracle).or_insert(0) += 1;
+        }
     }
+    // A filter that lets nothing through would look like peace.
+    assert!(images < 20 || Oracle::ALL.iter().all(|oracle| asked.contains_key(oracle)), "{asked:?}");
 }
 
 fn number(name: &str, default: u64) -> u64 {
@@ -76,8 +88,8 @@ fn same_table(zoo: &Zoo) {
     }
 }
 
-/// Each fact that qemu-img tells is among ours.
-fn same_facts(zoo: &Zoo) {
+/// Each fact that qemu-img tells is among ours. Returns theirs.
+fn same_facts(zoo: &Zoo) -> Value {
     let Layer { file, format, .. } = zoo.top();
     let arguments = ["info", "--backing-chain"];
     let ours = json(blkmirror().args(arguments).arg("--json").arg(file), zoo);
@@ -85,6 +97,7 @@ fn same_facts(zoo: &Zoo) {
     let mut missing = Vec::new();
     differences("", &ours, &theirs, &mut missing);
     assert!(missing.is_empty(), "info: {missing:#?}\n{}", zoo.told);
+    theirs
 }
 
 fn differences(place: &str, ours: &Value, theirs: &Value, found: &mut Vec<String>) {
@@ -115,7 +128,8 @@ fn sectors(len: &Value) -> Option<u64> {
     len.as_u64().map(|len| len.div_ceil(512))
 }
 
-fn same_bytes(zoo: &Zoo, folder: &Path) {
+/// Returns what the disk holds.
+fn same_bytes(zoo: &Zoo, folder: &Path) -> Vec<u8> {
     let Layer { file, format, .. } = zoo.top();
     let flat = folder.join("ours.raw");
     let formats = ["--source-format", format, "--format", "raw", "--cache", "unsafe"];
@@ -124,6 +138,7 @@ fn same_bytes(zoo: &Zoo, folder: &Path) {
     // QEMU makes the last sector of a raw disk whole.
     ours.resize(ours.len().next_multiple_of(512), 0);
     assert_same(&zoo.told, &ours, &content(file, format));
+    ours
 }
 
 /// The end of the table is an error where compressed clusters begin; it names the other way.
@@ -138,6 +153,21 @@ fn a_table_has_no_place_for_compressed_clusters() {
     let told = String::from_utf8_lossy(&ours.stderr);
     assert!(told.contains("131072 bytes") || told.contains("65536 bytes at 131072"), "{told}");
     assert!(told.contains("--json"), "{told}");
+}
+
+#[test]
+fn a_chain_that_has_no_end_is_named() {
+    let folder = folder();
+    let [a, b] = ["a.qcow2", "b.qcow2"].map(|name| folder.path().join(name));
+    support::images::create(&a, "qcow2", 1 << 20, &[]);
+    support::images::overlay(&b, "a.qcow2", "qcow2", None, &[]);
+    ran(Command::new("qemu-img").args(["rebase", "-u", "-b", "b.qcow2", "-F", "qcow2"]).arg(&a));
+    for verb in [&["map"][..], &["info", "--backing-chain"]] {
+        let ours = output(blkmirror().args(verb).arg(&b));
+        let told = String::from_utf8_lossy(&ours.stderr);
+        assert_eq!(ours.status.code(), Some(1), "{verb:?}: {told}");
+        assert!(told.contains("a.qcow2") && told.contains("the chain is a loop"), "{verb:?}: {told}");
+    }
 }
 
 /// Exit statuses and verdicts of `compare`, strict and not, are qemu-img's.

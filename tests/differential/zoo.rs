@@ -1,8 +1,8 @@
 //! Images of every kind that qemu-img makes, with the histories that images have: writes, snapshots, resizes,
 //! rebases and commits, all of it decided by one seed.
-use super::images::{compressed_orders, create, overlay, random_order};
-use super::random::Random;
-use super::tools::ran;
+use crate::support::images::{compressed_orders, create, overlay, random_order};
+use crate::support::random::Random;
+use crate::support::tools::ran;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
