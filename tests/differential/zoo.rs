@@ -60,9 +60,9 @@ impl Zoo {
     pub fn new(folder: &Path, seed: u64) -> Self {
         let random = &mut Random::new(seed);
         let mut zoo = Self { folder: folder.to_owned(), layers: Vec::new(), told: format!("seed {seed}\n") };
-        for index in 0..random.within(1..4) {
+        for index in 0..random.within(1..5) {
             zoo.add_layer(index, random);
-            for _ in 0..random.below(4) {
+            for _ in 0..random.within(1..4) {
                 zoo.step(random);
             }
         }
