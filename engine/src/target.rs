@@ -165,6 +165,8 @@ impl Plan {
             let file = fs::File::open(path).context(|| format!("{}: open", path.display()))?;
             let header = read_header(&FileStorage::new(file)).map_err(|error| error.at(path.display()))?;
             creation.cluster_bits = header.geometry.cluster_bits;
+            // A copy of few subclusters must not become one of whole clusters.
+            creation.extended_l2 = header.geometry.extended_l2;
         }
         if let (true, Some(backing)) = (self.shallow, layers.get(1)) {
             let name = backing.path.to_str().ok_or_else(|| {
