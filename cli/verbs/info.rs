@@ -89,7 +89,6 @@ struct Qcow2 {
     lazy_refcounts: bool,
     refcount_bits: u32,
     corrupt: bool,
-    extended_l2: bool,
     /// Internal snapshots and persistent bitmaps, which qemu-img lists one by one.
     snapshot_count: u32,
     bitmap_count: u32,
@@ -168,7 +167,6 @@ fn with_header(raw: Facts, path: &Path, info: qcow2::Info) -> Facts {
         lazy_refcounts: info.lazy_refcounts,
         refcount_bits: info.refcount_bits,
         corrupt: info.corrupt,
-        extended_l2: info.incompatible_features & qcow2::header::incompatible::EXTENDED_L2 != 0,
         snapshot_count: info.snapshots,
         bitmap_count: info.bitmaps,
     };

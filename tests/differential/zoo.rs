@@ -2,7 +2,7 @@
 //! rebases and commits, all of it decided by one seed.
 use crate::support::images::{compressed_orders, create, overlay, random_order};
 use crate::support::random::Random;
-use crate::support::tools::ran;
+use crate::support::tools::{output, ran, told};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -24,7 +24,7 @@ enum Feature {
 const FEATURES: &[Feature] = &[
     Feature::Snapshots,
     Feature::Bitmaps,
-    // Feature::ExtendedL2,
+    Feature::ExtendedL2,
     // Feature::DataFile,
 ];
 
@@ -40,6 +40,8 @@ pub struct Layer {
     size: u64,
     cluster: u64,
     version: u32,
+    /// It has subclusters.
+    extended: bool,
     snapshots: u64,
     /// No cluster has been given a place yet: QEMU compresses only into such.
     untouched: bool,
@@ -84,7 +86,9 @@ impl Zoo {
 
     fn img(&mut self, arguments: &[&str]) {
         self.told += &format!("qemu-img {}\n", arguments.join(" "));
-        ran(Command::new("qemu-img").args(arguments).current_dir(&self.folder));
+        let mut command = Command::new("qemu-img");
+        let output = output(command.args(arguments).current_dir(&self.folder));
+        assert!(output.status.success(), "{}\n{}", told(&command, &output), self.told);
     }
 
     fn add_layer(&mut self, index: u64, random: &mut Random) {
@@ -108,6 +112,7 @@ impl Zoo {
             size,
             cluster: 1 << 16,
             version: 0,
+            extended: false,
             snapshots: 0,
             untouched: false,
         });
@@ -128,8 +133,8 @@ impl Zoo {
             }
         }
         self.told += &format!("{}: {words}, {size} bytes\n", file.display());
-        let Options { cluster, version, untouched, .. } = kinds;
-        self.layers.push(Layer { file, format: "qcow2", size, cluster, version, snapshots: 0, untouched });
+        let Options { cluster, version, extended, untouched, .. } = kinds;
+        self.layers.push(Layer { file, format: "qcow2", size, cluster, version, extended, snapshots: 0, untouched });
     }
 
     /// One thing that happens to the top layer.
@@ -203,10 +208,11 @@ impl Zoo {
         self.layers.drain(1..self.layers.len() - 1);
     }
 
-    /// Not with snapshots; and version 2 has no zeroes to hide what is below.
+    /// Not with snapshots. What is new has to hide what is below: version 2 has no zeroes for that, and QEMU cannot zero
+    /// a compressed cluster of an image with subclusters.
     fn may_grow(&self, index: usize) -> bool {
         let layer = &self.layers[index];
-        layer.snapshots == 0 && (layer.version != 2 || index == 0)
+        layer.snapshots == 0 && (index == 0 || layer.version != 2 && !layer.extended)
     }
 
     fn can_commit(&self) -> bool {
@@ -231,6 +237,7 @@ impl Zoo {
 struct Options {
     version: u32,
     cluster: u64,
+    extended: bool,
     untouched: bool,
     more: Vec<String>,
 }
@@ -246,7 +253,7 @@ impl Options {
         let untouched = preallocation == "off";
         let mut more = vec![format!("preallocation={preallocation}")];
         if random.one_in(4) && !extended {
-            return Self { version: 2, cluster, untouched, more };
+            return Self { version: 2, cluster, extended, untouched, more };
         }
         more.push(format!("lazy_refcounts={}", random.pick(&["on", "off"])));
         more.push(format!("compression_type={}", random.pick(&["zlib", "zstd"])));
@@ -261,7 +268,7 @@ impl Options {
         }
         // A cluster of snapshots is counted twice at least: one bit does not hold that.
         more.push(format!("refcount_bits={}", 1 << random.within(3..7)));
-        Self { version: 3, cluster, untouched: untouched && !has_data_file, more }
+        Self { version: 3, cluster, extended, untouched: untouched && !has_data_file, more }
     }
 
     fn words(&self) -> String {

@@ -1,16 +1,16 @@
-//! What `map` tells beyond where bytes are read from: places that are set aside under zeroes, and
+//! What `map` tells beyond where bytes are read from: places that are set aside and not in use, and
 //! holes under payload that was preallocated.
 //!
 //! Payload is looked at for holes only where the file takes clearly less space than its refcounts
 //! say: elsewhere it costs two system calls a run and finds nothing. The threshold is QEMU's, so that
 //! both tell the same of the same image.
 use super::Shared;
-use super::entry::Entry;
+use super::entry::{Entry, Standard};
 use super::geometry::Geometry;
 use super::header::Header;
 use super::refcounts::{Refcounts, Run};
 use crate::error::{Context, Result};
-use crate::image::{Description, Place};
+use crate::image::{Description, Extent, Place};
 use crate::range::ByteRange;
 use crate::storage::Storage;
 use std::sync::Arc;
@@ -25,31 +25,30 @@ impl Shared {
     pub(super) fn describe(&self, header: &Header, at: u64, len_max: u64) -> Result<Description> {
         let extent = self.map(at, len_max)?;
         match extent.place {
-            Place::Zero => self.describe_zeroes(extent.guest),
+            Place::Zero => self.describe_empty(extent, |standard| standard.zero),
+            Place::Absent => self.describe_empty(extent, |standard| standard.absent(self.geometry)),
             Place::Data { host } if self.is_preallocated(header)? => self.describe_payload(extent.guest, host),
-            _ => Ok(extent.into()),
+            Place::Data { .. } | Place::Compressed { .. } => Ok(extent.into()),
         }
     }
 
-    /// The zeroes from `guest.start` on that have no place, or places one after the other.
-    fn describe_zeroes(&self, guest: ByteRange) -> Result<Description> {
-        let (geometry, bits) = (self.geometry, self.geometry.cluster_bits);
-        let (first, skip) = (guest.start >> bits, guest.start & (geometry.cluster_size() - 1));
-        let clusters = ((guest.end - 1) >> bits) - first + 1;
-        let state = self.lock_with(first)?;
-        let place = |entry| match entry {
-            Entry::Zero { kept } => Some(kept.map(|(host, _)| host)),
-            _ => None,
+    /// Bytes without payload, as far as they have no place, or places one after the other. `kind` says
+    /// which subclusters are of theirs.
+    fn describe_empty(&self, extent: Extent, kind: impl Fn(Standard) -> u32) -> Result<Description> {
+        let (bits, guest) = (self.geometry.cluster_bits, extent.guest);
+        let (cluster, skip) = (guest.start >> bits, guest.start & (self.geometry.cluster_size() - 1));
+        let state = self.lock_with(cluster)?;
+        let start = state.entry(cluster)?.standard().host.map(|(host, _)| host);
+        let next = |nth, entry| match entry {
+            Entry::Standard(standard)
+                if standard.host.map(|(host, _)| host) == start.map(|host| host + (nth << bits)) =>
+            {
+                kind(standard)
+            }
+            _ => 0,
         };
-        let start = place(state.entry(first)?).flatten();
-        let next = |nth, raw| {
-            let expected = start.map(|host| host + (nth << bits));
-            Entry::decode(geometry, first + nth, raw).is_ok_and(|entry| place(entry) == Some(expected))
-        };
-        let count = state.run(first, clusters, next)?.max(1);
-        let guest = guest.prefix((count << bits) - skip);
-        let host = start.map(|host| host + skip);
-        Ok(Description { guest, data: false, zero: true, compressed: false, host })
+        let guest = guest.prefix(state.run(guest, next)?.max(1));
+        Ok(Description { guest, host: start.map(|host| host + skip), ..extent.into() })
     }
 
     /// The payload from `guest.start` on that is in a hole of the file, or is not.
