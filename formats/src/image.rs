@@ -47,6 +47,34 @@ pub enum Place {
     },
 }
 
+/// One run of guest bytes in the words of block status: what this image alone says of it, and what
+/// the file system adds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Description {
+    /// The guest bytes that it is about: from the asked byte on, never empty.
+    pub guest: ByteRange,
+    /// They have payload in the image's file.
+    pub data: bool,
+    /// They are known to read as zeroes. With neither this nor `data`, the layer below decides.
+    pub zero: bool,
+    /// They are compressed.
+    pub compressed: bool,
+    /// Offset in the file of the place that they have, one that is only set aside included.
+    pub host: Option<u64>,
+}
+
+impl From<Extent> for Description {
+    fn from(extent: Extent) -> Self {
+        let nothing = Self { guest: extent.guest, data: false, zero: false, compressed: false, host: None };
+        match extent.place {
+            Place::Data { host } => Self { data: true, host: Some(host), ..nothing },
+            Place::Zero => Self { zero: true, ..nothing },
+            Place::Absent => nothing,
+            Place::Compressed { .. } => Self { data: true, compressed: true, ..nothing },
+        }
+    }
+}
+
 /// Where a guest write goes, before the image says so.
 ///
 /// Dropped without `Image::commit`, it leaves the image as it was.
@@ -185,6 +213,11 @@ pub trait Image: Send + Sync {
     /// Like `map`, and also asks the file system where data is a hole. Slower.
     fn map_thin(&self, at: u64, len_max: u64) -> Result<Extent> {
         self.map(at, len_max)
+    }
+
+    /// Like `map_thin`, with all that is known: for telling, not for reading.
+    fn describe(&self, at: u64, len_max: u64) -> Result<Description> {
+        self.map_thin(at, len_max).map(Description::from)
     }
 
     /// Room for a write of `guest`; may cover less than asked, never nothing.

@@ -9,6 +9,7 @@
 //!   refcounts   how often each host cluster is used
 //!   space       which of them are free
 //! map, reserve, zero     what guests ask
+//! describe    what `map` tells beyond that
 //! settle      brings the tables into the file, in order
 //! replay      takes back what the journal kept through a kill
 //! data_file   where payload is in a file of its own
@@ -29,6 +30,7 @@
 pub mod check;
 pub mod create;
 mod data_file;
+mod describe;
 mod entry;
 mod geometry;
 pub mod header;
@@ -51,13 +53,15 @@ pub use geometry::Geometry;
 pub use header::{Backing, Compression, Header};
 
 use crate::error::{Context, Error, Result};
-use crate::image::{Extent, Holder, Image, Place, Progress, Reservation, Reserve, Settle, Zeroed, Zeroing};
+use crate::image::{
+    Description, Extent, Holder, Image, Place, Progress, Reservation, Reserve, Settle, Zeroed, Zeroing,
+};
 use crate::journal::{Change, Journal};
 use crate::range::ByteRange;
 use crate::raw;
 use crate::storage::Storage;
 use state::State;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 /// How to open an image.
 #[derive(Clone, Copy, Debug)]
@@ -127,6 +131,8 @@ struct Shared {
     /// The payload's file is to show by itself what the guest sees.
     raw_data: bool,
     state: Mutex<State>,
+    /// Whether holes are looked for under payload; see `describe`.
+    preallocated: OnceLock<bool>,
 }
 
 impl Qcow2 {
@@ -148,6 +154,7 @@ impl Qcow2 {
             has_backing: open.has_backing,
             raw_data: header.data_file.as_ref().is_some_and(|data_file| data_file.raw),
             state: Mutex::new(state),
+            preallocated: OnceLock::new(),
         };
         Ok(Self { header, data: None, flush_first, shared: Arc::new(shared) })
     }
@@ -290,6 +297,11 @@ impl Image for Qcow2 {
             (Some(data), Place::Data { host }) => raw::thin(&**data, extent.guest, host),
             _ => Ok(extent),
         }
+    }
+
+    fn describe(&self, at: u64, len_max: u64) -> Result<Description> {
+        let payload = self.data.as_ref().unwrap_or(&self.shared.storage);
+        self.shared.describe(&self.header, &**payload, at, len_max)
     }
 
     fn reserve(&self, guest: ByteRange) -> Result<Reserve> {
