@@ -84,6 +84,11 @@ impl Standard {
 impl Entry {
     /// Reads the entry of guest cluster `cluster`.
     pub fn decode(geometry: Geometry, cluster: u64, words: Words) -> Result<Self> {
+        Self::parse(geometry, words).map_err(|wrong| malformed(geometry, cluster, words, wrong))
+    }
+
+    /// Reads an entry, or says what is wrong with it.
+    pub fn parse(geometry: Geometry, words: Words) -> std::result::Result<Self, &'static str> {
         let raw = words.descriptor;
         if words == Words::default() {
             return Ok(Self::Standard(Standard::default()));
@@ -91,17 +96,16 @@ impl Entry {
         if raw & COMPRESSED != 0 {
             return Ok(Self::compressed(geometry, raw));
         }
-        let wrong = |what: &str| Err(malformed(geometry, cluster, words, what));
         let flags = if geometry.version >= 3 && !geometry.extended_l2 { COPIED | ZERO } else { COPIED };
         if raw & !(OFFSET | flags) != 0 {
-            return wrong("reserved bits are set");
+            return Err("reserved bits are set");
         }
         let (host, copied) = (raw & OFFSET, raw & COPIED != 0);
         if host & (geometry.cluster_size() - 1) != 0 {
-            return wrong("its offset is not at a cluster's start");
+            return Err("its offset is not at a cluster's start");
         }
-        if host == 0 && raw == COPIED {
-            return wrong("it has a flag and no offset");
+        if raw == COPIED {
+            return Err("it has a flag and no offset");
         }
         let (data, zero) = match geometry.extended_l2 {
             false if raw & ZERO != 0 => (0, 1),
@@ -109,10 +113,10 @@ impl Entry {
             true => (words.bitmap as u32, (words.bitmap >> 32) as u32),
         };
         if data & zero != 0 {
-            return wrong("a subcluster has payload and reads as zeroes");
+            return Err("a subcluster has payload and reads as zeroes");
         }
         if host == 0 && data != 0 {
-            return wrong("a subcluster has payload and the cluster no offset");
+            return Err("a subcluster has payload and the cluster no offset");
         }
         Ok(Self::Standard(Standard { host: (host != 0).then_some((host, copied)), data, zero }))
     }
