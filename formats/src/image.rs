@@ -150,7 +150,8 @@ pub enum Zeroing {
     Unmap,
     /// They read as zeroes; space that is allocated stays so.
     Keep,
-    /// A discard: whole clusters read as zeroes, what cannot be given back may stay as it is.
+    /// A discard: whole clusters, or subclusters, read as zeroes; what cannot be given back may stay
+    /// as it is.
     Discard,
 }
 
