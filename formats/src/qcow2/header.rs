@@ -1,4 +1,5 @@
 //! The header of an image: what it says, and which of it is not supported (qcow2.rst, "Header").
+use super::bitmaps::Extension as BitmapsExtension;
 use super::geometry::Geometry;
 use crate::error::{Error, Result};
 use std::fmt;
@@ -105,8 +106,8 @@ pub struct Header {
     pub compression: Compression,
     /// The image below.
     pub backing: Option<Backing>,
-    /// How many persistent bitmaps the extension names.
-    pub bitmaps: u32,
+    /// Where the persistent bitmaps are, if there are any.
+    pub bitmaps: Option<BitmapsExtension>,
 }
 
 impl Header {
@@ -223,7 +224,19 @@ impl Header {
 }
 
 impl Geometry {
-    fn check_table(self, field: &str, at: u64, len: u64) -> Result<()> {
+    /// Refuses an L1 table that cannot be one.
+    pub(super) fn check_l1(self, field: &str, at: u64, entries: u32) -> Result<()> {
+        let bytes = u64::from(entries) * 8;
+        if bytes > Self::L1_BYTES_MAX {
+            return Err(Error::unsupported(format!(
+                "{field} {at:#x}: {entries} entries are above the limit of 32 MiB"
+            )));
+        }
+        self.check_table(field, at, bytes)
+    }
+
+    /// Refuses a table of `len` bytes that is not at a cluster's start, or further away than an entry can say.
+    pub(super) fn check_table(self, field: &str, at: u64, len: u64) -> Result<()> {
         if len == 0 {
             return Ok(());
         }
@@ -328,7 +341,7 @@ fn text(what: &str, bytes: &[u8]) -> Result<String> {
 struct Extensions {
     backing_format: Option<String>,
     incompatible_names: Vec<(u8, String)>,
-    bitmaps: u32,
+    bitmaps: Option<BitmapsExtension>,
 }
 
 impl Extensions {
@@ -360,7 +373,7 @@ impl Extensions {
             }
             EXTENSION_BACKING_FORMAT => self.backing_format = Some(text("the backing format's name", data)?),
             EXTENSION_FEATURES => self.incompatible_names = incompatible_names(data),
-            EXTENSION_BITMAPS => self.bitmaps = Bytes(data).u32(0)?,
+            EXTENSION_BITMAPS => self.bitmaps = Some(BitmapsExtension::parse(data)?),
             _ => {}
         }
         Ok(())

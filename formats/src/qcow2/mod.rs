@@ -11,6 +11,7 @@
 //! map, reserve, zero     what guests ask
 //! settle      brings the tables into the file, in order
 //! replay      takes back what the journal kept through a kill
+//! snapshots, bitmaps     what else the file keeps: older views, and what was written since
 //! create      makes an empty image
 //! check       finds leaks and corruptions
 //! ```
@@ -25,6 +26,7 @@
 //!    is durable and nobody can still be reading the old place (`Image::recycle`).
 //! 4. What is committed while a settle is under way is not written by it: its payload was perhaps
 //!    not flushed. See `settle`.
+pub mod bitmaps;
 pub mod check;
 pub mod create;
 mod entry;
@@ -32,11 +34,13 @@ mod geometry;
 pub mod header;
 mod inflate;
 mod map;
+mod records;
 mod refcounts;
 mod replay;
 mod reserve;
 mod settle;
 mod slices;
+pub mod snapshots;
 mod space;
 mod state;
 mod table;
@@ -212,7 +216,7 @@ impl Header {
             dirty: self.incompatible & header::incompatible::DIRTY != 0,
             corrupt: self.incompatible & header::incompatible::CORRUPT != 0,
             snapshots: self.snapshots,
-            bitmaps: self.bitmaps,
+            bitmaps: self.bitmaps.map_or(0, |bitmaps| bitmaps.count),
         }
     }
 }
