@@ -214,11 +214,6 @@ impl Header {
         if self.incompatible & incompatible::DIRTY != 0 {
             return refused("incompatible feature bit 0 (dirty) is set: repair it with `qemu-img check -r all`");
         }
-        if self.snapshots > 0 {
-            return refused(
-                "internal snapshots are not supported for writing: delete them with `qemu-img snapshot -d`",
-            );
-        }
         Ok(())
     }
 }

@@ -5,6 +5,7 @@
 //! geometry    the numbers that follow from it
 //! entry       what an L1 or L2 entry means
 //! state       the tables as they are now, under one lock
+//!   tables      L2 tables as wholes, and those that snapshots share
 //!   slices      the part of them that is in memory
 //!   refcounts   how often each host cluster is used
 //!   space       which of them are free
@@ -20,8 +21,8 @@
 //!
 //! 1. Payload and refcounts are durable before an L2 entry that points at them is written. The other
 //!    way round, a power cut leaves an entry that shows what was there before, or that two share.
-//! 2. A table is durable, as zeroes at least, before what points at it is written: an L2 table before
-//!    its L1 entry, a refcount block before its entry, a moved refcount table before the header.
+//! 2. A table is durable, as zeroes or as a copy at least, before what points at it is written: an L2
+//!    table before its L1 entry, a refcount block before its entry, a moved refcount table before the header.
 //! 3. A cluster that an entry let go of is counted down, and used again, only after the changed entry
 //!    is durable and nobody can still be reading the old place (`Image::recycle`).
 //! 4. What is committed while a settle is under way is not written by it: its payload was perhaps
@@ -34,6 +35,7 @@ mod geometry;
 pub mod header;
 mod inflate;
 mod map;
+mod protected;
 mod records;
 mod refcounts;
 mod replay;
@@ -127,7 +129,7 @@ impl Qcow2 {
     /// # Errors
     ///
     /// `Unsupported` names what is not handled and what to do, `Malformed` the field that is wrong.
-    /// Images with the dirty or corrupt bit or with internal snapshots can be read, not written.
+    /// Images with the dirty or corrupt bit can be read, not written.
     pub fn open(storage: Arc<dyn Storage>, journal: Arc<dyn Journal>, open: Open) -> Result<Self> {
         let header = read_header(&*storage)?;
         let flush_first = open.writable && prepare_writing(&*storage, &header)?;
