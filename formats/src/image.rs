@@ -202,9 +202,10 @@ pub trait Image: Send + Sync {
     /// using: it may be used again. Called when the caller knows that.
     fn recycle(&self) {}
 
-    /// Leaves the file no longer than it has to be. Called when everything is settled and nobody
-    /// will use the image any more.
-    fn close(&self) -> Result<()> {
+    /// Stores what is kept in memory up to the end, and leaves the file no longer than it has to be.
+    /// Called when everything is settled and nobody will use the image any more; `flush` makes the
+    /// file durable.
+    fn close(&self, _flush: &dyn Fn() -> Result<()>) -> Result<()> {
         Ok(())
     }
 

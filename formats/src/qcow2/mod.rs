@@ -58,6 +58,7 @@ use crate::image::{Extent, Holder, Image, Progress, Reservation, Reserve, Settle
 use crate::journal::{Change, Journal};
 use crate::range::ByteRange;
 use crate::storage::Storage;
+use bitmaps::Live;
 use state::State;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -120,6 +121,7 @@ struct Shared {
     journal: Arc<dyn Journal>,
     writable: bool,
     has_backing: bool,
+    bitmaps: Live,
     state: Mutex<State>,
 }
 
@@ -132,14 +134,21 @@ impl Qcow2 {
     /// Images with the dirty or corrupt bit can be read, not written.
     pub fn open(storage: Arc<dyn Storage>, journal: Arc<dyn Journal>, open: Open) -> Result<Self> {
         let header = read_header(&*storage)?;
-        let flush_first = open.writable && prepare_writing(&*storage, &header)?;
+        let mut flush_first = open.writable && prepare_writing(&*storage, &header)?;
         let state = State::open(&storage, &header, open)?;
+        // Last of all that can fail: from here on they are in use.
+        let (bitmaps, in_use) = match open.writable {
+            true => Live::open(storage.clone(), &header)?,
+            false => (Live::none(storage.clone()), false),
+        };
+        flush_first |= in_use;
         let shared = Shared {
             geometry: header.geometry,
             storage,
             journal,
             writable: open.writable,
             has_backing: open.has_backing,
+            bitmaps,
             state: Mutex::new(state),
         };
         Ok(Self { header, flush_first, shared: Arc::new(shared) })
@@ -161,7 +170,7 @@ impl Qcow2 {
     }
 
     /// True where the file has to be flushed before the first write of payload: opening cleared
-    /// autoclear bits, and what they vouched for is about to become wrong.
+    /// autoclear bits or marked bitmaps as in use: what they vouched for is about to become wrong.
     pub fn flush_first(&self) -> bool {
         self.flush_first
     }
@@ -191,11 +200,12 @@ pub fn read_header(storage: &dyn Storage) -> Result<Header> {
 /// Refuses what must not be written; says whether it changed the header.
 fn prepare_writing(storage: &dyn Storage, header: &Header) -> Result<bool> {
     header.check_writable()?;
-    if header.autoclear == 0 {
+    // What another bit vouches for is not kept up by us.
+    let kept = header.autoclear & header::autoclear::BITMAPS;
+    if header.autoclear == kept {
         return Ok(false);
     }
-    // Nothing that a bit vouches for is kept up by us, persistent bitmaps included.
-    let cleared = storage.write_at(header::AUTOCLEAR_AT, &0_u64.to_be_bytes());
+    let cleared = storage.write_at(header::AUTOCLEAR_AT, &kept.to_be_bytes());
     cleared.context(|| "clearing the autoclear features in the header")?;
     Ok(true)
 }
@@ -269,7 +279,11 @@ impl Image for Qcow2 {
     }
 
     fn reserve(&self, guest: ByteRange) -> Result<Reserve> {
-        Shared::reserve(&self.shared, guest)
+        let reserve = Shared::reserve(&self.shared, guest)?;
+        if let Reserve::Room(reservation) = &reserve {
+            self.shared.bitmaps.mark(reservation.guest);
+        }
+        Ok(reserve)
     }
 
     fn commit(&self, reservation: Reservation) -> Result<()> {
@@ -277,14 +291,19 @@ impl Image for Qcow2 {
     }
 
     fn zero(&self, guest: ByteRange, zeroing: Zeroing) -> Result<Zeroed> {
-        self.shared.zero(guest, zeroing)
+        let zeroed = self.shared.zero(guest, zeroing)?;
+        if let Zeroed::Done(guest) | Zeroed::Host { guest, .. } = zeroed {
+            self.shared.bitmaps.mark(guest);
+        }
+        Ok(zeroed)
     }
 
     fn settle(&self, progress: &mut Progress) -> Result<Settle> {
         Shared::settle(&self.shared, progress)
     }
 
-    fn close(&self) -> Result<()> {
+    fn close(&self, flush: &dyn Fn() -> Result<()>) -> Result<()> {
+        Shared::store_bitmaps(&self.shared, flush)?;
         self.trim_end()
     }
 

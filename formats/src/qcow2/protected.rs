@@ -1,6 +1,7 @@
 //! Clusters that hold what a wrong refcount must not let us overwrite.
+use super::bitmaps;
 use super::geometry::Geometry;
-use super::header::Header;
+use super::header::{Header, autoclear};
 use super::refcounts::Run;
 use super::snapshots::{self, Snapshot};
 use crate::error::Result;
@@ -10,12 +11,19 @@ use crate::storage::Storage;
 pub struct Protected(Vec<Run>);
 
 impl Protected {
-    /// The header, the L1 tables of the guest's view and of the snapshots, and the table that names those.
+    /// The header, the L1 tables of the guest's view and of the snapshots, the table that names those, and the
+    /// tables of bitmaps.
     pub fn read(storage: &dyn Storage, header: &Header) -> Result<Self> {
         let (g, snapshots) = (header.geometry, snapshots::read(storage, header)?);
         let l1 = |at, entries| run(g, at, u64::from(entries) * 8);
         let mut runs = vec![run(g, 0, g.cluster_size()), l1(header.l1_offset, header.l1_entries)];
         runs.push(run(g, header.snapshots_offset, snapshots::table_bytes(&snapshots)));
+        // Without their autoclear bit nobody knows what they are; their refcounts protect them.
+        if let Some(directory) = header.bitmaps.filter(|_| header.autoclear & autoclear::BITMAPS != 0) {
+            runs.push(run(g, directory.directory_offset, directory.directory_bytes));
+            let all = bitmaps::read(storage, header)?;
+            runs.extend(all.iter().map(|one| run(g, one.table_offset, u64::from(one.table_entries) * 8)));
+        }
         runs.extend(snapshots.iter().map(|Snapshot { l1_offset, l1_entries, .. }| l1(*l1_offset, *l1_entries)));
         Ok(Self::new(runs))
     }

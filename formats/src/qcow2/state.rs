@@ -324,6 +324,13 @@ impl State {
         }
     }
 
+    /// The clusters at these places are not needed any more, and nothing in the file points at them.
+    pub fn let_go(&mut self, places: &[u64]) {
+        for place in places {
+            push_run(&mut self.freed, Run { start: self.geometry.host_cluster(*place), count: 1 });
+        }
+    }
+
     /// What was let go of before the last settle is free now.
     pub fn release_awaiting(&mut self) {
         let Some(space) = &mut self.space else { return };
