@@ -19,6 +19,7 @@ use crate::io::FileStorage;
 use crate::open::{Access, Identity, identity, lasting_name, open_disk, open_on, probe_format, sync_folder};
 use formats::error::{Context, Error, Result};
 use formats::journal::Journal;
+use formats::qcow2::header::autoclear;
 use formats::qcow2::{Backing, Create, Header, create, read_header};
 use formats::storage::Storage;
 use std::fs;
@@ -88,9 +89,8 @@ pub fn plan(request: &MirrorRequest, source: &Disk) -> std::result::Result<Plan,
         true => (found.reuse(&path, request.format)?, false),
         false => (found.create(&path, request.format, layers)?, true),
     };
-    if let Some(header) = top_header(source).map_err(|error| failed(&error))?.filter(|header| header.snapshots > 0) {
-        notes
-            .push(format!("the source's internal snapshots ({}) stay with it: the target gets none", header.snapshots));
+    if let Some(header) = top_header(source).map_err(|error| failed(&error))? {
+        notes.extend(what_stays(&header, format));
     }
     let plan = Plan { path, format, shallow, create, found, chunk_bits, notes };
     if !create || found == Found::Device {
@@ -209,6 +209,23 @@ fn top_header(source: &Disk) -> Result<Option<Header>> {
     }
     let file = fs::File::open(&top.path).context(|| format!("{}: open", top.path.display()))?;
     read_header(&FileStorage::new(file)).map(Some).map_err(|error| error.at(top.path.display()))
+}
+
+/// What the source keeps beside its contents, and what becomes of that.
+fn what_stays(header: &Header, target: TargetFormat) -> Vec<String> {
+    let mut notes = Vec::new();
+    if header.snapshots > 0 {
+        let count = header.snapshots;
+        notes.push(format!("the source's internal snapshots ({count}) stay with it: the target gets none"));
+    }
+    if let Some(bitmaps) = header.bitmaps.filter(|_| header.autoclear & autoclear::BITMAPS != 0) {
+        let what = format!("the source's persistent bitmaps ({})", bitmaps.count);
+        notes.push(match target {
+            TargetFormat::Raw => format!("{what} are dropped at a pivot: raw has no place for them"),
+            TargetFormat::Qcow2 => format!("{what} go on in the target after a pivot, where they are consistent"),
+        });
+    }
+    notes
 }
 
 /// What is at a path.

@@ -4,7 +4,7 @@ mod support;
 
 use formats::image::{Image, Reserve, Zeroing};
 use formats::journal::Forgetful;
-use formats::qcow2::{Open, Qcow2, bitmaps, read_header};
+use formats::qcow2::{Backing, Create, Open, Qcow2, bitmaps, create, read_header};
 use formats::range::ByteRange;
 use formats::storage::Storage;
 use std::cell::RefCell;
@@ -46,8 +46,12 @@ fn some_range(size: u64, random: &mut Random) -> ByteRange {
 
 /// The sectors that a bitmap marks, as QEMU tells an NBD client.
 fn marked(folder: &Path, bitmap: &str) -> BTreeSet<u64> {
+    marked_in(folder, NAME, bitmap)
+}
+
+fn marked_in(folder: &Path, image: &str, bitmap: &str) -> BTreeSet<u64> {
     let map = format!("--map=qemu:dirty-bitmap:{bitmap}");
-    let server = ["--", "[", "qemu-nbd", "-r", "-f", "qcow2", "-B", bitmap, NAME, "]"];
+    let server = ["--", "[", "qemu-nbd", "-r", "-f", "qcow2", "-B", bitmap, image, "]"];
     let output = run(folder, "nbdinfo", &[&[map.as_str()], &server[..]].concat());
     let text = String::from_utf8(output.stdout).expect("text");
     let mut sectors = BTreeSet::new();
@@ -176,6 +180,67 @@ fn without_the_autoclear_bit_none_is_right() {
     assert_eq!(read_header(&*storage).expect("valid").autoclear, 0);
 }
 
+const TARGET: &str = "target.qcow2";
+
+/// A target: of ours, alone or with a backing name, or of QEMU's with a bitmap of its own.
+fn make_target(folder: &Path, size: u64, random: &mut Random) -> bool {
+    let name = folder.join(TARGET);
+    let cluster_bits = 9 + random.below(8) as u32;
+    match random.below(3) {
+        0 => {
+            let options = format!("cluster_size={}", 1 << cluster_bits);
+            run(folder, "qemu-img", &["create", "-q", "-f", "qcow2", "-o", &options, TARGET, &size.to_string()]);
+            run(folder, "qemu-img", &["bitmap", "--add", TARGET, "own"]);
+            return true;
+        }
+        kind => {
+            let backing = Backing { name: NAME.into(), format: Some("qcow2".into()) };
+            let backing = Some(backing).filter(|_| kind == 1);
+            let asked = Create { cluster_bits: cluster_bits.max(10), backing, ..Create::new(size) };
+            create(&*FileStorage::open(&name, true).expect("a file"), &asked).expect("valid options");
+        }
+    }
+    false
+}
+
+#[test]
+fn bitmaps_go_on_in_another_image() {
+    for seed in 1..=15 {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (folder, mut random) = (folder.path(), Random::new(seed));
+        let (size, granularity) = (512 * (1 + random.below(30_000)), 512 << random.below(6));
+        make(folder, size, granularity, 512 << random.below(8), &mut random);
+        let (kept, mut expected) = (marked(folder, "kept"), marked(folder, "live"));
+        let has_own = make_target(folder, size, &mut random);
+        let mut write = |layer: &Layer| {
+            let range = some_range(size, &mut random);
+            layer.write(range.start, &vec![9; range.len() as usize]);
+            expected.extend(pieces(range, granularity, size));
+        };
+        let target = Layer::open(&folder.join(TARGET), "qcow2", true);
+        let source = Layer::open(&folder.join(NAME), "qcow2", true);
+        write(&source);
+        // What a copy writes is no change of the disk.
+        target.write(0, &vec![3; size as usize]);
+        target.image.adopt_bitmaps(source.image.bitmaps().expect("readable")).expect("version 3");
+        source.close();
+        write(&target);
+        target.close();
+        for _ in 0..2 {
+            run(folder, "qemu-img", &["check", "-q", TARGET]);
+            assert_eq!(marked_in(folder, TARGET, "kept"), kept, "seed {seed}");
+            assert!(marked_in(folder, TARGET, "live") == expected, "seed {seed}");
+            assert!(!has_own || !marked_in(folder, TARGET, "own").is_empty(), "seed {seed}");
+            // They are live from here on like any others.
+            let target = Layer::open(&folder.join(TARGET), "qcow2", true);
+            let range = some_range(size, &mut random);
+            target.write(range.start, &vec![8; range.len() as usize]);
+            expected.extend(pieces(range, granularity, size));
+            target.close();
+        }
+    }
+}
+
 /// A cut at any moment leaves a bitmap that says that it is inconsistent, or one that is right.
 #[test]
 fn a_power_cut_leaves_no_bitmap_that_lies() {
@@ -222,6 +287,47 @@ fn a_power_cut_leaves_no_bitmap_that_lies() {
     assert!(in_uses > 50, "{in_uses}");
 }
 
+/// A cut while bitmaps that came from elsewhere are stored leaves none of them, or all of them right.
+#[test]
+fn a_power_cut_leaves_no_carried_bitmap_that_lies() {
+    let folder = tempfile::tempdir().expect("a folder");
+    make(folder.path(), 4 << 20, 512, 512, &mut Random::new(3));
+    let source = Layer::open(&folder.path().join(NAME), "qcow2", true);
+    source.write(0, &[1; 512]);
+    let (mut without, mut with) = (0, 0);
+    for seed in 1..=6 {
+        let mut random = Random::new(seed);
+        let disk = Arc::new(Disk::default());
+        create(&*disk, &Create { cluster_bits: 9 + seed as u32 % 4, ..Create::new(4 << 20) }).expect("valid options");
+        disk.flush();
+        let image = Qcow2::open(disk.clone(), Arc::new(Forgetful), OPEN).expect("a valid image");
+        image.adopt_bitmaps(source.image.bitmaps().expect("readable")).expect("version 3");
+        write_one(&image, &disk, ByteRange { start: 3 << 20, end: (3 << 20) + 512 });
+        let mut cuts = RefCell::new((Vec::new(), &mut random));
+        let flush = || {
+            let (cuts, random) = &mut *cuts.borrow_mut();
+            cuts.extend((0..8).map(|_| disk.after_power_cut(random)));
+            disk.flush();
+            Ok(())
+        };
+        image.close(&flush).expect("memory");
+        flush().expect("memory");
+        let right = all_bits(&disk);
+        let live = &right[0];
+        assert!(right.len() == 2 && live[0] & 1 == 1 && live[(3 << 20 >> 9) / 8] & 1 == 1, "{}", right.len());
+        for cut in &cuts.get_mut().0 {
+            let found = check_of_qemu(cut);
+            assert_eq!(found.corruptions, 0, "{:#?}", found.problems);
+            match read_header(cut).expect("a valid header").autoclear {
+                0 => without += 1,
+                _ => with += usize::from(all_bits(cut) == right),
+            }
+            assert!(read_header(cut).expect("valid").autoclear == 0 || all_bits(cut) == right, "seed {seed}: it lies");
+        }
+    }
+    assert!(without > 50 && with > 10, "{without} and {with}");
+}
+
 fn write_one(image: &Qcow2, disk: &Disk, guest: ByteRange) {
     let Reserve::Room(room) = image.reserve(guest).expect("a valid image") else { panic!("nobody else writes") };
     disk.write_at(room.host, &[5; 512]).expect("memory");
@@ -230,16 +336,22 @@ fn write_one(image: &Qcow2, disk: &Disk, guest: ByteRange) {
 
 /// The bits of the bitmap `live`, as its table says.
 fn bits(disk: &Disk) -> Vec<u8> {
+    all_bits(disk).pop().expect("the second one")
+}
+
+fn all_bits(disk: &Disk) -> Vec<Vec<u8>> {
     let header = read_header(disk).expect("a valid header");
-    let all = bitmaps::read(disk, &header).expect("a valid directory");
-    let table = bitmaps::read_table(disk, &header, &all[1]).expect("a valid table");
-    let mut bits = Vec::new();
-    for place in table {
-        let mut cluster = [0; 512];
-        if place > 0 {
-            disk.read_at(place, &mut cluster).expect("inside the file");
+    let cluster = header.geometry.cluster_size() as usize;
+    let bits = |one: &bitmaps::Bitmap| {
+        let mut bits = Vec::new();
+        for place in bitmaps::read_table(disk, &header, one).expect("a valid table") {
+            let mut bytes = vec![0; cluster];
+            if place > 0 {
+                disk.read_at(place, &mut bytes).expect("inside the file");
+            }
+            bits.extend(bytes);
         }
-        bits.extend(cluster);
-    }
-    bits
+        bits
+    };
+    bitmaps::read(disk, &header).expect("a valid directory").iter().map(bits).collect()
 }

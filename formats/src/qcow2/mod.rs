@@ -58,7 +58,7 @@ use crate::image::{Extent, Holder, Image, Progress, Reservation, Reserve, Settle
 use crate::journal::{Change, Journal};
 use crate::range::ByteRange;
 use crate::storage::Storage;
-use bitmaps::Live;
+use bitmaps::{Carried, Live};
 use state::State;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -305,6 +305,14 @@ impl Image for Qcow2 {
     fn close(&self, flush: &dyn Fn() -> Result<()>) -> Result<()> {
         Shared::store_bitmaps(&self.shared, flush)?;
         self.trim_end()
+    }
+
+    fn bitmaps(&self) -> Result<Vec<Carried>> {
+        self.shared.bitmaps.carry(&self.header)
+    }
+
+    fn adopt_bitmaps(&self, bitmaps: Vec<Carried>) -> Result<()> {
+        self.shared.bitmaps.adopt(&self.header, bitmaps)
     }
 
     fn recycle(&self) {

@@ -135,6 +135,13 @@ impl Space {
         Ok(taken.run.start)
     }
 
+    /// Takes `count` clusters in one run.
+    pub fn take_run(&mut self, count: u64) -> Result<Run> {
+        let run = self.advance(count, count)?;
+        (run.start..run.start + count).try_for_each(|cluster| self.mark_used(cluster))?;
+        Ok(run)
+    }
+
     /// Zeroes a cluster, unless it is `zeroed`. Nothing in the file may point at it.
     pub fn clear(&mut self, cluster: u64, zeroed: bool) -> Result<()> {
         if zeroed {

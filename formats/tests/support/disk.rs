@@ -88,17 +88,16 @@ impl Disk {
         bytes
     }
 
-    /// A file of the system with the same bytes, and holes where nothing was written.
-    pub fn to_file(&self) -> io::Result<tempfile::NamedTempFile> {
-        let file = tempfile::NamedTempFile::new()?;
+    /// Fills an empty file of the system with the same bytes, and leaves holes where nothing was written.
+    pub fn copy_to(&self, file: &std::fs::File) -> io::Result<()> {
         let bytes = self.lock();
-        file.as_file().set_len(bytes.len)?;
+        file.set_len(bytes.len)?;
         for (sector, now) in &bytes.sectors {
             let at = sector * SECTOR as u64;
             let len = SECTOR.min(bytes.len.saturating_sub(at) as usize);
-            file.as_file().write_all_at(&now[..len], at)?;
+            file.write_all_at(&now[..len], at)?;
         }
-        Ok(file)
+        Ok(())
     }
 
     fn lock(&self) -> MutexGuard<'_, Bytes> {

@@ -25,7 +25,7 @@ pub fn contents(folder: &Path, image: &str) -> Vec<u8> {
 
 /// What `qemu-img check` finds in the image on `disk`.
 pub fn check_of_qemu(disk: &Disk) -> Check {
-    let file = disk.to_file().expect("room");
+    let file = file_of(disk);
     let arguments = ["check", "-f", "qcow2", "--output=json"];
     let output = Command::new("qemu-img").args(arguments).arg(file.path()).output().expect("qemu-img");
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -42,10 +42,16 @@ pub fn check_of_qemu(disk: &Disk) -> Check {
 
 /// The image on `disk` with one more internal snapshot.
 pub fn with_snapshot(disk: &Disk, nth: usize) -> Vec<u8> {
-    let file = disk.to_file().expect("room");
+    let file = file_of(disk);
     let path = file.path().display().to_string();
     run(Path::new("/"), "qemu-img", &["snapshot", "-c", &format!("snapshot {nth}"), &path]);
     std::fs::read(file.path()).expect("just made")
+}
+
+fn file_of(disk: &Disk) -> tempfile::NamedTempFile {
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    disk.copy_to(file.as_file()).expect("room");
+    file
 }
 
 /// A random image of QEMU's, with zero to two images below.

@@ -21,6 +21,12 @@ impl Bits {
         size.div_ceil(1 << granularity_bits).div_ceil(8)
     }
 
+    /// Bits of their own that are the same.
+    pub fn copy(&self) -> Self {
+        let words = self.words.iter().map(|word| AtomicU64::new(word.load(Ordering::Relaxed)));
+        Self { granularity_bits: self.granularity_bits, words: words.collect() }
+    }
+
     /// Sets the bits of all pieces that `range` touches.
     pub fn set(&self, range: ByteRange) {
         if range.is_empty() {

@@ -19,10 +19,10 @@ const GRANULARITY_BITS: std::ops::RangeInclusive<u8> = 9..=31;
 pub(super) const IN_USE: u32 = 1;
 /// Where they are in an entry.
 pub(super) const FLAGS_AT: u64 = 12;
-const AUTO: u32 = 1 << 1;
+pub(super) const AUTO: u32 = 1 << 1;
 const EXTRA_COMPATIBLE: u32 = 1 << 2;
 /// The only type there is: bits of what was written.
-const DIRTY_TRACKING: u8 = 1;
+pub(super) const DIRTY_TRACKING: u8 = 1;
 
 /// A table's entry of a cluster of bits that are all set; one of zero says that none is.
 pub(super) const ALL_ONES: u64 = 1;

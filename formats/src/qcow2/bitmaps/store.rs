@@ -3,6 +3,7 @@
 //! New clusters are counted, and bits are there, before a table points at them; tables are there before
 //! a flag says that they can be relied on; and what tables do not point at any more is let go of last.
 //! The other way round, a power cut leaves a bitmap that shows other bytes as its bits.
+use super::bits::Bits;
 use super::live::Tracked;
 use crate::error::{Context, Error, Result};
 use crate::image::{Progress, Settle};
@@ -13,12 +14,27 @@ impl Shared {
     /// Stores what is live. Nobody writes any more; `flush` makes the file durable.
     pub(in crate::qcow2) fn store_bitmaps(this: &Arc<Self>, flush: &dyn Fn() -> Result<()>) -> Result<()> {
         let (tracked, changed) = this.bitmaps.take();
-        if tracked.is_empty() {
+        if tracked.is_empty() && this.bitmaps.adopted().is_empty() {
             return Ok(());
         }
+        Self::store_tracked(this, &tracked, changed, flush)?;
+        Self::store_adopted(this, flush)?;
+        Self::settle_with(this, flush)?;
+        this.recycle();
+        Self::settle_with(this, flush)
+    }
+
+    /// Stores what was in the file before.
+    fn store_tracked(
+        this: &Arc<Self>,
+        tracked: &[Tracked],
+        changed: bool,
+        flush: &dyn Fn() -> Result<()>,
+    ) -> Result<()> {
         let mut unused = Vec::new();
         if changed {
-            let tables: Result<Vec<_>> = tracked.iter().map(|one| this.write_bits(one, &mut unused)).collect();
+            let mut write = |one: &Tracked| this.write_bits(&one.entry.name, &one.bits, one.table.clone(), &mut unused);
+            let tables: Result<Vec<_>> = tracked.iter().map(&mut write).collect();
             let tables = tables?;
             Self::settle_with(this, flush)?;
             for (one, entries) in tracked.iter().zip(tables) {
@@ -32,20 +48,23 @@ impl Shared {
         tracked.iter().try_for_each(|one| one.entry.write_flags(&*this.storage, one.entry.flags))?;
         flush()?;
         this.lock().let_go(&unused);
-        Self::settle_with(this, flush)?;
-        this.recycle();
-        Self::settle_with(this, flush)
+        Ok(())
     }
 
-    /// Writes the bits of `one` where they were, or to new clusters; returns its new table. Clusters that it
-    /// does not need any more go to `unused`.
-    fn write_bits(&self, one: &Tracked, unused: &mut Vec<u64>) -> Result<Vec<u64>> {
+    /// Writes bits where their table says, or to new clusters, and returns the new table. Clusters that it does
+    /// not need any more go to `unused`.
+    pub(super) fn write_bits(
+        &self,
+        name: &str,
+        bits: &Bits,
+        mut table: Vec<u64>,
+        unused: &mut Vec<u64>,
+    ) -> Result<Vec<u64>> {
         let cluster = self.geometry.cluster_size();
         let mut bytes = vec![0; cluster as usize];
-        let mut entries = one.table.clone();
-        for (at, entry) in (0..).step_by(cluster as usize).zip(&mut entries) {
+        for (at, entry) in (0..).step_by(cluster as usize).zip(&mut table) {
             let place = Some(*entry).filter(|place| *place >= cluster);
-            if !one.bits.to_bytes(at, &mut bytes) {
+            if !bits.to_bytes(at, &mut bytes) {
                 unused.extend(place);
                 *entry = 0;
                 continue;
@@ -54,15 +73,14 @@ impl Shared {
                 Some(place) => place,
                 None => self.lock().space()?.take(1)?.run.start << self.geometry.cluster_bits,
             };
-            self.storage
-                .write_at(place, &bytes)
-                .context(|| format!("bitmap {}: writing its bits at {place}", one.entry.name))?;
+            let written = self.storage.write_at(place, &bytes);
+            written.context(|| format!("bitmap {name}: writing its bits at {place}"))?;
             *entry = place;
         }
-        Ok(entries)
+        Ok(table)
     }
 
-    fn settle_with(this: &Arc<Self>, flush: &dyn Fn() -> Result<()>) -> Result<()> {
+    pub(super) fn settle_with(this: &Arc<Self>, flush: &dyn Fn() -> Result<()>) -> Result<()> {
         let mut progress = Progress::default();
         loop {
             match Self::settle(this, &mut progress)? {
