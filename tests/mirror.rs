@@ -11,7 +11,7 @@ use support::daemon::Daemon;
 use support::images::{self, Chain, overlay, probed, random_chain, three_layers};
 use support::nbd::{Client, Replies, Request};
 use support::random::Random;
-use support::tools::{allocated, check, content, info};
+use support::tools::{self, allocated, check, content, info};
 use support::writer::{Habits, Writer};
 use support::{assert_same, folder};
 
@@ -165,6 +165,34 @@ fn a_shallow_copy_holds_the_top_layer_alone_and_keeps_its_backing() {
     let named = info(&scene.target)["full-backing-filename"].as_str().map(PathBuf::from).expect("a backing");
     assert_eq!(named.canonicalize().expect("the backing"), snap1);
     assert_eq!(info(&scene.target)["backing-filename-format"], "qcow2");
+}
+
+#[test]
+fn a_shallow_copy_of_subclusters_has_those_and_no_whole_clusters() {
+    let folder = folder();
+    let (base, top) = (folder.path().join("base.qcow2"), folder.path().join("top.qcow2"));
+    images::holding(&base, "qcow2", &vec![0xba; 4 << 20], &[]);
+    overlay(&top, "base.qcow2", "qcow2", None, &["-o", "extended_l2=on"]);
+    // Subclusters have 2 KiB: whole ones, parts, zeroes, and two clusters in a row.
+    let orders =
+        ["write -P 1 2k 2k", "write -P 2 70k 1k", "write -z 72k 4k", "write -P 3 190k 4k", "write -P 4 1m 100k"];
+    tools::run("qemu-io", &[&orders.map(|order| ["-c", order]).concat()[..], &[top.to_str().expect("text")]].concat());
+    let daemon = Daemon::serve(folder.path(), &[format!("vda={},format=qcow2", top.display())]);
+    let target = folder.path().join("target");
+    daemon.ok("mirror", &["vda", &target.display().to_string(), "--shallow", "--wait", "--finish"]);
+    daemon.wait_for("vda", "cancelled");
+    check(&target, "qcow2");
+    assert_same("the copy", &content(&target, "qcow2"), &content(&top, "qcow2"));
+    assert_eq!(own_runs(&target), own_runs(&top));
+}
+
+/// The runs of an image that are its own, not its backing's: start, length, whether there is data.
+fn own_runs(image: &Path) -> Vec<(u64, u64, bool)> {
+    let map = tools::run("qemu-img", &["map", "--output=json", image.to_str().expect("text")]);
+    let runs: Vec<Value> = serde_json::from_str(&map).expect("JSON of qemu-img");
+    let number = |run: &Value, name: &str| run[name].as_u64().expect("a number");
+    let own = runs.iter().filter(|run| run["depth"] == 0);
+    own.map(|run| (number(run, "start"), number(run, "length"), run["data"] == true)).collect()
 }
 
 #[test]
@@ -529,7 +557,7 @@ fn the_programs_words_for_misuse_are_no_refusals() {
     for args in [&["mirror"][..], &["mirror", "vda"], &["mirror", "vda", "x", "--mode", "fast"], &["no-such-verb"]] {
         let mut command = Command::new(support::daemon::program());
         command.arg(args[0]).arg("--control").arg(scene.daemon.control_socket()).args(&args[1..]);
-        assert_eq!(support::tools::output(&mut command).status.code(), Some(2), "{args:?}");
+        assert_eq!(tools::output(&mut command).status.code(), Some(2), "{args:?}");
     }
 }
 
@@ -539,7 +567,7 @@ fn the_programs_words_for_misuse_are_no_refusals() {
 fn thin_disk(folder: &Path) -> Chain {
     let top = folder.join("disk.qcow2");
     images::create(&top, "qcow2", DISK_LEN, &[]);
-    support::tools::ran(
+    tools::ran(
         Command::new("qemu-io")
             .args(["-f", "qcow2", "-c", "write -P 1 1M 256k", "-c", "write -P 2 20M 256k"])
             .args(["-c", "write -P 0 2M 16M", "-c", "write -z 28M 1M"])

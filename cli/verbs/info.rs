@@ -61,6 +61,7 @@ struct Specific {
 struct Qcow2 {
     compat: &'static str,
     compression_type: String,
+    extended_l2: bool,
     lazy_refcounts: bool,
     refcount_bits: u32,
     corrupt: bool,
@@ -101,6 +102,7 @@ fn with_header(raw: Facts, path: &Path, storage: &FileStorage) -> Result<Facts> 
     let data = Qcow2 {
         compat: if info.version == 2 { "0.10" } else { "1.1" },
         compression_type: info.compression.to_string(),
+        extended_l2: info.extended_l2,
         lazy_refcounts: info.lazy_refcounts,
         refcount_bits: info.refcount_bits,
         corrupt: info.corrupt,
@@ -139,7 +141,8 @@ impl Facts {
             facts.push(("backing", format!("{name} ({format})")));
         }
         if let (Some(cluster_size), Some(Specific { data, .. })) = (self.cluster_size, &self.format_specific) {
-            facts.push(("clusters", size::format(cluster_size)));
+            let extended = if data.extended_l2 { ", with subclusters" } else { "" };
+            facts.push(("clusters", format!("{}{extended}", size::format(cluster_size))));
             facts.push(("compat", data.compat.into()));
             facts.push(("refcounts", format!("{} bits", data.refcount_bits)));
             facts.push(("compression", data.compression_type.clone()));

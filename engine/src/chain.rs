@@ -104,6 +104,24 @@ impl Chain {
         Ok((guest, Source::Zero))
     }
 
+    /// The run from `at` on, cut to `len_max`, and the number of the layer that decides what it holds,
+    /// counted from one at the top; 0 where none does.
+    pub fn depth(&self, at: u64, len_max: u64) -> Result<(ByteRange, usize)> {
+        let mut guest = ByteRange { start: at, end: self.size().min(at.saturating_add(len_max)) };
+        for (number, layer) in (1..).zip(&self.layers) {
+            // What a shorter backing image leaves to nobody is its own zeroes.
+            if at >= layer.image.size() {
+                return Ok((guest, number));
+            }
+            let extent = layer.map(guest, Look::Images)?;
+            guest = extent.guest;
+            if extent.place != Place::Absent {
+                return Ok((guest, number));
+            }
+        }
+        Ok((guest, 0))
+    }
+
     /// The run from `at` on, cut to `len_max`, and whether the top layer itself has it (zeroes
     /// included): what a shallow copy has to bring.
     pub fn map_top(&self, at: u64, len_max: u64) -> Result<(ByteRange, bool)> {

@@ -166,6 +166,8 @@ impl Plan {
         let mut creation = Create::new(source.size().next_multiple_of(SECTOR));
         if let Some(header) = top_header(source)? {
             creation.cluster_bits = header.geometry.cluster_bits;
+            // A copy of few subclusters must not become one of whole clusters.
+            creation.extended_l2 = header.geometry.extended_l2;
         }
         if let (true, Some(backing)) = (self.shallow, layers.get(1)) {
             let name = backing.path.to_str().ok_or_else(|| {

@@ -19,14 +19,19 @@ struct World {
 impl World {
     fn new(seed: u64) -> Self {
         let mut random = Random::new(seed);
-        let cluster_bits = [9, 10, 11, 12, 9, 16, 14, 18][seed as usize % 8];
-        let version = 2 + u32::from(!random.one_in(4));
+        let extended_l2 = seed.is_multiple_of(3);
+        let cluster_bits = match extended_l2 {
+            true => [14, 14, 14, 15][seed as usize % 4],
+            false => [9, 10, 11, 12, 9, 16, 14, 18][seed as usize % 8],
+        };
+        let version = if extended_l2 { 3 } else { 2 + u32::from(!random.one_in(4)) };
         let refcount_order = if version == 2 { 4 } else { random.below(7) as u32 };
         // Several L2 tables where clusters are small; the last cluster is a part of one.
         let clusters = if cluster_bits <= 12 { 200 } else { 10 };
         let size = (clusters << cluster_bits) - (random.below(1 << cluster_bits) & !511);
         let disk = Arc::new(Disk::default());
-        create(&*disk, &Create { version, cluster_bits, refcount_order, ..Create::new(size) }).expect("valid options");
+        let asked = Create { version, cluster_bits, refcount_order, extended_l2, ..Create::new(size) };
+        create(&*disk, &asked).expect("valid options");
         if cluster_bits == 9 && refcount_order >= 4 && seed < 4000 {
             use_up_reftable(&disk, refcount_order);
         }

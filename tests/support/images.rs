@@ -135,8 +135,9 @@ fn random_options(cluster: u64, random: &mut Random) -> String {
     let width = 1 << random.below(7);
     let compression = random.pick(&["zlib", "zstd"]);
     let lazy = random.pick(&["on", "off"]);
+    let extended = if cluster >= 16384 { random.pick(&["on", "off"]) } else { "off" };
     format!(
-        "compat=1.1,cluster_size={cluster},refcount_bits={width},compression_type={compression},lazy_refcounts={lazy}"
+        "compat=1.1,cluster_size={cluster},extended_l2={extended},refcount_bits={width},compression_type={compression},lazy_refcounts={lazy}"
     )
 }
 

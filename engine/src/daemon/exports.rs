@@ -80,8 +80,9 @@ impl Export {
             read_only: disk.read_only(),
             // A flush covers everything that was answered, whatever connection it came by.
             multi_conn: true,
-            fast_zero: false,
+            fast_zero: true,
             block_sizes: BlockSizes::default(),
+            bitmaps: Vec::new(),
         }
     }
 }
@@ -211,7 +212,7 @@ impl Exports for Table {
             "" => self.0.first(),
             name => self.0.iter().find(|(info, _)| info.name == name),
         }
-        .map(|(info, _)| info.clone())
+        .map(|(info, gate)| ExportInfo { bitmaps: gate.route().bitmaps(), ..info.clone() })
     }
 
     fn list(&self) -> Vec<ExportInfo> {

@@ -45,6 +45,8 @@ pub struct Create {
     pub refcount_order: u32,
     /// How clusters are to be compressed; version 2 has zlib only.
     pub compression: Compression,
+    /// L2 entries are extended: 32 subclusters a cluster, which has 16 KiB at least (version 3).
+    pub extended_l2: bool,
     /// Others may write refcounts late (version 3).
     pub lazy_refcounts: bool,
     /// The image below.
@@ -60,9 +62,15 @@ impl Create {
             cluster_bits: 16,
             refcount_order: 4,
             compression: Compression::Zlib,
+            extended_l2: false,
             lazy_refcounts: false,
             backing: None,
         }
+    }
+
+    fn geometry(&self) -> Result<Geometry> {
+        let geometry = Geometry::new(self.version, self.cluster_bits, self.refcount_order, self.size)?;
+        if self.extended_l2 { geometry.with_extended_l2() } else { Ok(geometry) }
     }
 }
 
@@ -100,7 +108,7 @@ impl Layout {
 /// An empty file gets its length and its tables; in anything else, such as a device, the clusters
 /// of the tables are overwritten as well.
 pub fn create(storage: &dyn Storage, create: &Create) -> Result<()> {
-    let geometry = Geometry::new(create.version, create.cluster_bits, create.refcount_order, create.size)?;
+    let geometry = create.geometry()?;
     let layout = Layout::new(geometry);
     let header = header(create, geometry, &layout)?;
     let write = |at: u64, bytes: &[u8]| {
@@ -121,7 +129,7 @@ pub fn create(storage: &dyn Storage, create: &Create) -> Result<()> {
 /// The header alone.
 #[cfg(test)]
 pub(super) fn header_bytes(create: &Create) -> Result<Vec<u8>> {
-    let geometry = Geometry::new(create.version, create.cluster_bits, create.refcount_order, create.size)?;
+    let geometry = create.geometry()?;
     header(create, geometry, &Layout::new(geometry))
 }
 
@@ -204,7 +212,8 @@ fn fields(create: &Create, geometry: Geometry, layout: &Layout) -> Vec<u8> {
     debug_assert_eq!(bytes.len(), V2_LEN);
     if create.version >= 3 {
         let zstd = create.compression == Compression::Zstd;
-        bytes.extend_from_slice(&(u64::from(zstd) * incompatible::COMPRESSION).to_be_bytes());
+        let extended = u64::from(create.extended_l2) * incompatible::EXTENDED_L2;
+        bytes.extend_from_slice(&((u64::from(zstd) * incompatible::COMPRESSION) | extended).to_be_bytes());
         bytes.extend_from_slice(&(u64::from(create.lazy_refcounts) * compatible::LAZY_REFCOUNTS).to_be_bytes());
         bytes.extend_from_slice(&0_u64.to_be_bytes()); // autoclear
         bytes.extend_from_slice(&geometry.refcount_order.to_be_bytes());

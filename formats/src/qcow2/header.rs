@@ -82,7 +82,7 @@ pub struct Backing {
 /// A header that was found to be right.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Header {
-    /// Version, cluster size, refcount width and size of the disk.
+    /// Version, cluster size, refcount and entry width, and size of the disk.
     pub geometry: Geometry,
     /// Where the active L1 table is.
     pub l1_offset: u64,
@@ -135,7 +135,10 @@ impl Header {
             2 => (V2_LEN, 4, [0; 3]),
             _ => Self::features(bytes, version)?,
         };
-        let geometry = Geometry::new(version, bytes.u32(20)?, order, bytes.u64(24)?)?;
+        let mut geometry = Geometry::new(version, bytes.u32(20)?, order, bytes.u64(24)?)?;
+        if features[0] & incompatible::EXTENDED_L2 != 0 {
+            geometry = geometry.with_extended_l2()?;
+        }
         refuse_encryption(bytes.u32(32)?)?;
         let backing_at = bytes.u64(8)?;
         let extensions = Extensions::parse(bytes, header_len, extensions_end(geometry, backing_at))?;
@@ -220,7 +223,7 @@ impl Header {
 
 impl Geometry {
     /// Refuses an L1 table that cannot be one.
-    pub(super) fn check_l1(self, field: &str, at: u64, entries: u32) -> Result<()> {
+    pub(super) fn check_l1_table(self, field: &str, at: u64, entries: u32) -> Result<()> {
         let bytes = u64::from(entries) * 8;
         if bytes > Self::L1_BYTES_MAX {
             return Err(Error::unsupported(format!(
@@ -272,10 +275,7 @@ fn refuse_features(bits: u64, extensions: &Extensions) -> Result<()> {
     if bits & DATA_FILE != 0 {
         return refused(2, "external data file", "bring it into one file with `qemu-img convert`");
     }
-    if bits & EXTENDED_L2 != 0 {
-        return refused(4, "extended L2 entries", "write it anew with `qemu-img convert -o extended_l2=off`");
-    }
-    let unknown = bits & !(DIRTY | CORRUPT | COMPRESSION);
+    let unknown = bits & !(DIRTY | CORRUPT | COMPRESSION | EXTENDED_L2);
     if unknown == 0 {
         return Ok(());
     }

@@ -3,7 +3,7 @@
 //! ```text
 //! header      what the header says and what of it is not supported
 //! geometry    the numbers that follow from it
-//! entry       what an L1 or L2 entry means
+//! entry       what an L1 or L2 entry means, and its subclusters
 //! state       the tables as they are now, under one lock
 //!   tables      L2 tables as wholes, and those that snapshots share
 //!   slices      the part of them that is in memory
@@ -87,6 +87,8 @@ pub struct Info {
     pub refcount_bits: u32,
     /// How clusters are compressed.
     pub compression: Compression,
+    /// A cluster has 32 subclusters, each of them there or not.
+    pub extended_l2: bool,
     /// The image below.
     pub backing: Option<Backing>,
     /// Incompatible feature bits.
@@ -220,6 +222,7 @@ impl Header {
             cluster_size: g.cluster_size(),
             refcount_bits: 1 << g.refcount_order,
             compression: self.compression,
+            extended_l2: g.extended_l2,
             backing: self.backing.clone(),
             incompatible_features: self.incompatible,
             compatible_features: self.compatible,

@@ -53,7 +53,7 @@ impl Shared {
                 return Ok(Settle::Busy);
             }
             // Nothing to write, unless the journal is full of what was written: only a whole settle empties it.
-            if state.is_clean() && state.notes_left(&*this.journal) > 0 {
+            if state.is_clean() && state.has_notes_left(&*this.journal) {
                 progress.stage = PAYLOAD;
                 return Ok(Settle::Flush);
             }

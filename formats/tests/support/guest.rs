@@ -52,7 +52,7 @@ pub struct Guest {
     random: Random,
     /// By sector: what may be there after a power cut, the last one being there now.
     versions: Vec<Vec<Version>>,
-    /// Where the payload of a guest cluster was last committed.
+    /// Where the payload of a guest subcluster was last committed.
     places: HashMap<u64, u64>,
     in_flight: Vec<InFlight>,
     reads: Vec<Read>,
@@ -181,14 +181,20 @@ impl Guest {
                 false => versions.push(Version { tag, committed: self.time }),
             }
         }
-        for (cluster, place) in self.places_of(guest, host) {
-            self.places.insert(cluster, place);
+        for (subcluster, place) in self.places_of(guest, host) {
+            self.places.insert(subcluster, place);
         }
     }
 
-    /// Guest clusters of a write, and the places of their first bytes.
+    /// Bytes of what an image has an entry for, or a bit of one.
+    fn subcluster_size(&self) -> u64 {
+        let info = self.image.info();
+        if info.extended_l2 { info.cluster_size / 32 } else { info.cluster_size }
+    }
+
+    /// Guest subclusters of a write, and the places of their first bytes.
     fn places_of(&self, guest: ByteRange, host: u64) -> Vec<(u64, u64)> {
-        let size = self.image.info().cluster_size;
+        let size = self.subcluster_size();
         let first = host - guest.start % size;
         (guest.start / size..=(guest.end - 1) / size).zip((first..).step_by(size as usize)).collect()
     }
@@ -209,9 +215,9 @@ impl Guest {
                 self.put(place + (at - part.start), self.tag_at(at / SECTOR_BYTES));
             }
         }
-        let size = self.image.info().cluster_size;
+        let size = self.subcluster_size();
         // A kept cluster is written again: before the zeroes are durable, a power cut finds it there.
-        let reused = self.places_of(guest, host).iter().any(|(cluster, place)| self.places.get(cluster) == Some(place));
+        let reused = self.places_of(guest, host).iter().any(|(at, place)| self.places.get(at) == Some(place));
         for at in (guest.start..guest.end).step_by(SECTOR) {
             self.put(host + (at - guest.start), tag);
             let versions = &mut self.versions[(at / SECTOR_BYTES) as usize];
@@ -283,11 +289,11 @@ impl Guest {
     }
 
     fn zeroed(&mut self, done: ByteRange, zeroing: Zeroing) {
-        let info = self.image.info();
+        let (info, size) = (self.image.info(), self.subcluster_size());
         for sector in sectors(done) {
             let now = self.tag_at(sector);
-            let start = sector * SECTOR_BYTES / info.cluster_size * info.cluster_size;
-            let whole = done.start <= start && (start + info.cluster_size).min(self.image.size()) <= done.end;
+            let start = sector * SECTOR_BYTES / size * size;
+            let whole = done.start <= start && (start + size).min(self.image.size()) <= done.end;
             if zeroing != Zeroing::Discard || whole && (info.version == 3 || !self.open.has_backing) {
                 assert_eq!(now, 0, "sector {sector} was said to be zeroed ({zeroing:?})");
             }

@@ -64,7 +64,6 @@ fn what_is_not_supported_is_named_with_what_to_do() {
         (32, &1_u32.to_be_bytes(), ["AES", "qemu-img convert"]),
         (32, &2_u32.to_be_bytes(), ["LUKS", "qemu-img convert"]),
         (72, &4_u64.to_be_bytes(), ["bit 2 (external data file)", "qemu-img convert"]),
-        (72, &16_u64.to_be_bytes(), ["bit 4 (extended L2 entries)", "extended_l2=off"]),
         (72, &(1_u64 << 63).to_be_bytes(), ["bit 63 (unknown)", "qemu-img convert"]),
         (36, &(1_u32 << 23).to_be_bytes(), ["l1_size 8388608", "32 MiB"]),
         (56, &129_u32.to_be_bytes(), ["refcount_table_clusters 129", "8 MiB"]),
