@@ -278,6 +278,58 @@ fn disks_of_every_kind_move() {
     }
 }
 
+// External data files.
+
+/// A disk in two files, with something in it.
+#[track_caller]
+fn disk_with_data_file(folder: &Path, raw: bool, seed: u64) -> Chain {
+    let top = folder.join("disk.qcow2");
+    let (option, data) = images::data_file(&top, raw);
+    images::create(&top, "qcow2", DISK_LEN, &["-o", &option]);
+    images::fill_plain(&top, "qcow2", DISK_LEN, &mut Random::new(seed));
+    Chain { top: top.clone(), format: "qcow2", layers: vec![(top, "qcow2"), (data, "raw")], told: String::new() }
+}
+
+#[test]
+fn a_disk_with_a_data_file_moves_to_one_without() {
+    for raw in [false, true] {
+        let folder = folder();
+        let chain = disk_with_data_file(folder.path(), raw, 40);
+        let scene = Scene::of(folder, chain, 40).moves(&[], "qcow2");
+        assert_eq!(info(&scene.target)["format-specific"]["data"]["data-file"], Value::Null);
+    }
+}
+
+#[test]
+fn a_shallow_copy_of_an_overlay_with_a_data_file_holds_the_overlay() {
+    let folder = folder();
+    let base = folder.path().join("base.qcow2");
+    images::create(&base, "qcow2", DISK_LEN, &[]);
+    images::fill(&base, "qcow2", DISK_LEN, 1 << 16, &mut Random::new(41));
+    let top = folder.path().join("disk.qcow2");
+    let (option, data) = images::data_file(&top, false);
+    overlay(&top, "base.qcow2", "qcow2", None, &["-o", &option]);
+    let layers = vec![(base, "qcow2"), (top.clone(), "qcow2"), (data, "raw")];
+    let chain = Chain { top, format: "qcow2", layers, told: String::new() };
+    let scene = Scene::of(folder, chain, 41).moves(&["--shallow"], "qcow2");
+    assert!(backing(&scene.target).is_some());
+}
+
+#[test]
+fn a_reused_target_with_a_data_file_has_the_disk_in_it() {
+    for raw in [false, true] {
+        let scene = Scene::new(42);
+        let (option, data) = images::data_file(&scene.target, raw);
+        images::holding(&scene.target, "qcow2", &vec![0xdd; DISK_LEN as usize], &["-o", &option]);
+        let scene = scene.moves(&["--reuse-external"], "qcow2");
+        let named = &info(&scene.target)["format-specific"]["data"];
+        assert_eq!((&named["data-file-raw"], &named["corrupt"]), (&raw.into(), &false.into()));
+        if raw {
+            assert_same("the data file alone", &content(&data, "raw"), &content(&scene.target, "qcow2"));
+        }
+    }
+}
+
 // Modes, verbs and phases.
 
 #[test]

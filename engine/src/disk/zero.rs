@@ -136,7 +136,7 @@ impl Zero {
                     Ok(_) => self.at = range.end,
                     Err(error) if cannot_punch(&error) => disk.no_punching(self.zeroing),
                     Err(error) => {
-                        let what = format!("{}: zeroing {range}", disk.name());
+                        let what = format!("{}: zeroing {range}", disk.chain().top().data_path().display());
                         keep(&mut self.error, Error::io(what, error));
                     }
                 }

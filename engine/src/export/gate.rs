@@ -204,7 +204,8 @@ mod tests {
     fn route() -> Route {
         let storage = Arc::new(FileStorage::new(tempfile::tempfile().expect("a temporary file")));
         let file = DataFile::buffered(File::simulated(0));
-        let layer = Layer { image: Box::new(Raw::new(storage, 512)), file, path: "disk".into(), format: "raw" };
+        let layer =
+            Layer { image: Box::new(Raw::new(storage, 512)), file, path: "disk".into(), format: "raw", apart: None };
         Route { disk: Arc::new(Disk::new(Chain::new(vec![Arc::new(layer)]), false)), mirror: None }
     }
 

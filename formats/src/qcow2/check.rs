@@ -127,15 +127,20 @@ impl Walk<'_> {
     }
 
     fn walk_entry(&mut self, cluster: u64, entry: Entry) -> Result<()> {
-        let Some((at, len)) = entry.used(self.geometry()) else { return Ok(()) };
-        self.uses_bytes("payload", at, len, 0);
+        if let Some((at, len)) = entry.used(self.geometry()) {
+            self.uses_bytes("payload", at, len, 0);
+        }
         match entry {
             Entry::Compressed { .. } => self.found.compressed_clusters += 1,
-            Entry::Standard(standard) => {
-                if let Some((host, copied)) = standard.host {
-                    self.check_copied(&format!("guest cluster {cluster}"), host, copied)?;
+            Entry::Standard(standard) => match standard.host {
+                None => return Ok(()),
+                Some((_, copied)) if self.geometry().external_data => {
+                    if !copied {
+                        self.corrupt(format!("guest cluster {cluster}: the copied flag is missing"));
+                    }
                 }
-            }
+                Some((host, copied)) => self.check_copied(&format!("guest cluster {cluster}"), host, copied)?,
+            },
         }
         self.found.allocated_clusters += 1;
         Ok(())

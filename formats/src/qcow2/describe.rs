@@ -12,6 +12,7 @@ use super::refcounts::{Refcounts, Run};
 use crate::error::{Context, Result};
 use crate::image::{Description, Extent, Place};
 use crate::range::ByteRange;
+use crate::raw;
 use crate::storage::Storage;
 use std::sync::Arc;
 
@@ -21,13 +22,20 @@ const SLICES_MAX: usize = 8;
 const LOOKS_MAX: u64 = 1 << 26;
 
 impl Shared {
-    /// The run that starts at `at`: all alike, in the file one after the other.
-    pub(super) fn describe(&self, header: &Header, at: u64, len_max: u64) -> Result<Description> {
+    /// The run that starts at `at`: all alike, in the file one after the other. `payload` is the file
+    /// that payload is in.
+    pub(super) fn describe(
+        &self,
+        header: &Header,
+        payload: &dyn Storage,
+        at: u64,
+        len_max: u64,
+    ) -> Result<Description> {
         let extent = self.map(at, len_max)?;
         match extent.place {
             Place::Zero => self.describe_empty(extent, |standard| standard.zero),
             Place::Absent => self.describe_empty(extent, |standard| standard.absent(self.geometry)),
-            Place::Data { host } if self.is_preallocated(header)? => self.describe_payload(extent.guest, host),
+            Place::Data { host } if self.is_preallocated(header)? => describe_payload(payload, extent.guest, host),
             Place::Data { .. } | Place::Compressed { .. } => Ok(extent.into()),
         }
     }
@@ -51,21 +59,6 @@ impl Shared {
         Ok(Description { guest, host: start.map(|host| host + skip), ..extent.into() })
     }
 
-    /// The payload from `guest.start` on that is in a hole of the file, or is not.
-    fn describe_payload(&self, guest: ByteRange, host: u64) -> Result<Description> {
-        let payload = Description { guest, data: true, zero: false, compressed: false, host: Some(host) };
-        let data = self.storage.next_data(host).context(|| format!("looking for data from {host} on"))?;
-        Ok(match data {
-            None => Description { zero: true, ..payload },
-            Some(data) if data > host => Description { guest: guest.prefix(data - host), zero: true, ..payload },
-            Some(_) => {
-                let hole = self.storage.next_hole(host).context(|| format!("looking for a hole from {host} on"))?;
-                // A file that was cut just now may answer with an end before `host`.
-                Description { guest: guest.prefix(hole.saturating_sub(host).max(1)), ..payload }
-            }
-        })
-    }
-
     fn is_preallocated(&self, header: &Header) -> Result<bool> {
         if let Some(known) = self.preallocated.get() {
             return Ok(*known);
@@ -73,6 +66,12 @@ impl Shared {
         let found = counts_more_than_it_takes(&self.storage, header)?;
         Ok(*self.preallocated.get_or_init(|| found))
     }
+}
+
+/// The payload from `guest.start` on that is in a hole of its file, or is not.
+fn describe_payload(storage: &dyn Storage, guest: ByteRange, host: u64) -> Result<Description> {
+    let Extent { guest, place } = raw::thin(storage, guest, host)?;
+    Ok(Description { guest, data: true, zero: place == Place::Zero, compressed: false, host: Some(host) })
 }
 
 /// True where the file takes clearly less space than that of the clusters which have references.

@@ -57,7 +57,7 @@ pub enum Entry {
 /// The subclusters of a cluster, one bit each, the first one's lowest. What has neither bit is not here.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Standard {
-    /// The cluster of the file that is set aside, and whether its refcount is known to be one.
+    /// The cluster of the payload's file that is set aside, and whether its refcount is known to be one.
     pub host: Option<(u64, bool)>,
     /// Those with payload there; none without a host.
     pub data: u32,
@@ -88,10 +88,13 @@ impl Entry {
         if words == Words::default() {
             return Ok(Self::Standard(Standard::default()));
         }
-        if raw & COMPRESSED != 0 {
-            return Ok(Self::compressed(geometry, raw));
-        }
         let wrong = |what: &str| Err(malformed(geometry, cluster, words, what));
+        if raw & COMPRESSED != 0 {
+            return match geometry.external_data {
+                false => Ok(Self::compressed(geometry, raw)),
+                true => wrong("a compressed cluster, which cannot be in an external data file"),
+            };
+        }
         let flags = if geometry.version >= 3 && !geometry.extended_l2 { COPIED | ZERO } else { COPIED };
         if raw & !(OFFSET | flags) != 0 {
             return wrong("reserved bits are set");
@@ -100,8 +103,14 @@ impl Entry {
         if host & (geometry.cluster_size() - 1) != 0 {
             return wrong("its offset is not at a cluster's start");
         }
-        if host == 0 && raw == COPIED {
+        // In an external data file, guest cluster 0 is at offset 0.
+        let at_zero = geometry.external_data && copied && (cluster == 0 || raw & ZERO == 0);
+        if host == 0 && raw == COPIED && !at_zero {
             return wrong("it has a flag and no offset");
+        }
+        let placed = host != 0 || at_zero;
+        if geometry.external_data && placed && host != cluster << geometry.cluster_bits {
+            return wrong("its offset in the external data file is not its guest offset");
         }
         let (data, zero) = match geometry.extended_l2 {
             false if raw & ZERO != 0 => (0, 1),
@@ -111,10 +120,10 @@ impl Entry {
         if data & zero != 0 {
             return wrong("a subcluster has payload and reads as zeroes");
         }
-        if host == 0 && data != 0 {
+        if !placed && data != 0 {
             return wrong("a subcluster has payload and the cluster no offset");
         }
-        Ok(Self::Standard(Standard { host: (host != 0).then_some((host, copied)), data, zero }))
+        Ok(Self::Standard(Standard { host: placed.then_some((host, copied)), data, zero }))
     }
 
     fn compressed(geometry: Geometry, raw: u64) -> Self {
@@ -142,9 +151,10 @@ impl Entry {
         }
     }
 
-    /// The bytes of the file that this entry uses: offset and length.
+    /// The bytes of the image's file that this entry uses: offset and length.
     pub fn used(self, geometry: Geometry) -> Option<(u64, u64)> {
         match self {
+            Self::Standard(_) if geometry.external_data => None,
             Self::Standard(standard) => standard.host.map(|(host, _)| (host, geometry.cluster_size())),
             Self::Compressed { host, len } => Some((host, u64::from(len))),
         }
@@ -230,6 +240,31 @@ mod tests {
         assert_eq!(compressed, Some(Entry::Compressed { host: 0x5_0123, len: 512 - 0x123 }), "it has no subclusters");
         let error = Entry::decode(g, 4099, Words { descriptor: 0, bitmap: 1 }).expect_err("no offset").one_line();
         assert!(error.contains("L2 table 1: entry 3 (guest cluster 4099)"), "{error}");
+    }
+
+    #[test]
+    fn with_an_external_data_file_an_entry_says_that_a_cluster_is_there_not_where() {
+        let plain = Geometry { external_data: true, ..geometry(3, 16) };
+        let extended = plain.with_extended_l2().expect("valid");
+        let means = |g, cluster, words: Words, host, data, zero| {
+            let standard = Standard { host, data, zero };
+            let entry = Entry::decode(g, cluster, words).ok();
+            assert_eq!(entry, Some(Entry::Standard(standard)), "{words:?}");
+            assert_eq!((standard.encode(g), Entry::Standard(standard).used(g)), (words, None), "nothing is counted");
+        };
+        let words = |descriptor, bitmap| Words { descriptor, bitmap };
+        means(plain, 0, words(COPIED, 0), Some((0, true)), 1, 0);
+        means(plain, 0, words(COPIED | ZERO, 0), Some((0, true)), 0, 1);
+        means(plain, 0, words(ZERO, 0), None, 0, 1);
+        means(plain, 3, words(0x30000 | COPIED, 0), Some((0x30000, true)), 1, 0);
+        means(plain, 3, words(0x30000 | COPIED | ZERO, 0), Some((0x30000, true)), 0, 1);
+        means(extended, 0, words(COPIED, 5 << 32 | 2), Some((0, true)), 2, 5);
+        means(extended, 3, words(0x30000 | COPIED, 2), Some((0x30000, true)), 2, 0);
+        for hostile in [COPIED, 0x40000 | COPIED, 0x40000 | ZERO, COMPRESSED | 0x30000] {
+            assert!(Entry::decode(plain, 3, words(hostile, 0)).is_err(), "{hostile:#x}");
+        }
+        assert!(Entry::decode(extended, 3, words(COPIED, 1)).is_err());
+        assert!(Entry::decode(extended, 0, words(0, 1)).is_err());
     }
 
     #[test]

@@ -18,6 +18,8 @@ pub struct Geometry {
     pub extended_l2: bool,
     /// Bytes of the disk.
     pub size: u64,
+    /// Payload is in an external data file, each guest cluster at its own guest offset.
+    pub external_data: bool,
 }
 
 impl Geometry {
@@ -49,7 +51,7 @@ impl Geometry {
         if size > i64::MAX as u64 {
             return Err(Error::malformed(format!("size {size} does not fit in 63 bits")));
         }
-        Self { version, cluster_bits, refcount_order, extended_l2: false, size }.check_l1()
+        Self { version, cluster_bits, refcount_order, extended_l2: false, size, external_data: false }.check_l1()
     }
 
     /// The same with extended L2 entries.

@@ -3,8 +3,13 @@
 //!
 //! A reservation is of one of the three. A cluster has one reservation at a time that its commit
 //! changes the entry for: the second would put back what the first made of it.
+//!
+//! In an external data file each cluster has one place for good. A write to one that is not there yet puts
+//! its bytes where no entry shows them.
 use super::Shared;
 use super::entry::{Entry, Standard};
+use super::refcounts::Run;
+use super::space::Taken;
 use super::state::{Reserved, State};
 use crate::error::{Error, Result};
 use crate::image::{Hold, Reservation, Reserve};
@@ -59,7 +64,7 @@ impl Shared {
 
     /// For `State::run`: what `pick` picks of entries whose clusters are theirs alone and follow each
     /// other from `host` on. The first one's is known to be its alone.
-    fn in_cluster(&self, host: u64, pick: impl Fn(Standard) -> u32) -> impl Fn(u64, Entry) -> u32 {
+    pub(super) fn in_cluster(&self, host: u64, pick: impl Fn(Standard) -> u32) -> impl Fn(u64, Entry) -> u32 {
         let bits = self.geometry.cluster_bits;
         move |nth, entry| match entry.standard().host {
             Some((at, copied)) if at == host + (nth << bits) && (copied || nth == 0) => pick(entry.standard()),
@@ -99,10 +104,14 @@ impl Shared {
         let len = state.run(guest, homeless)?;
         // What shares its cluster with somebody is not homeless, but moves like it, one at a time.
         let wanted = if len == 0 { 1 } else { ((guest.start + len - 1) >> bits) - first + 1 };
-        let taken = state.space()?.take(wanted)?;
+        let taken = match g.external_data {
+            // Whatever was there before: nobody knows that it is zeroes.
+            true => Taken { run: Run { start: first, count: wanted }, zeroed: false },
+            false => state.space()?.take(wanted)?,
+        };
         let (count, host) = (taken.run.count, taken.run.start << bits);
         let span = self.moving(state, guest.prefix(((first + count) << bits) - guest.start))?;
-        Ok(Some((Reserved { first, count, host, span, taken: true }, taken.zeroed)))
+        Ok(Some((Reserved { first, count, host, span, taken: !g.external_data }, taken.zeroed)))
     }
 
     /// What has to be in new clusters for `guest`: its subclusters, and all payload of the old ones.

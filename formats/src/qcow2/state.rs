@@ -275,7 +275,7 @@ impl State {
     /// True where only this entry uses the cluster at `host`.
     pub fn is_exclusive(&mut self, host: u64, copied: bool) -> Result<bool> {
         let cluster = self.geometry.host_cluster(host);
-        Ok(copied || self.space()?.refs.get(cluster)? == 1)
+        Ok(copied || self.geometry.external_data || self.space()?.refs.get(cluster)? == 1)
     }
 
     /// Sees to it that `cluster` has an L2 table; its slice is in memory.

@@ -10,6 +10,9 @@
 //!
 //! A cluster of which other subclusters have payload is kept by all three; part of a compressed cluster
 //! is written, and left by `Discard`.
+//!
+//! Payload in an external data file has its place for good, so `Unmap` and `Discard` give its space back
+//! there and leave the entry. A raw data file has to show the zeroes itself: all is zeroed there.
 use super::Shared;
 use super::entry::{Entry, Standard, Words};
 use super::state::{Known, State};
@@ -24,7 +27,7 @@ enum Action {
     Leave,
     /// The cluster gets this entry.
     Set(Words),
-    /// Its bytes in the file, from here on, are zeroed.
+    /// Their bytes in the file, in the cluster from here on, are zeroed.
     Host(u64),
     /// Zeroes are written like any payload.
     Write,
@@ -35,6 +38,9 @@ impl Shared {
     pub(super) fn zero(&self, guest: ByteRange, zeroing: Zeroing) -> Result<Zeroed> {
         self.check_writable()?;
         self.check_inside(guest)?;
+        if self.raw_data {
+            return Ok(Zeroed::Host { guest, host: guest.start });
+        }
         let unit = 1 << self.geometry.subcluster_bits();
         let first_end = self.geometry.size.min((guest.start & !(unit - 1)) + unit);
         if guest.start & (unit - 1) != 0 || guest.end < first_end {
@@ -80,7 +86,13 @@ impl Shared {
         let in_slice = 1 << self.geometry.l2_slice_bits();
         let clusters = clusters.min(in_slice - (first & (in_slice - 1)));
         Ok(match self.action(&mut state, first, guest, zeroing)? {
-            Action::Host(host) => Zeroed::Host { guest: prefix(1), host },
+            Action::Host(host) => {
+                let len = state.run(prefix(clusters), self.in_cluster(host, |standard| standard.data))?;
+                Zeroed::Host {
+                    guest: guest.prefix(len),
+                    host: host + (guest.start & (self.geometry.cluster_size() - 1)),
+                }
+            }
             Action::Write => Zeroed::Write(prefix(1)),
             Action::Leave | Action::Set(_) => match self.zero_entries(&mut state, prefix(clusters), zeroing)? {
                 0 => Zeroed::Settle,
@@ -140,6 +152,9 @@ impl Shared {
             Ok(Action::Set(Standard { host, data, zero }.encode(g)))
         };
         match (zeroing, own) {
+            (Zeroing::Unmap | Zeroing::Discard, Some(host)) if g.external_data && here & !data == 0 => {
+                Ok(Action::Host(host))
+            }
             (Zeroing::Discard, _) if others != 0 && host.is_none() => Ok(Action::Leave),
             _ if others != 0 && host.is_none() => Ok(Action::Write),
             _ if others != 0 => set(host, zero | here),

@@ -230,9 +230,10 @@ impl Writer {
                 let host = self.take();
                 self.write_payload(host);
                 match self.extended {
-                    true => {
-                        self.push_subclusters(host | COPIED, if self.tag % 4 == 0 { u32::MAX } else { self.some() })
-                    }
+                    true => self.push_subclusters(
+                        host | COPIED,
+                        if self.tag.is_multiple_of(4) { u32::MAX } else { self.some() },
+                    ),
                     false => self.push([host | COPIED, 0], self.tag),
                 }
             }

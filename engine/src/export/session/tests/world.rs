@@ -253,7 +253,7 @@ impl Image for Holey {
 pub fn disk(file: u32, size: u64) -> Arc<Disk> {
     let image = Box::new(Holey { size, data: Mutex::default() });
     let file = DataFile::buffered(File::simulated(file));
-    let layer = Layer { image, file, path: "disk".into(), format: "holey" };
+    let layer = Layer { image, file, path: "disk".into(), format: "holey", apart: None };
     Arc::new(Disk::new(Chain::new(vec![Arc::new(layer)]), false))
 }
 
