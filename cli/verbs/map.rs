@@ -68,7 +68,12 @@ fn table(chain: &Chain, file: &Path) -> Result<(), Failure> {
             )));
         };
         // The top goes by the name that it was given, as in qemu-img's table.
-        let name = if depth == 0 { file } else { &chain.layers()[depth].path };
+        let layer = &chain.layers()[depth];
+        let name = match &layer.apart {
+            Some(apart) => &apart.data_path,
+            None if depth == 0 => file,
+            None => &layer.path,
+        };
         let [start, len, host] = [guest.start, guest.len(), host].map(hex);
         results.write(format_args!("{start:<16}{len:<16}{host:<16}{}\n", name.display()))?;
     }

@@ -21,12 +21,7 @@ enum Feature {
 }
 
 /// What is made. A line less leaves out what cannot be read yet.
-const FEATURES: &[Feature] = &[
-    Feature::Snapshots,
-    Feature::Bitmaps,
-    Feature::ExtendedL2,
-    // Feature::DataFile,
-];
+const FEATURES: &[Feature] = &[Feature::Snapshots, Feature::Bitmaps, Feature::ExtendedL2, Feature::DataFile];
 
 /// Sectors of the largest disk.
 const SECTORS_MAX: u64 = 8192;
@@ -42,6 +37,8 @@ pub struct Layer {
     version: u32,
     /// It has subclusters.
     extended: bool,
+    /// Its payload is in a file of its own: it has no snapshots.
+    apart: bool,
     snapshots: u64,
     /// No cluster has been given a place yet: QEMU compresses only into such.
     untouched: bool,
@@ -113,6 +110,7 @@ impl Zoo {
             cluster: 1 << 16,
             version: 0,
             extended: false,
+            apart: false,
             snapshots: 0,
             untouched: false,
         });
@@ -121,7 +119,7 @@ impl Zoo {
     fn add_qcow2(&mut self, index: u64, size: u64, random: &mut Random) {
         let file = self.folder.join(format!("layer{index}.qcow2"));
         let below = self.layers.last().cloned();
-        let kinds = Options::random(below.is_none(), index, random);
+        let kinds = Options::random(below.is_none(), &file.with_extension("data"), random);
         let words = kinds.words();
         match &below {
             None => create(&file, "qcow2", size, &["-o", &words]),
@@ -133,8 +131,18 @@ impl Zoo {
             }
         }
         self.told += &format!("{}: {words}, {size} bytes\n", file.display());
-        let Options { cluster, version, extended, untouched, .. } = kinds;
-        self.layers.push(Layer { file, format: "qcow2", size, cluster, version, extended, snapshots: 0, untouched });
+        let Options { cluster, version, extended, apart, untouched, .. } = kinds;
+        self.layers.push(Layer {
+            file,
+            format: "qcow2",
+            size,
+            cluster,
+            version,
+            extended,
+            apart,
+            snapshots: 0,
+            untouched,
+        });
     }
 
     /// One thing that happens to the top layer.
@@ -143,7 +151,7 @@ impl Zoo {
         let is_qcow2 = top.format == "qcow2";
         self.top_mut().untouched = false;
         match random.below(8) {
-            0 if is_qcow2 && FEATURES.contains(&Feature::Snapshots) => self.snapshot(&top, random),
+            0 if is_qcow2 && !top.apart && FEATURES.contains(&Feature::Snapshots) => self.snapshot(&top, random),
             1 if self.may_grow(self.layers.len() - 1) => self.resize(&top, random),
             2 if is_qcow2 && self.layers.len() > 1 => self.rebase(&top, random),
             3 if self.can_commit() => self.commit(&top),
@@ -238,12 +246,13 @@ struct Options {
     version: u32,
     cluster: u64,
     extended: bool,
+    apart: bool,
     untouched: bool,
     more: Vec<String>,
 }
 
 impl Options {
-    fn random(is_base: bool, index: u64, random: &mut Random) -> Self {
+    fn random(is_base: bool, data_file: &Path, random: &mut Random) -> Self {
         // Large clusters are rare: an image of them is one of zeroes and of one cluster.
         let extended = FEATURES.contains(&Feature::ExtendedL2) && random.one_in(4);
         let (least, end) = (if extended { 14 } else { 9 }, if random.one_in(4) { 22 } else { 18 });
@@ -253,22 +262,22 @@ impl Options {
         let untouched = preallocation == "off";
         let mut more = vec![format!("preallocation={preallocation}")];
         if random.one_in(4) && !extended {
-            return Self { version: 2, cluster, extended, untouched, more };
+            return Self { version: 2, cluster, extended, apart: false, untouched, more };
         }
         more.push(format!("lazy_refcounts={}", random.pick(&["on", "off"])));
         more.push(format!("compression_type={}", random.pick(&["zlib", "zstd"])));
         if extended {
             more.push("extended_l2=on".into());
         }
-        let has_data_file = FEATURES.contains(&Feature::DataFile) && random.one_in(4);
-        if has_data_file {
+        let apart = FEATURES.contains(&Feature::DataFile) && random.one_in(4);
+        if apart {
             let raw = random.pick(&["on", "off"]);
             let raw = if is_base { raw } else { "off" };
-            more.push(format!("data_file=layer{index}.data,data_file_raw={raw}"));
+            more.push(format!("data_file={},data_file_raw={raw}", data_file.display()));
         }
         // A cluster of snapshots is counted twice at least: one bit does not hold that.
         more.push(format!("refcount_bits={}", 1 << random.within(3..7)));
-        Self { version: 3, cluster, extended, untouched: untouched && !has_data_file, more }
+        Self { version: 3, cluster, extended, apart, untouched: untouched && !apart, more }
     }
 
     fn words(&self) -> String {

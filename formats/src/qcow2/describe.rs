@@ -12,6 +12,7 @@ use super::refcounts::{Refcounts, Run};
 use crate::error::{Context, Result};
 use crate::image::{Description, Extent, Place};
 use crate::range::ByteRange;
+use crate::raw;
 use crate::storage::Storage;
 use std::sync::Arc;
 
@@ -21,7 +22,8 @@ const SLICES_MAX: usize = 8;
 const LOOKS_MAX: u64 = 1 << 26;
 
 impl Shared {
-    /// The run that starts at `at`: all alike, in the file of `payload` one after the other.
+    /// The run that starts at `at`: all alike, in the file one after the other. `payload` is the file
+    /// that payload is in.
     pub(super) fn describe(
         &self,
         header: &Header,
@@ -67,18 +69,9 @@ impl Shared {
 }
 
 /// The payload from `guest.start` on that is in a hole of its file, or is not.
-fn describe_payload(file: &dyn Storage, guest: ByteRange, host: u64) -> Result<Description> {
-    let payload = Description { guest, data: true, zero: false, compressed: false, host: Some(host) };
-    let data = file.next_data(host).context(|| format!("looking for data from {host} on"))?;
-    Ok(match data {
-        None => Description { zero: true, ..payload },
-        Some(data) if data > host => Description { guest: guest.prefix(data - host), zero: true, ..payload },
-        Some(_) => {
-            let hole = file.next_hole(host).context(|| format!("looking for a hole from {host} on"))?;
-            // A file that was cut just now may answer with an end before `host`.
-            Description { guest: guest.prefix(hole.saturating_sub(host).max(1)), ..payload }
-        }
-    })
+fn describe_payload(storage: &dyn Storage, guest: ByteRange, host: u64) -> Result<Description> {
+    let Extent { guest, place } = raw::thin(storage, guest, host)?;
+    Ok(Description { guest, data: true, zero: place == Place::Zero, compressed: false, host: Some(host) })
 }
 
 /// True where the file takes clearly less space than that of the clusters which have references.

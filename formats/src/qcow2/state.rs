@@ -236,7 +236,7 @@ impl State {
                             break;
                         }
                         // What is wrong ends a run, and is an error to whoever begins one there.
-                        let entry = Entry::parse(g, Words::get(g, words, index));
+                        let entry = Entry::parse(g, cluster, Words::get(g, words, index));
                         let bits = entry.map_or(0, |entry| alike(cluster - first, entry)) & g.all_subclusters();
                         let subcluster = at >> g.subcluster_bits();
                         let in_cluster = subcluster & ((1 << g.subclusters_bits()) - 1);
