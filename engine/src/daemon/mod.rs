@@ -43,7 +43,9 @@ pub fn serve(options: &ServeOptions, ready: impl FnOnce(&str)) -> Result<()> {
     }
     let inherited = Listening::inherited()?;
     if options.listeners.is_empty() && inherited.is_empty() {
-        return Err(Error::invalid("nowhere to listen: name --socket or --listen, or start it by a systemd socket"));
+        return Err(Error::invalid(
+            "nowhere to listen: no address was named, and none of LISTEN_FDS is for this process",
+        ));
     }
     let state = StateFolder::open(&state_folder(options))?;
     if is_volatile(state.path()) {
