@@ -2,7 +2,7 @@
 use crate::args::Serve;
 use crate::failure::Failure;
 use crate::output::{remark, say};
-use engine::control::options::{Listener, ServeOptions};
+use engine::control::options::{Access, Listener, ServeOptions};
 use std::ffi::OsStr;
 use std::io;
 use std::os::linux::net::SocketAddrExt;
@@ -11,15 +11,20 @@ use std::os::unix::net::{SocketAddr, UnixDatagram};
 
 /// Serves until it is told to end.
 pub fn run(args: Serve) -> Result<(), Failure> {
+    if args.sockets.is_empty() && args.addresses.is_empty() && std::env::var_os("LISTEN_FDS").is_none() {
+        let message = "nowhere to listen: name --socket or --listen, or start it by a systemd socket; see serve --help";
+        return Err(Failure::FailedWith { status: 2, message: message.to_owned() });
+    }
     engine::daemon::serve(&options(args), ready).map_err(|error| Failure::new(error.one_line()))
 }
 
 fn options(args: Serve) -> ServeOptions {
-    let unix = args.socket.map(Listener::Unix);
-    let tcp = args.listen.map(Listener::Tcp);
+    let owner = args.socket_owner.unwrap_or_default();
+    let access = Access { mode: args.socket_mode, user: owner.user, group: owner.group };
+    let unix = args.sockets.into_iter().map(|path| Listener::Unix(path, access));
     ServeOptions {
         exports: args.exports,
-        listeners: unix.into_iter().chain(tcp).collect(),
+        listeners: unix.chain(args.addresses).collect(),
         control: args.control,
         state: args.state,
         cache: args.cache,

@@ -16,10 +16,11 @@ use crate::control::options::Cache;
 use crate::control::{Code, MirrorRequest, Refusal, TargetFormat};
 use crate::disk::Disk;
 use crate::io::FileStorage;
-use crate::open::{Access, Identity, identity, lasting_name, open_disk, open_on, probe_format, sync_folder};
+use crate::open::{Access, files_of, identity, lasting_name, open_disk, open_on, probe_format, sync_folder};
 use formats::error::{Context, Error, Result};
 use formats::journal::Journal;
-use formats::qcow2::{Backing, Create, create, read_header};
+use formats::qcow2::header::autoclear;
+use formats::qcow2::{Backing, Create, Header, create, read_header};
 use formats::storage::Storage;
 use std::fs;
 use std::os::unix::fs::FileTypeExt;
@@ -82,12 +83,15 @@ pub fn plan(request: &MirrorRequest, source: &Disk) -> std::result::Result<Plan,
     if request.shallow && !shallow {
         notes.push("the source has no backing, so the shallow copy is a full one".to_owned());
     }
-    refuse_own_layers(&path, layers)?;
+    refuse_own_layers(&path, request.format, layers)?;
     let found = Found::look(&path)?;
     let (format, create) = match request.reuse_external {
         true => (found.reuse(&path, request.format)?, false),
         false => (found.create(&path, request.format, layers)?, true),
     };
+    if let Some(header) = top_header(source).map_err(|error| failed(&error))? {
+        notes.extend(what_stays(&header, format));
+    }
     let plan = Plan { path, format, shallow, create, found, chunk_bits, notes };
     if !create || found == Found::Device {
         plan.check_size(source)?;
@@ -160,11 +164,10 @@ impl Plan {
     fn creation(&self, source: &Disk) -> Result<Create> {
         let layers = source.chain().layers();
         let mut creation = Create::new(source.size().next_multiple_of(SECTOR));
-        if layers[0].format == "qcow2" {
-            let path = &layers[0].path;
-            let file = fs::File::open(path).context(|| format!("{}: open", path.display()))?;
-            let header = read_header(&FileStorage::new(file)).map_err(|error| error.at(path.display()))?;
+        if let Some(header) = top_header(source)? {
             creation.cluster_bits = header.geometry.cluster_bits;
+            // A copy of few subclusters must not become one of whole clusters.
+            creation.extended_l2 = header.geometry.extended_l2;
         }
         if let (true, Some(backing)) = (self.shallow, layers.get(1)) {
             let name = backing.path.to_str().ok_or_else(|| {
@@ -198,6 +201,33 @@ impl Plan {
             self.path.display()
         )))
     }
+}
+
+/// The header of the source's top layer, where that is a qcow2 image.
+fn top_header(source: &Disk) -> Result<Option<Header>> {
+    let top = source.chain().top();
+    if top.format != "qcow2" {
+        return Ok(None);
+    }
+    let file = fs::File::open(&top.path).context(|| format!("{}: open", top.path.display()))?;
+    read_header(&FileStorage::new(file)).map(Some).map_err(|error| error.at(top.path.display()))
+}
+
+/// What the source keeps beside its contents, and what becomes of that.
+fn what_stays(header: &Header, target: TargetFormat) -> Vec<String> {
+    let mut notes = Vec::new();
+    if header.snapshots > 0 {
+        let count = header.snapshots;
+        notes.push(format!("the source's internal snapshots ({count}) stay with it: the target gets none"));
+    }
+    if let Some(bitmaps) = header.bitmaps.filter(|_| header.autoclear & autoclear::BITMAPS != 0) {
+        let what = format!("the source's persistent bitmaps ({})", bitmaps.count);
+        notes.push(match target {
+            TargetFormat::Raw => format!("{what} are dropped at a pivot: raw has no place for them"),
+            TargetFormat::Qcow2 => format!("{what} go on in the target after a pivot, where they are consistent"),
+        });
+    }
+    notes
 }
 
 /// What is at a path.
@@ -284,16 +314,22 @@ fn full_path(path: &Path) -> std::result::Result<PathBuf, Refusal> {
     }
 }
 
-/// A target that is a layer of the source, by any name, would be read and written at once.
-fn refuse_own_layers(path: &Path, layers: &[Arc<Layer>]) -> std::result::Result<(), Refusal> {
-    let Ok(target) = identity(path) else { return Ok(()) };
-    let same = |layer: &&Arc<Layer>| identity(&layer.path).is_ok_and(|layer: Identity| layer == target);
-    match layers.iter().find(same) {
+/// A target that is a layer of the source, by any name, would be read and written at once; so would one
+/// whose data file is.
+fn refuse_own_layers(
+    path: &Path,
+    format: Option<TargetFormat>,
+    layers: &[Arc<Layer>],
+) -> std::result::Result<(), Refusal> {
+    let files = files_of(path, format);
+    let targets: Vec<_> = files.iter().filter_map(|file| identity(file).ok()).collect();
+    let is_target = |path: &&Path| identity(path).is_ok_and(|layer| targets.contains(&layer));
+    match layers.iter().flat_map(|layer| layer.paths()).find(is_target) {
         None => Ok(()),
         Some(layer) => Err(invalid(format!(
-            "{}: the target is a layer of the source ({}): name another file",
+            "{}: the target, or its data file, is a layer of the source ({}): name another file",
             path.display(),
-            layer.path.display()
+            layer.display()
         ))),
     }
 }

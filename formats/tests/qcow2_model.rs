@@ -1,7 +1,9 @@
 //! qcow2 against a guest that remembers every byte: random requests, and kills.
 mod support;
 
-use support::world::{live, worlds};
+use support::random::Random;
+use support::world::Feature::{Compressed, Snapshot};
+use support::world::{guest_with, live, live_as, worlds};
 
 #[test]
 fn what_was_committed_is_there() {
@@ -26,4 +28,21 @@ fn a_kill_loses_nothing_that_was_committed() {
         })
     });
     assert!(stats.is_none_or(|stats| stats.kills > 1000), "{stats:?}");
+}
+
+/// QEMU takes snapshots in between: several share L2 tables and clusters with the guest's view.
+#[test]
+fn snapshots_that_qemu_takes_in_between_never_change() {
+    let stats = worlds("snapshots_that_qemu_takes_in_between_never_change", 12, |seed| {
+        live_as(guest_with(&[Compressed, Snapshot], seed, Random::new(seed)), 300, |guest, step| {
+            if step % 100 == 60 {
+                guest.take_snapshot();
+            }
+            guest.cut_at_flushes = (160..200).contains(&step);
+            if seed.is_multiple_of(2) && step % 17 == 16 {
+                guest.kill();
+            }
+        })
+    });
+    assert!(stats.is_none_or(|stats| stats.kills > 50), "{stats:?}");
 }

@@ -1,14 +1,14 @@
 //! qcow2 against QEMU's own tools: theirs read by us, ours read and checked by them.
 mod support;
 
-use formats::image::Zeroing;
+use formats::image::Place;
 use formats::qcow2::{Backing, Compression, Create, create};
-use formats::range::ByteRange;
 use formats::storage::Storage;
 use std::path::Path;
 use std::sync::Arc;
+use support::act::{act, assert_same};
 use support::file::{FileStorage, Layer};
-use support::qemu::{contents, make_chain, run};
+use support::qemu::{Kind, contents, make_chain, map, push_run, run};
 use support::random::Random;
 
 /// How many random images each test makes.
@@ -24,8 +24,27 @@ fn images_of_qemu_read_as_qemu_reads_them() {
             let theirs = contents(folder.path(), &made.name);
             let ours = Layer::open(&made.path, "qcow2", false).to_vec();
             assert_same(&ours, &theirs, &what);
+            assert_eq!(runs(&Layer::open(&made.path, "qcow2", false)), map(folder.path(), &made.name), "{what}");
         }
     }
+}
+
+/// The runs of a layer as `qemu-img map` tells them.
+fn runs(layer: &Layer) -> Vec<(u64, Kind)> {
+    let mut runs = Vec::new();
+    let mut at = 0;
+    while at < layer.image.size() {
+        let extent = layer.image.map(at, u64::MAX).expect("a valid image");
+        let kind = match extent.place {
+            Place::Data { host } => Kind::Data { host },
+            Place::Zero => Kind::Zero,
+            Place::Absent => Kind::Absent,
+            Place::Compressed { .. } => Kind::Compressed,
+        };
+        push_run(&mut runs, extent.guest.start, extent.guest.end, kind);
+        at = extent.guest.end;
+    }
+    runs
 }
 
 #[test]
@@ -54,6 +73,7 @@ fn images_of_ours_are_right() {
             asked.refcount_order = random.below(7) as u32;
             asked.lazy_refcounts = random.one_in(2);
             asked.compression = [Compression::Zlib, Compression::Zstd][random.below(2) as usize];
+            asked.extended_l2 = asked.cluster_bits >= 14 && random.one_in(2);
         }
         let mut model = vec![0; size as usize];
         if random.one_in(2) {
@@ -90,39 +110,6 @@ fn write_and_check(folder: &Path, path: &Path, mut model: Vec<u8>, random: &mut 
         assert_eq!((found.leaks, found.corruptions), (0, 0), "{what}: {:#?}", found.problems);
         run(folder, "qemu-img", &["check", "-q", name]);
         assert_same(&contents(folder, name), &model, what);
-    }
-}
-
-fn act(layer: &Layer, model: &mut [u8], random: &mut Random) {
-    let size = model.len() as u64;
-    let start = random.below(size);
-    let most = if random.one_in(3) { 1 << 20 } else { 20_000 };
-    let len = 1 + random.below(most.min(size - start));
-    let range = ByteRange { start, end: start + len };
-    let here = &mut model[start as usize..][..len as usize];
-    match random.below(6) {
-        0 => {
-            here.fill(0);
-            layer.zero(range, [Zeroing::Unmap, Zeroing::Keep][random.below(2) as usize]);
-        }
-        1 => {
-            // A discard may leave what it likes; what it left is the truth from then on.
-            layer.zero(range, Zeroing::Discard);
-            let before = here.to_vec();
-            layer.read(start, here);
-            assert!(before.iter().zip(&*here).all(|(before, now)| now == before || *now == 0));
-        }
-        2 => layer.settle(),
-        _ => {
-            here.fill(random.below(256) as u8);
-            layer.write(start, here);
-        }
-    }
-}
-
-fn assert_same(ours: &[u8], theirs: &[u8], what: &str) {
-    assert_eq!(ours.len(), theirs.len(), "{what}");
-    if let Some(at) = ours.iter().zip(theirs).position(|(ours, theirs)| ours != theirs) {
-        panic!("byte {at} is {:#x}, expected {:#x}: {what}", ours[at], theirs[at]);
+        assert_eq!(runs(&Layer::open(path, "qcow2", false)), map(folder, name), "{what}");
     }
 }

@@ -34,8 +34,8 @@ fn qemu_finds_leaks_at_worst_and_the_same_contents() {
     let stats = worlds("qemu_finds_leaks_at_worst_and_the_same_contents", 10, |seed| {
         live(seed, 200, |guest, step| {
             if step % 100 == 70 {
-                let (disk, found) = guest.after_power_cut();
-                std::fs::write(folder.path().join("cut.qcow2"), disk.to_vec()).expect("room");
+                let (files, found) = guest.after_power_cut();
+                files.write_to(folder.path(), "cut.qcow2");
                 // 0: nothing found; 3: leaks.
                 let check = "qemu-img check -q -f qcow2 cut.qcow2 || test $? -eq 3";
                 run(folder.path(), "sh", &["-c", check]);

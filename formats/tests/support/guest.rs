@@ -3,12 +3,14 @@
 //!
 //! Every write has stamps that no other has, so a stale, torn or misplaced one is seen.
 use super::disk::{Disk, SECTOR, Sector};
+use super::files::Files;
 use super::history::History;
 use super::notes::Notes;
+use super::qemu::{check_of_qemu, with_snapshot};
 use super::random::Random;
 use super::stamp::{self, STAMP, Writer, sectors, stamped, tell};
 use formats::image::{Extent, Image, Place, Progress, Reservation, Reserve, Settle, Zeroed, Zeroing};
-use formats::qcow2::{Check, Open, Qcow2, check};
+use formats::qcow2::{Check, Open, Qcow2, check, read_header, snapshots};
 use formats::range::ByteRange;
 use formats::storage::Storage;
 use std::collections::HashMap;
@@ -33,9 +35,16 @@ struct Read {
     begun: u64,
 }
 
-/// An image, its file and journal, and its guest.
+/// What an internal snapshot holds.
+struct Snapshot {
+    l1_offset: u64,
+    l1_entries: u32,
+    bytes: Vec<u8>,
+}
+
+/// An image, its files and journal, and its guest.
 pub struct Guest {
-    pub disk: Arc<Disk>,
+    pub files: Files,
     notes: Arc<Notes>,
     notes_max: usize,
     image: Qcow2,
@@ -52,6 +61,7 @@ pub struct Guest {
     settle: Option<(Progress, u64)>,
     time: u64,
     last_settled: u64,
+    snapshots: Vec<Snapshot>,
     /// The power is cut, in a copy of the world, in front of every flush.
     pub cut_at_flushes: bool,
     pub stats: Stats,
@@ -90,14 +100,14 @@ impl Stats {
 }
 
 impl Guest {
-    /// A guest on the image in `disk`, which reads as `bytes` and has entries for `granule` bytes. The
-    /// journal has room for `notes_max`.
-    pub fn new(disk: Arc<Disk>, bytes: &[u8], granule: u64, notes_max: usize, open: Open, seed: u64) -> Self {
+    /// A guest on the image in `files`, which reads as `bytes`, as its internal snapshots do, and has
+    /// entries for `granule` bytes. The journal has room for `notes_max`.
+    pub fn new(files: Files, bytes: &[u8], granule: u64, notes_max: usize, open: Open, seed: u64) -> Self {
         let notes = Arc::new(Notes::new(notes_max));
-        let image = Qcow2::open(disk.clone(), notes.clone(), open).expect("a valid image");
+        let image = Qcow2::open(files.image.clone(), notes.clone(), open).expect("a valid image");
         assert_eq!(image.size(), bytes.len() as u64);
         let mut guest = Self {
-            disk,
+            files,
             notes,
             notes_max,
             image,
@@ -112,12 +122,26 @@ impl Guest {
             settle: None,
             time: 0,
             last_settled: 0,
+            snapshots: Vec::new(),
             cut_at_flushes: false,
             stats: Stats::default(),
         };
         guest.assert_all_there();
         guest.find_places();
+        guest.find_snapshots(bytes);
         guest
+    }
+
+    /// Internal snapshots that are not known yet hold `bytes`.
+    fn find_snapshots(&mut self, bytes: &[u8]) {
+        let header = read_header(&*self.files.image).expect("a valid header");
+        let all = snapshots::read(&*self.files.image, &header).expect("a valid table");
+        let new = all.into_iter().skip(self.snapshots.len());
+        self.snapshots.extend(new.map(|snapshot| Snapshot {
+            l1_offset: snapshot.l1_offset,
+            l1_entries: snapshot.l1_entries,
+            bytes: bytes.to_vec(),
+        }));
     }
 
     /// Where granules are in an image that was just opened.
@@ -222,22 +246,18 @@ impl Guest {
         (guest.start / size..=(guest.end - 1) / size).zip((first..).step_by(size as usize)).collect()
     }
 
+    /// Writes the payload, and what has to be around it, in one.
     fn write_payload(&mut self, at: usize) {
         let InFlight { reservation, writer, .. } = &self.in_flight[at];
-        let (guest, host, fill, writer) = (reservation.guest, reservation.host, reservation.fill, *writer);
-        let (zeroed, in_place) = (reservation.zeroed, reservation.hold.is_none());
-        if zeroed {
-            self.assert_reads_as_zeroes(host, guest.len());
-        }
-        for part in fill.into_iter().flatten() {
-            let place = host.wrapping_add(part.start.wrapping_sub(guest.start));
-            if zeroed {
-                self.assert_reads_as_zeroes(place, part.len());
-            }
-            self.disk.write_at(place, &self.history.bytes(part)).expect("memory");
-        }
+        let (guest, host, [head, tail]) = (reservation.guest, reservation.host, reservation.fill);
+        let (zeroed, in_place, writer) = (reservation.zeroed, reservation.hold.is_none(), *writer);
+        let [before, after] = [head, tail].map(|part| part.map_or_else(Vec::new, |part| self.history.bytes(part)));
         let bytes = stamped(guest, writer);
-        self.disk.write_at(host, &bytes).expect("memory");
+        let (place, all) = (host - before.len() as u64, [&before[..], &bytes, &after].concat());
+        if zeroed {
+            self.assert_reads_as_zeroes(place, all.len() as u64);
+        }
+        self.files.payload().write_at(place, &all).expect("memory");
         if in_place {
             self.history.write_in_place(guest, &bytes);
         }
@@ -274,7 +294,7 @@ impl Guest {
 
     fn assert_reads_as_zeroes(&self, at: u64, len: u64) {
         let mut bytes = vec![0; len as usize];
-        self.disk.read_padded(at, &mut bytes);
+        self.files.payload().read_padded(at, &mut bytes);
         assert!(bytes.iter().all(|byte| *byte == 0), "{len} bytes at {at} were said to be zeroes");
     }
 
@@ -291,7 +311,7 @@ impl Guest {
             }
             Zeroed::Host { guest, host } => {
                 let zeroes = vec![0; guest.len() as usize];
-                self.disk.write_at(host, &zeroes).expect("memory");
+                self.files.payload().write_at(host, &zeroes).expect("memory");
                 self.history.commit(guest, &zeroes, self.time);
             }
             Zeroed::Write(guest) => {
@@ -312,8 +332,10 @@ impl Guest {
             let here = done.intersect(ByteRange { start, end: start + SECTOR_BYTES });
             let mut wanted = before;
             stamp::overlay(&mut wanted, sector, here, &vec![0; here.len() as usize]);
-            let cluster = start / info.cluster_size * info.cluster_size;
-            let whole = done.start <= cluster && (cluster + info.cluster_size).min(self.image.size()) <= done.end;
+            // Of a compressed cluster only all can be discarded.
+            let unit = if self.is_compressed(sector) { info.cluster_size } else { self.granule };
+            let first = start / unit * unit;
+            let whole = done.start <= first && (first + unit).min(self.image.size()) <= done.end;
             let must = zeroing != Zeroing::Discard || whole && (info.version == 3 || !self.open.has_backing);
             let right = now == wanted || !must && now == before;
             assert!(right, "sector {sector} of {done} has {} after {zeroing:?}", tell(&now));
@@ -323,15 +345,20 @@ impl Guest {
         }
     }
 
+    fn is_compressed(&self, sector: u64) -> bool {
+        let extent = self.image.map(sector * SECTOR_BYTES, SECTOR_BYTES).expect("a valid image");
+        matches!(extent.place, Place::Compressed { .. })
+    }
+
     /// Goes on with a settle, or begins one.
     fn step_settle(&mut self) {
         let (mut progress, begun) = self.settle.take().unwrap_or((Progress::default(), self.time));
         match self.image.settle(&mut progress).expect("a valid image") {
-            Settle::Flush => {
+            flush @ (Settle::Flush | Settle::FlushPayload) => {
                 if self.cut_at_flushes {
                     self.assert_survives_power_cut();
                 }
-                self.disk.flush();
+                if flush == Settle::Flush { &self.files.image } else { self.files.payload() }.flush();
                 self.settle = Some((progress, begun));
             }
             Settle::Done => self.settled(begun),
@@ -381,11 +408,11 @@ impl Guest {
     fn content_at(&self, extent: &Extent) -> Sector {
         let mut content = [0; SECTOR];
         assert_eq!(extent.guest.len(), SECTOR_BYTES);
-        self.fetch(&self.image, &self.disk, extent, &mut content);
+        self.fetch(&self.image, self.files.payload(), extent, &mut content);
         content
     }
 
-    /// All of `image`, by maximal extents.
+    /// All of `image`, whose payload is on `disk`, by maximal extents.
     fn read_all(&self, image: &Qcow2, disk: &Disk) -> Vec<u8> {
         let mut bytes = vec![0; image.size() as usize];
         let mut at = 0;
@@ -415,14 +442,25 @@ impl Guest {
 
     /// Everything that was committed is there, and nothing else.
     pub fn assert_all_there(&self) {
-        self.history.assert_now(&self.read_all(&self.image, &self.disk));
+        let found = self.read_all(&self.image, self.files.payload());
+        self.history.assert_now(&found);
+        self.assert_raw(&self.files, &found);
     }
 
-    /// The process is killed: what is in memory is gone, the file and the journal stay.
+    /// A raw data file has what the guest reads.
+    fn assert_raw(&self, files: &Files, found: &[u8]) {
+        if self.image.header().data_file.as_ref().is_some_and(|data_file| data_file.raw) {
+            let mut bytes = vec![0; found.len()];
+            files.payload().read_padded(0, &mut bytes);
+            assert!(bytes == found, "the raw data file shows something else than the image");
+        }
+    }
+
+    /// The process is killed: what is in memory is gone, the files and the journal stay.
     pub fn kill(&mut self) {
         self.stats.kills += 1;
         let kept = self.notes.kept();
-        self.start_again(self.disk.copy(), self.notes.clone());
+        self.start_again(self.files.copy(), self.notes.clone());
         self.image.replay(&kept).expect("its own notes");
         self.assert_all_there();
     }
@@ -430,20 +468,20 @@ impl Guest {
     /// The power is cut, and the guest goes on with what is there then.
     pub fn power_cut(&mut self) {
         self.stats.restarts += 1;
-        let (disk, found) = self.after_power_cut();
-        self.start_again(disk, Arc::new(Notes::new(self.notes_max)));
+        let (files, found) = self.after_power_cut();
+        self.start_again(files, Arc::new(Notes::new(self.notes_max)));
         self.history = History::new(&found);
         self.find_places();
     }
 
-    /// A new process on the file as it was left.
-    fn start_again(&mut self, disk: Disk, notes: Arc<Notes>) {
-        // A kill runs no destructors; here they work on an image and a file that are gone.
-        self.disk = Arc::new(disk);
+    /// A new process on the files as they were left.
+    fn start_again(&mut self, files: Files, notes: Arc<Notes>) {
+        // A kill runs no destructors; here they work on an image and files that are gone.
+        self.files = files;
         self.end_all_requests();
         self.settle = None;
         self.notes = notes;
-        self.image = Qcow2::open(self.disk.clone(), self.notes.clone(), self.open).expect("a valid image");
+        self.image = Qcow2::open(self.files.image.clone(), self.notes.clone(), self.open).expect("a valid image");
         self.last_settled = 0;
     }
 
@@ -453,23 +491,27 @@ impl Guest {
         self.history.end_requests(self.time);
     }
 
-    /// If the power is cut now, the file has leaks at worst, everything that was flushed, and nothing
+    /// If the power is cut now, the files have leaks at worst, everything that was flushed, and nothing
     /// that was not written there.
     pub fn assert_survives_power_cut(&mut self) {
         self.after_power_cut();
     }
 
-    /// What the file is if the power is cut now, and what a guest reads from it then.
-    pub fn after_power_cut(&mut self) -> (Disk, Vec<u8>) {
+    /// What the files are if the power is cut now, and what a guest reads from them then.
+    pub fn after_power_cut(&mut self) -> (Files, Vec<u8>) {
         self.stats.power_cuts += 1;
-        let disk = Arc::new(self.disk.after_power_cut(&mut self.random));
-        let storage: Arc<dyn Storage> = disk.clone();
-        let found = check(&storage).expect("an image that can be walked");
-        assert_eq!(found.corruptions, 0, "{:#?}", found.problems);
-        let image = Qcow2::open(storage, Arc::new(Notes::new(0)), self.open).expect("a valid image");
-        let found = self.read_all(&image, &disk);
+        let files = self.files.after_power_cut(&mut self.random);
+        // QEMU takes its time.
+        if self.snapshots.is_empty() || self.random.one_in(32) {
+            let found = self.check(&files);
+            assert_eq!(found.corruptions, 0, "{:#?}", found.problems);
+        }
+        self.assert_snapshots(&files.image);
+        let image = Qcow2::open(files.image.clone(), Arc::new(Notes::new(0)), self.open).expect("a valid image");
+        let found = self.read_all(&image, files.payload());
         self.history.assert_possible(&found);
-        (disk.copy(), found)
+        self.assert_raw(&files, &found);
+        (files.copy(), found)
     }
 
     /// Closes the image as a clean end does, and checks it.
@@ -478,9 +520,41 @@ impl Guest {
         self.settle_all();
         self.image.recycle();
         self.settle_all();
-        self.image.trim_end().expect("memory");
-        self.disk.flush();
-        let storage: Arc<dyn Storage> = self.disk.clone();
-        check(&storage).expect("an image that can be walked")
+        let image = &self.files.image;
+        self.image.close(&|| Ok(image.flush())).expect("memory");
+        image.flush();
+        self.assert_snapshots(image);
+        self.check(&self.files)
+    }
+
+    fn check(&self, files: &Files) -> Check {
+        if self.snapshots.is_empty() {
+            let storage: Arc<dyn Storage> = files.image.clone();
+            return check(&storage).expect("an image that can be walked");
+        }
+        check_of_qemu(&files.image)
+    }
+
+    /// Closes the image, has QEMU take a snapshot of it, and goes on with what that left.
+    pub fn take_snapshot(&mut self) {
+        let found = self.close();
+        assert_eq!(found.corruptions, 0, "{:#?}", found.problems);
+        let bytes = with_snapshot(&self.files.image, self.snapshots.len());
+        self.start_again(Files::new(Disk::with(&bytes), None), Arc::new(Notes::new(self.notes_max)));
+        self.find_snapshots(&self.history.bytes(ByteRange { start: 0, end: self.history.size() }));
+        self.assert_all_there();
+    }
+
+    /// Each snapshot's L1 table, put in the header's place, shows what it holds.
+    fn assert_snapshots(&self, disk: &Disk) {
+        for Snapshot { l1_offset, l1_entries, bytes } in &self.snapshots {
+            let view = Arc::new(disk.copy());
+            view.write_at(36, &l1_entries.to_be_bytes()).expect("memory");
+            view.write_at(40, &l1_offset.to_be_bytes()).expect("memory");
+            let open = Open { writable: false, ..self.open };
+            let image = Qcow2::open(view, Arc::new(Notes::new(0)), open).expect("a valid image");
+            let unchanged = self.read_all(&image, disk) == *bytes;
+            assert!(unchanged, "the snapshot with its L1 table at {l1_offset} has changed");
+        }
     }
 }

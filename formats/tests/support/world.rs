@@ -1,12 +1,12 @@
 //! Worlds of one image and one guest: everything about one follows from its seed.
 use super::disk::Disk;
+use super::files::Files;
 use super::guest::{Guest, Stats};
 use super::random::Random;
-use super::written::{Content, ImageWriter, Shape};
+use super::written::{Content, ImageWriter, Payload, Shape, Written};
 use formats::qcow2::Open;
 use formats::storage::Storage;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 
 /// What an image may have besides clusters of payload and zeroes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,29 +16,56 @@ pub enum Feature {
     ExtendedL2,
     /// One internal snapshot that shares everything at first.
     Snapshot,
+    /// Payload in a file of its own.
+    ExternalData,
+    /// Its clusters are small and many, and its refcount table is nearly used up.
+    SmallReftable,
 }
 
-/// Those that images have which are written to. The others join when writing to them is supported.
-const FEATURES: &[Feature] = &[Feature::Backing, Feature::Compressed];
+use Feature::{Backing, Compressed, ExtendedL2, ExternalData, SmallReftable, Snapshot};
 
-/// A guest on an image of random geometry and content, in a file with other tenants' bytes in every
-/// cluster that is free.
+/// Each is in one of so many worlds, where it goes together with the others.
+const FEATURES: [(Feature, u64); 6] =
+    [(Backing, 2), (Compressed, 2), (ExtendedL2, 3), (Snapshot, 4), (ExternalData, 4), (SmallReftable, 5)];
+
+/// A guest on an image of random features, geometry and content.
 pub fn guest(seed: u64) -> Guest {
     let mut random = Random::new(seed);
-    let features: Vec<Feature> = FEATURES.iter().copied().filter(|_| random.one_in(2)).collect();
-    let shape = shape(seed, &features, &mut random);
+    let features = FEATURES.into_iter().filter(|(_, one_in)| random.one_in(*one_in)).map(|(feature, _)| feature);
+    let features: Vec<Feature> = features.collect();
+    guest_with(&features, seed, random)
+}
+
+/// A guest on an image with these features, in a file with other tenants' bytes in every cluster that is
+/// free.
+pub fn guest_with(features: &[Feature], seed: u64, mut random: Random) -> Guest {
+    let shape = shape(seed, features, &mut random);
+    let Written { image, data, bytes } = fill(shape, features, &mut random);
+    if features.contains(&SmallReftable) && shape.cluster_bits == 9 {
+        use_up_reftable(&image, shape.refcount_order, &mut random);
+    }
+    let metadata_bytes_max = if random.one_in(2) { 0 } else { 1 << 20 };
+    let open = Open { writable: true, has_backing: shape.below, metadata_bytes_max };
+    let notes = if random.one_in(2) { 8 } else { 4096 };
+    let granule = (1 << shape.cluster_bits) / if shape.extended { 32 } else { 1 };
+    Guest::new(Files::new(image, data), &bytes, granule, notes, open, seed)
+}
+
+fn fill(shape: Shape, features: &[Feature], random: &mut Random) -> Written {
     let mut writer = ImageWriter::new(shape);
     // Some are empty, some full.
     let empty_one_in = 1 + random.below(3);
     let garbage = random.one_in(2);
     while !writer.is_full() {
         let content = match random.below(8) {
+            // The disk by itself from the first write on: QEMU preallocates such images.
+            _ if shape.payload == Payload::Raw => Content::Data,
             _ if random.one_in(empty_one_in) => Content::Absent,
             0..=2 => Content::Data,
             3 => Content::Zero,
             4 => Content::Kept,
             5 if shape.extended => Content::Mixed(random.next()),
-            6 if features.contains(&Feature::Compressed) => Content::Compressed,
+            6 if features.contains(&Compressed) => Content::Compressed,
             _ if garbage => {
                 writer.garbage();
                 continue;
@@ -47,28 +74,25 @@ pub fn guest(seed: u64) -> Guest {
         };
         writer.content(content);
     }
-    let (disk, bytes) = writer.finish(&[]);
-    if shape.cluster_bits == 9 && shape.refcount_order >= 3 && random.one_in(2) {
-        use_up_reftable(&disk, shape.refcount_order, &mut random);
-    }
-    let metadata_bytes_max = if random.one_in(2) { 0 } else { 1 << 20 };
-    let open = Open { writable: true, has_backing: shape.below, metadata_bytes_max };
-    let notes = if random.one_in(2) { 8 } else { 4096 };
-    let granule = (1 << shape.cluster_bits) / if shape.extended { 32 } else { 1 };
-    Guest::new(Arc::new(disk), &bytes, granule, notes, open, seed)
+    writer.finish(&[])
 }
 
 fn shape(seed: u64, features: &[Feature], random: &mut Random) -> Shape {
-    let extended = features.contains(&Feature::ExtendedL2);
-    let snapshot = features.contains(&Feature::Snapshot);
-    let cluster_bits = match extended {
-        true => 14,
-        false => [9, 10, 11, 12, 9, 16, 14, 9][seed as usize % 8],
+    let has = |feature| features.contains(&feature);
+    let payload = match random.below(3) {
+        _ if !has(ExternalData) => Payload::Inside,
+        0 => Payload::Raw,
+        _ => Payload::External,
     };
-    let version = if !extended && random.one_in(4) { 2 } else { 3 };
+    let cluster_bits = match seed % 8 {
+        _ if has(ExtendedL2) => 14,
+        _ if has(SmallReftable) => 9,
+        nth => [9, 10, 11, 12, 9, 16, 14, 9][nth as usize],
+    };
+    let version = if !has(ExtendedL2) && !has(ExternalData) && random.one_in(4) { 2 } else { 3 };
     let refcount_order = match version {
         2 => 4,
-        _ if snapshot => 3 + random.below(4) as u32,
+        _ if has(Snapshot) || has(SmallReftable) => 3 + random.below(4) as u32,
         _ => random.below(7) as u32,
     };
     // Several L2 tables where clusters are small; the last cluster is a part of one.
@@ -77,10 +101,17 @@ fn shape(seed: u64, features: &[Feature], random: &mut Random) -> Shape {
         11 | 12 => 40,
         _ => 6,
     };
-    let size = (clusters << cluster_bits) - (random.below(1 << cluster_bits) & !511);
-    let zstd = version == 3 && random.one_in(2);
-    let below = features.contains(&Feature::Backing);
-    Shape { version, cluster_bits, refcount_order, size, zstd, below, extended, snapshot }
+    Shape {
+        version,
+        cluster_bits,
+        refcount_order,
+        size: (clusters << cluster_bits) - (random.below(1 << cluster_bits) & !511),
+        zstd: version == 3 && random.one_in(2),
+        below: has(Backing) && payload != Payload::Raw,
+        extended: has(ExtendedL2),
+        snapshot: has(Snapshot) && payload == Payload::Inside,
+        payload,
+    }
 }
 
 /// Gives an image with clusters of 512 bytes a refcount block near the end of what its table of one
@@ -98,9 +129,13 @@ fn use_up_reftable(disk: &Disk, refcount_order: u32, random: &mut Random) {
     disk.flush();
 }
 
-/// Lives through `steps` of one world; `each` happens after every one. It ends with a clean close.
+/// Lives through `steps` of the world of `seed`; `each` happens after every one. It ends with a clean close.
 pub fn live(seed: u64, steps: u64, each: impl Fn(&mut Guest, u64)) -> Stats {
-    let mut guest = guest(seed);
+    live_as(guest(seed), steps, each)
+}
+
+/// The same of any world.
+pub fn live_as(mut guest: Guest, steps: u64, each: impl Fn(&mut Guest, u64)) -> Stats {
     for step in 0..steps {
         guest.step();
         each(&mut guest, step);

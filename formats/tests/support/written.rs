@@ -12,6 +12,10 @@ use formats::storage::Storage;
 const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
 const ZERO: u64 = 1;
+/// The external data file, as the image names it.
+pub const DATA_FILE_NAME: &str = "data";
+/// The header extension that names it.
+const DATA_FILE: (u32, &[u8]) = (0x4441_5441, DATA_FILE_NAME.as_bytes());
 /// Extended L2: a cluster has so many subclusters.
 const SUBCLUSTERS: u64 = 32;
 
@@ -34,6 +38,27 @@ pub struct Shape {
     pub extended: bool,
     /// An internal snapshot shares everything. Refcounts from 8 bits on.
     pub snapshot: bool,
+    pub payload: Payload,
+}
+
+/// Where payload is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Payload {
+    Inside,
+    /// In an external data file, which has another tenant's bytes where the image has nothing. Version 3,
+    /// nothing compressed or shared.
+    External,
+    /// In an external data file that is the disk by itself. Nothing is below.
+    Raw,
+}
+
+/// An image, all of it durable.
+pub struct Written {
+    pub image: Disk,
+    /// The external data file.
+    pub data: Option<Disk>,
+    /// What a guest reads.
+    pub bytes: Vec<u8>,
 }
 
 /// What the next guest cluster is.
@@ -62,6 +87,7 @@ struct L2Entry {
 pub struct ImageWriter {
     shape: Shape,
     disk: Disk,
+    data: Option<Disk>,
     /// References of each cluster of the file.
     counts: Vec<u64>,
     /// By guest cluster.
@@ -74,9 +100,11 @@ pub struct ImageWriter {
 
 impl ImageWriter {
     pub fn new(shape: Shape) -> Self {
+        let external = shape.payload != Payload::Inside;
         Self {
             shape,
             disk: Disk::default(),
+            data: external.then(|| Disk::with(&stamped(ByteRange { start: 0, end: shape.size }, Writer::Foreign))),
             counts: vec![1; 3],
             entries: Vec::new(),
             guest: Vec::new(),
@@ -117,6 +145,7 @@ impl ImageWriter {
         let below = self.stamped(Writer::Below);
         match content {
             _ if self.is_full() => {}
+            Content::Shared | Content::Compressed if self.data.is_some() => self.content(Content::Data),
             Content::Absent => self.push(0, &below),
             Content::Data => {
                 let (host, payload) = self.payload();
@@ -156,10 +185,11 @@ impl ImageWriter {
         self.guest.resize(self.entries.len() << self.shape.cluster_bits, 0);
     }
 
-    /// A cluster of the file with payload.
+    /// A cluster with payload: of the file, or at its own place in the external data file.
     fn payload(&mut self) -> (u64, Vec<u8>) {
-        let (host, payload) = (self.take(), self.stamped(Writer::First));
-        self.disk.write_at(host, &payload).expect("memory");
+        let payload = self.stamped(Writer::First);
+        let host = if self.data.is_some() { self.guest.len() as u64 } else { self.take() };
+        self.data.as_ref().unwrap_or(&self.disk).write_at(host, &payload).expect("memory");
         (host, payload)
     }
 
@@ -228,8 +258,8 @@ impl ImageWriter {
         self.entries.last_mut().expect("just pushed").bitmap = bitmap;
     }
 
-    /// Writes the tables and the header; returns the file, all durable, and what a guest reads.
-    pub fn finish(mut self, extensions: &[(u32, &[u8])]) -> (Disk, Vec<u8>) {
+    /// Writes the tables and the header.
+    pub fn finish(mut self, extensions: &[(u32, &[u8])]) -> Written {
         while !self.is_full() {
             self.content(Content::Absent);
         }
@@ -262,7 +292,14 @@ impl ImageWriter {
         self.disk.set_len((self.counts.len() as u64) << self.shape.cluster_bits).expect("memory");
         self.disk.flush();
         self.guest.truncate(self.shape.size as usize);
-        (self.disk, self.guest)
+        if let Some(data) = &self.data {
+            if self.shape.payload == Payload::Raw {
+                data.write_at(0, &self.guest).expect("memory");
+            }
+            data.set_len(self.shape.size).expect("memory");
+            data.flush();
+        }
+        Written { image: self.disk, data: self.data, bytes: self.guest }
     }
 
     /// Every cluster of payload gets one more reference, and nobody has one alone.
@@ -342,14 +379,16 @@ impl ImageWriter {
         put(shape.snapshot.into(), 4);
         put(self.snapshots_at, 8);
         if shape.version == 3 {
-            put(u64::from(shape.zstd) << 3 | u64::from(shape.extended) << 4, 8);
+            let external = u64::from(shape.payload != Payload::Inside);
+            put(external << 2 | u64::from(shape.zstd) << 3 | u64::from(shape.extended) << 4, 8);
             put(0, 8);
-            put(0, 8);
+            put(u64::from(shape.payload == Payload::Raw) << 1, 8);
             put(shape.refcount_order.into(), 4);
             put(112, 4);
             put(u64::from(shape.zstd) << 56, 8);
         }
-        for (kind, data) in extensions {
+        let name: Option<&(u32, &[u8])> = self.data.as_ref().map(|_| &DATA_FILE);
+        for (kind, data) in name.into_iter().chain(extensions) {
             if bytes.len() + 16 + data.len().next_multiple_of(8) <= SECTOR {
                 bytes.extend_from_slice(&kind.to_be_bytes());
                 bytes.extend_from_slice(&(data.len() as u32).to_be_bytes());

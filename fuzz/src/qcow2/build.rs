@@ -1,6 +1,6 @@
 //! Images of which it is known what they hold; and what may then be done to their bytes.
 use super::super::support::disk::Disk;
-use super::super::support::written::{Content, ImageWriter, Shape};
+use super::super::support::written::{Content, ImageWriter, Payload, Shape, Written};
 use arbitrary::Arbitrary;
 use formats::storage::Storage;
 
@@ -82,18 +82,19 @@ impl Build<'_> {
             fill(&mut writer, *byte);
         }
         // Those that mean something have a form of their own, and an end would hide the others.
-        let known = [0, 0xe279_2aca, 0x2385_2875];
+        let known = [0, 0xe279_2aca, 0x2385_2875, 0x4441_5441];
         let extensions = self.extensions.iter().take(8).copied().filter(|(kind, _)| !known.contains(kind));
-        let (disk, guest) = writer.finish(&extensions.collect::<Vec<_>>());
+        let Written { image: disk, bytes, .. } = writer.finish(&extensions.collect::<Vec<_>>());
         for damage in self.damage.iter().take(16) {
             damage.strike(&disk, shape.cluster_bits);
         }
         disk.flush();
-        (disk, self.damage.is_empty().then_some(guest))
+        (disk, self.damage.is_empty().then_some(bytes))
     }
 
     fn shape(&self) -> Shape {
-        let version = if self.version_2 { 2 } else { 3 };
+        let extended = self.cluster_size >= 240;
+        let version = if self.version_2 && !extended { 2 } else { 3 };
         let cluster_bits = cluster_bits(self.cluster_size);
         Shape {
             version,
@@ -102,8 +103,9 @@ impl Build<'_> {
             size: size(cluster_bits, self.clusters, self.tail),
             zstd: self.zstd && version == 3,
             below: self.below,
-            extended: false,
+            extended,
             snapshot: false,
+            payload: Payload::Inside,
         }
     }
 }
@@ -116,6 +118,7 @@ pub fn cluster_bits(byte: u8) -> u32 {
         160..192 => 11,
         192..224 => 12,
         224..240 => 16,
+        240.. => 14,
         _ => 9,
     }
 }
@@ -132,6 +135,8 @@ pub fn size(cluster_bits: u32, clusters: u8, tail: u8) -> u64 {
 pub fn fill(writer: &mut ImageWriter, byte: u8) {
     match byte % 8 {
         0 => (0..=byte / 8).for_each(|_| writer.content(Content::Absent)),
+        // Where there are subclusters, of all kinds.
+        1 if byte > 127 => writer.content(Content::Mixed(u64::from(byte).wrapping_mul(0x9e37_79b9_7f4a_7c15))),
         1 | 2 => writer.content(Content::Data),
         3 => writer.content(Content::Shared),
         4 => writer.content(Content::Zero),

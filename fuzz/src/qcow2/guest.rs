@@ -197,6 +197,7 @@ impl Guest {
         loop {
             match self.image().settle(&mut progress)? {
                 Settle::Flush => self.disk.flush(),
+                Settle::FlushPayload => unreachable!("payload in another file has no guest here"),
                 Settle::Done => break,
                 Settle::Busy => panic!("nobody else settles"),
             }
@@ -210,7 +211,7 @@ impl Guest {
         self.held.clear();
         self.settle()?;
         self.settle()?;
-        self.image().close()?;
+        self.image().close(&|| Ok(()))?;
         self.disk.flush();
         self.check("after it was closed")?;
         self.start(Arc::new(Notes::new(NOTES)))

@@ -10,16 +10,15 @@
 //! ```
 //!
 //! What is damaged reads as anything or is an error in words. Written to, it may get worse, and no
-//! request panics or leaves the disk. Extended L2 may be refused by its name.
+//! request panics or leaves the disk.
 use super::super::support::disk::Disk;
 use super::super::support::notes::Notes;
-use super::super::support::written::{Content, ImageWriter, Shape};
+use super::super::support::written::{ImageWriter, Payload, Shape, Written};
 use super::build::{SIZE_MAX, cluster_bits, fill, size};
 use super::damage::{Damaged, Fault, break_header};
 use super::guest::read;
 use super::{Act, NOTES, accepted, corruptions, in_words, look_around, open, use_it};
 use arbitrary::{Arbitrary, Unstructured};
-use formats::error::Error;
 use formats::qcow2::Qcow2;
 use formats::range::ByteRange;
 use std::sync::Arc;
@@ -60,21 +59,17 @@ impl Input<'_> {
             below: has(2),
             extended,
             snapshot,
+            payload: Payload::Inside,
         }
     }
 
-    fn image(&self, shape: Shape) -> (Disk, Vec<u8>) {
+    fn image(&self, shape: Shape) -> Written {
         let mut writer = ImageWriter::new(shape);
         for (nth, byte) in self.contents.iter().take(200).enumerate() {
             if self.kind >> 5 & 1 == 1 && nth % 3 == 2 {
                 writer.garbage();
             }
-            match byte {
-                3 if shape.extended => {
-                    writer.content(Content::Mixed(u64::from(self.tail).wrapping_mul(0x9e37_79b9_7f4a_7c15)))
-                }
-                _ => fill(&mut writer, *byte),
-            }
+            fill(&mut writer, *byte);
         }
         writer.finish(&[])
     }
@@ -85,11 +80,11 @@ pub fn run(data: &[u8]) {
     let Ok(input) = Input::arbitrary_take_rest(Unstructured::new(data)) else { return };
     let acts: Vec<Act> = input.acts.as_chunks().0.iter().take(20).copied().map(Act::new).collect();
     let shape = input.shape();
-    let (disk, bytes) = input.image(shape);
+    let Written { image: disk, bytes, .. } = input.image(shape);
     let disk = Arc::new(disk);
     if let Some((field, value)) = input.header {
         let word = break_header(&disk, field, value, shape.version, shape.cluster_bits);
-        refused(&disk, word, shape.extended);
+        refused(&disk, word);
         return;
     }
     let clusters = shape.size.div_ceil(1 << shape.cluster_bits) as usize;
@@ -99,9 +94,6 @@ pub fn run(data: &[u8]) {
     let known = damaged.known;
     let found = corruptions(&disk);
     let opened = open(&disk, shape.below, false, Arc::new(Notes::new(NOTES)));
-    if shape.extended && opened.as_ref().is_err_and(is_extended) {
-        return;
-    }
     let whole = input.faults.is_empty() || known.iter().all(|known| *known) && !cut(&input.faults);
     assert!(!whole || opened.is_ok(), "{}", opened.err().map(|error| error.one_line()).unwrap_or_default());
     if input.faults.is_empty() && !shape.snapshot {
@@ -121,18 +113,12 @@ fn cut(faults: &[Fault]) -> bool {
     faults.iter().any(|fault| matches!(fault, Fault::Cut(..)))
 }
 
-/// True where `error` is that subclusters are not supported.
-fn is_extended(error: &Error) -> bool {
-    error.one_line().contains("extended L2")
-}
-
-/// Neither opened nor checked, and the reason has `word`, unless subclusters were met before.
-fn refused(disk: &Arc<Disk>, word: &str, extended: bool) {
+/// Neither opened nor checked, and the reason has `word`.
+fn refused(disk: &Arc<Disk>, word: &str) {
     for writable in [false, true] {
         let Err(error) = open(disk, false, writable, Arc::new(Notes::new(NOTES))) else { panic!("opened: {word}") };
         in_words(&error);
-        let named = error.one_line().contains(word) || extended && is_extended(&error);
-        assert!(named, "{} does not name {word}", error.one_line());
+        assert!(error.one_line().contains(word), "{} does not name {word}", error.one_line());
     }
     assert!(corruptions(disk).is_err(), "checked: {word}");
 }
