@@ -18,7 +18,6 @@ use crate::io::{Buffer, Completion, Io, Loan, Token};
 use crate::mirror::Mirror;
 use crate::zero::runs;
 use formats::error::{Error, Result};
-use formats::image::Zeroing;
 use formats::range::ByteRange;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -223,7 +222,7 @@ impl Slot {
             if planted(Fault::SkipZeroes) || is_hole(mirror, piece)? {
                 self.at = piece.end;
             } else {
-                let task = Task::zero(Arc::clone(&mirror.target), piece, Zeroing::Unmap);
+                let task = Task::zero(Arc::clone(&mirror.target), piece, mirror.zeroing);
                 self.stage = Stage::Zero(task, piece);
             }
             return Ok(());
@@ -309,7 +308,7 @@ impl Placing {
             let target = Arc::clone(&mirror.target);
             let task = if zero {
                 self.loan.give_back(piece);
-                Task::zero(target, range, Zeroing::Unmap)
+                Task::zero(target, range, mirror.zeroing)
             } else {
                 Task::write(target, range, piece)
             };

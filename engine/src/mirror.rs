@@ -5,6 +5,7 @@ use crate::disk::Disk;
 use crate::rate::Rate;
 use crate::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard, Ordering};
 use formats::error::Error;
+use formats::image::Zeroing;
 use formats::range::ByteRange;
 use std::sync::{Arc, PoisonError};
 
@@ -18,6 +19,8 @@ pub struct Mirror {
     pub dirty: DirtyBitmap,
     /// Only what the source's top layer holds is copied; the target has the rest below it.
     pub shallow: bool,
+    /// What becomes of the target's space where the source reads as zeroes.
+    pub zeroing: Zeroing,
     /// How fast copiers may be.
     pub rate: Rate,
     /// What has been done.
@@ -57,7 +60,7 @@ pub struct Fault {
 }
 
 impl Mirror {
-    /// A mirror whose bitmap is clean, in background mode.
+    /// A mirror whose bitmap is clean, in background mode; zeroes become holes.
     pub fn new(source: Arc<Disk>, target: Arc<Disk>, chunk_bits: u32, shallow: bool) -> Self {
         let dirty = DirtyBitmap::new(source.size(), chunk_bits);
         Self {
@@ -65,6 +68,7 @@ impl Mirror {
             target,
             dirty,
             shallow,
+            zeroing: Zeroing::Unmap,
             rate: Rate::default(),
             stats: Stats::default(),
             work: Bell::default(),

@@ -1,6 +1,7 @@
 //! `convert`: a mirror without a guest.
 use super::jobs::copiers;
 use super::threads::Worker;
+use crate::control::creation::CreateOptions;
 use crate::control::options::Cache;
 use crate::control::{MirrorRequest, TargetFormat};
 use crate::io::{Arena, Io, Op, Ring, Token, Wait, Waker};
@@ -31,6 +32,8 @@ pub struct ConvertOptions {
     pub target: PathBuf,
     /// Its format, where it was named.
     pub format: Option<TargetFormat>,
+    /// How the target is made.
+    pub options: CreateOptions,
     /// Only what the top layer holds.
     pub shallow: bool,
     /// The target is there already.
@@ -58,12 +61,15 @@ pub fn convert(options: &ConvertOptions, mut progress: impl FnMut(Copied)) -> Re
         shallow: options.shallow,
         reuse_external: options.reuse_external,
         format: options.format,
+        options: options.options.clone(),
         ..MirrorRequest::default()
     };
     let refused = |refusal: crate::control::Refusal| Error::invalid(refusal.message);
     let plan = plan(&request, &source).map_err(refused)?;
     let target = plan.open(&source, options.cache, &|_| Ok(Arc::new(Forgetful))).map_err(refused)?;
-    let mirror = Arc::new(Mirror::new(source, Arc::new(target.disk), plan.chunk_bits, plan.shallow));
+    let mut mirror = Mirror::new(source, Arc::new(target.disk), plan.chunk_bits, plan.shallow);
+    mirror.zeroing = plan.zeroing();
+    let mirror = Arc::new(mirror);
     let copied = copy(&mirror, options.cache, target.is_zero, &mut progress).inspect_err(|_| {
         // Half a copy is of no use to anybody.
         plan.unmake();

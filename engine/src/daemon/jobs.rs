@@ -2,6 +2,7 @@
 use super::exports::Export;
 use super::threads::Worker;
 use super::wait::until_free;
+use crate::control::creation::{CreateOptions, Preallocation};
 use crate::control::options::Cache;
 use crate::control::{Code, MirrorRequest, Refusal, Started, Status};
 use crate::copier::Depth;
@@ -70,6 +71,11 @@ impl Active {
             let message = format!("{}: a record's names have to be UTF-8: rename the file", export.origin.display());
             return Err(Refusal { code: Code::OperationUnsupported, message });
         }
+        if request.options.preallocation == Some(Preallocation::Full) {
+            let message = "preallocation=full: the daemon would serve nobody while it writes zeroes: take falloc, or \
+                           make the target first and use --reuse-external";
+            return Err(Refusal::new(Code::OperationUnsupported, message));
+        }
         let plan = plan(request, &source)?;
         let id = request.job_id.clone().unwrap_or_else(|| export.name.clone());
         let started = Started { job: id.clone(), notes: plan.notes.clone() };
@@ -84,7 +90,9 @@ impl Active {
         })?;
         let journal = journal.into_inner();
         let path = target.disk.chain().top().path.clone();
-        let mirror = Arc::new(Mirror::new(source, Arc::new(target.disk), plan.chunk_bits, plan.shallow));
+        let mut mirror = Mirror::new(source, Arc::new(target.disk), plan.chunk_bits, plan.shallow);
+        mirror.zeroing = plan.zeroing();
+        let mirror = Arc::new(mirror);
         mirror.rate.set(request.speed);
         let kept = MirrorRequest {
             target: path.display().to_string(),
@@ -92,6 +100,7 @@ impl Active {
             reuse_external: true,
             format: Some(plan.format),
             job_id: Some(id.clone()),
+            options: CreateOptions::default(),
             ..request.clone()
         };
         let keep = |target_identity| KeptJob { source: mirror.source.name(), target_identity, request: kept };

@@ -1,9 +1,13 @@
 //! Empty images, as `qemu-img create` makes them.
 //!
 //! ```text
-//!  header  refcount table  refcount blocks  L1 table
-//!    0         1 …              …              …       clusters, all in use, nothing else
+//!  header  refcount table  refcount blocks  L1 table  [ L2 tables  payload ]
+//!    0         1 …              …              …           …         …          clusters, all in use
 //! ```
+//!
+//! What is in brackets is there where the metadata is preallocated: each cluster of the disk has its
+//! place then, in order, in a file that has a hole there.
+use super::entry::COPIED;
 use super::geometry::Geometry;
 use super::header::{
     BACKING_NAME_MAX, Backing, Compression, EXTENSION_BACKING_FORMAT, EXTENSION_END, EXTENSION_FEATURES, MAGIC, V2_LEN,
@@ -12,10 +16,14 @@ use super::header::{
 use super::refcounts::write_count;
 use super::table;
 use crate::error::{Context, Error, Result};
+use crate::range::ByteRange;
 use crate::storage::Storage;
 
 /// QEMU's length of a version 3 header: up to the padding behind the compression type.
 const V3_LEN: usize = 112;
+
+/// Tables are written in pieces of so many bytes.
+const PIECE: usize = 1 << 20;
 
 /// Names for programs that do not know a bit: type, bit, name, as QEMU writes them.
 const FEATURES: [(u8, u8, &str); 8] = [
@@ -46,6 +54,9 @@ pub struct Create {
     pub lazy_refcounts: bool,
     /// The image below.
     pub backing: Option<Backing>,
+    /// Every cluster of the disk gets its place at once. Only without an image below, which the
+    /// zeroes in those places would hide.
+    pub preallocated: bool,
 }
 
 impl Create {
@@ -59,7 +70,14 @@ impl Create {
             compression: Compression::Zlib,
             lazy_refcounts: false,
             backing: None,
+            preallocated: false,
         }
+    }
+
+    /// Whether it can be made.
+    pub fn check(&self) -> Result<()> {
+        let (geometry, layout) = plan(self)?;
+        header(self, geometry, &layout).map(drop)
     }
 }
 
@@ -70,62 +88,143 @@ struct Layout {
     blocks: u64,
     block_clusters: u64,
     l1: u64,
+    /// The first L2 table, where there are any, and the first cluster of payload.
+    l2: u64,
+    payload: u64,
     end: u64,
 }
 
 impl Layout {
-    fn new(geometry: Geometry) -> Self {
+    fn new(geometry: Geometry, preallocated: bool) -> Self {
         let cluster = geometry.cluster_size();
         let l1_clusters = (geometry.l1_entries() * 8).div_ceil(cluster).max(1);
+        let (tables, payload) = if preallocated { (geometry.l1_entries(), geometry.clusters()) } else { (0, 0) };
         let (mut reftable_clusters, mut block_clusters) = (1, 1);
         // Blocks count themselves and their table, so their number is approached from below.
         loop {
-            let end = 1 + reftable_clusters + block_clusters + l1_clusters;
+            let l1 = 1 + reftable_clusters + block_clusters;
+            let l2 = l1 + l1_clusters;
+            let end = l2 + tables + payload;
             let blocks = end.div_ceil(1 << geometry.block_bits());
-            let tables = (blocks * 8).div_ceil(cluster);
-            if blocks <= block_clusters && tables <= reftable_clusters {
-                let (blocks, l1) = (1 + reftable_clusters, 1 + reftable_clusters + block_clusters);
-                return Self { reftable: 1, reftable_clusters, blocks, block_clusters, l1, end };
+            let needed = (blocks * 8).div_ceil(cluster);
+            if blocks <= block_clusters && needed <= reftable_clusters {
+                let (blocks, payload) = (1 + reftable_clusters, l2 + tables);
+                return Self { reftable: 1, reftable_clusters, blocks, block_clusters, l1, l2, payload, end };
             }
-            (block_clusters, reftable_clusters) = (blocks.max(block_clusters), tables.max(reftable_clusters));
+            (block_clusters, reftable_clusters) = (blocks.max(block_clusters), needed.max(reftable_clusters));
         }
     }
 }
 
-/// Makes an empty image in `storage`. Nothing is flushed.
+/// Makes an empty image in `storage`. Nothing is flushed. Says where in the file the payload is that
+/// was preallocated; it is for the caller to give that space to the file.
 ///
 /// An empty file gets its length and its tables; in anything else, such as a device, the clusters
-/// of the tables are overwritten as well.
-pub fn create(storage: &dyn Storage, create: &Create) -> Result<()> {
-    let geometry = Geometry::new(create.version, create.cluster_bits, create.refcount_order, create.size)?;
-    let layout = Layout::new(geometry);
+/// of the tables are overwritten as well, and nothing can be preallocated.
+pub fn create(storage: &dyn Storage, create: &Create) -> Result<ByteRange> {
+    let (geometry, layout) = plan(create)?;
+    let at = |cluster: u64| cluster << geometry.cluster_bits;
     let header = header(create, geometry, &layout)?;
-    let write = |at: u64, bytes: &[u8]| {
-        storage.write_at(at, bytes).context(|| format!("writing {} bytes of a new image at {at}", bytes.len()))
-    };
-    clear(storage, layout.end << geometry.cluster_bits)?;
-    let mut reftable = Vec::new();
-    table::encode((0..layout.block_clusters).map(|nth| (layout.blocks + nth) << geometry.cluster_bits), &mut reftable);
-    write(layout.reftable << geometry.cluster_bits, &reftable)?;
-    let mut blocks = vec![0; (layout.block_clusters << geometry.cluster_bits) as usize];
-    for cluster in 0..layout.end {
-        write_count(&mut blocks, geometry.refcount_order, cluster as usize, 1);
+    clear(storage, at(layout.end), create.preallocated)?;
+    let tables = Tables { storage, geometry };
+    tables.write(layout.reftable, (0..layout.block_clusters).map(|nth| at(layout.blocks + nth)))?;
+    tables.write_counts(&layout)?;
+    if create.preallocated {
+        tables.write(layout.l1, (layout.l2..layout.payload).map(|table| at(table) | COPIED))?;
+        tables.write(layout.l2, (layout.payload..layout.end).map(|cluster| at(cluster) | COPIED))?;
     }
-    write(layout.blocks << geometry.cluster_bits, &blocks)?;
-    write(0, &header)
+    tables.put(0, &header)?;
+    Ok(ByteRange { start: at(layout.payload), end: at(layout.end) })
+}
+
+/// Everything that follows from what is asked, unless it cannot be.
+fn plan(create: &Create) -> Result<(Geometry, Layout)> {
+    let geometry = Geometry::new(create.version, create.cluster_bits, create.refcount_order, create.size)?;
+    refuse_contradictions(create)?;
+    let layout = Layout::new(geometry, create.preallocated);
+    match layout.reftable_clusters << geometry.cluster_bits {
+        len if len <= Geometry::REFTABLE_BYTES_MAX => Ok((geometry, layout)),
+        len => Err(Error::invalid(format!(
+            "preallocated, {} bytes in clusters of {} need a refcount table of {len} bytes, {} being the most: take \
+             larger clusters",
+            create.size,
+            geometry.cluster_size(),
+            Geometry::REFTABLE_BYTES_MAX
+        ))),
+    }
+}
+
+fn refuse_contradictions(create: &Create) -> Result<()> {
+    if !create.size.is_multiple_of(512) {
+        return Err(Error::invalid(format!("size {} is not a multiple of 512", create.size)));
+    }
+    if create.version == 2 && (create.lazy_refcounts || create.compression != Compression::Zlib) {
+        return Err(Error::invalid("version 2 has neither lazy refcounts nor a compression type: ask for version 3"));
+    }
+    if create.preallocated && create.backing.is_some() {
+        return Err(Error::invalid("what is preallocated hides the backing image: leave one of the two out"));
+    }
+    Ok(())
+}
+
+/// Writes the tables of a new image.
+struct Tables<'a> {
+    storage: &'a dyn Storage,
+    geometry: Geometry,
+}
+
+impl Tables<'_> {
+    /// Writes a table of these entries, from the start of `cluster` on.
+    fn write(&self, cluster: u64, entries: impl Iterator<Item = u64>) -> Result<()> {
+        let mut entries = entries.peekable();
+        let mut at = cluster << self.geometry.cluster_bits;
+        let mut piece = Vec::new();
+        while entries.peek().is_some() {
+            piece.clear();
+            table::encode(entries.by_ref().take(PIECE / 8), &mut piece);
+            self.put(at, &piece)?;
+            at += piece.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Counts each cluster once.
+    fn write_counts(&self, layout: &Layout) -> Result<()> {
+        let order = self.geometry.refcount_order;
+        let mut at = layout.blocks << self.geometry.cluster_bits;
+        let mut left = layout.end;
+        while left > 0 {
+            let count = left.min(((PIECE as u64) << 3) >> order);
+            let mut piece = vec![0; ((count << order) as usize).div_ceil(8)];
+            for index in 0..count {
+                write_count(&mut piece, order, index as usize, 1);
+            }
+            self.put(at, &piece)?;
+            at += piece.len() as u64;
+            left -= count;
+        }
+        Ok(())
+    }
+
+    fn put(&self, at: u64, bytes: &[u8]) -> Result<()> {
+        self.storage.write_at(at, bytes).context(|| format!("writing {} bytes of a new image at {at}", bytes.len()))
+    }
 }
 
 /// The header alone.
 #[cfg(test)]
 pub(super) fn header_bytes(create: &Create) -> Result<Vec<u8>> {
-    let geometry = Geometry::new(create.version, create.cluster_bits, create.refcount_order, create.size)?;
-    header(create, geometry, &Layout::new(geometry))
+    let (geometry, layout) = plan(create)?;
+    header(create, geometry, &layout)
 }
 
 /// Makes the first `len` bytes read as zeroes.
-fn clear(storage: &dyn Storage, len: u64) -> Result<()> {
+fn clear(storage: &dyn Storage, len: u64, preallocated: bool) -> Result<()> {
     if storage.len().context(|| "asking for the file's length")? == 0 {
         return storage.set_len(len).context(|| format!("growing the file to {len} bytes"));
+    }
+    if preallocated {
+        return Err(Error::invalid("only a new file can be preallocated: what is there already would be its payload"));
     }
     let zeroes = vec![0; 1 << 20];
     let mut at = 0;
@@ -139,7 +238,6 @@ fn clear(storage: &dyn Storage, len: u64) -> Result<()> {
 
 /// The bytes of the first cluster that are not zero.
 fn header(create: &Create, geometry: Geometry, layout: &Layout) -> Result<Vec<u8>> {
-    check(create)?;
     let mut bytes = fields(create, geometry, layout);
     if let Some(format) = create.backing.as_ref().and_then(|backing| backing.format.as_ref()) {
         extension(EXTENSION_BACKING_FORMAT, format.as_bytes(), &mut bytes);
@@ -167,16 +265,6 @@ fn header(create: &Create, geometry: Geometry, layout: &Layout) -> Result<Vec<u8
     bytes[16..20].copy_from_slice(&(name.len() as u32).to_be_bytes());
     bytes.extend_from_slice(name.as_bytes());
     Ok(bytes)
-}
-
-fn check(create: &Create) -> Result<()> {
-    if !create.size.is_multiple_of(512) {
-        return Err(Error::invalid(format!("size {} is not a multiple of 512", create.size)));
-    }
-    if create.version == 2 && (create.lazy_refcounts || create.compression != Compression::Zlib) {
-        return Err(Error::invalid("version 2 has neither lazy refcounts nor a compression type: ask for version 3"));
-    }
-    Ok(())
 }
 
 /// The header's own fields; qcow2.rst, "Header".
@@ -233,14 +321,14 @@ mod tests {
 
     #[test]
     fn the_default_image_is_laid_out_as_by_qemu() {
-        let layout = Layout::new(Geometry::new(3, 16, 4, 1 << 40).expect("valid"));
+        let layout = Layout::new(Geometry::new(3, 16, 4, 1 << 40).expect("valid"), false);
         assert_eq!((layout.reftable, layout.blocks, layout.l1, layout.end), (1, 2, 3, 4));
     }
 
     #[test]
     fn refcount_blocks_count_everything_there_is() {
         // The largest L1 table in the smallest clusters with the widest refcounts.
-        let layout = Layout::new(Geometry::new(3, 9, 6, 128 << 30).expect("valid"));
+        let layout = Layout::new(Geometry::new(3, 9, 6, 128 << 30).expect("valid"), false);
         assert!(layout.block_clusters * 64 >= layout.end);
         assert!(layout.reftable_clusters * 64 >= layout.block_clusters);
         assert_eq!(layout.end, 1 + layout.reftable_clusters + layout.block_clusters + 65536);
