@@ -37,12 +37,14 @@ pub struct Depth {
     pub slots: usize,
     /// Bytes a run; a multiple of the chunk's length, or one chunk where that is longer.
     pub run_len: usize,
+    /// Bytes of memory beside the runs' own.
+    pub beside: usize,
 }
 
 impl Depth {
-    /// Memory that a copier wants for this, in bytes: its buffers, and room beside them.
+    /// Memory that a copier wants for this, in bytes.
     pub fn memory(self) -> usize {
-        (self.slots + 1) * self.run_len
+        self.slots * self.run_len + self.beside
     }
 
     /// How many operations it may have under way.

@@ -216,6 +216,11 @@ pub trait Image: Send + Sync {
         }
     }
 
+    /// Bytes of a cluster that can be compressed, where the format has such.
+    fn compressible(&self) -> Option<u32> {
+        None
+    }
+
     /// Inflates one compressed cluster into `cluster`, whose length is the extent's `inflated`.
     fn inflate(&self, _compressed: &[u8], _cluster: &mut [u8]) -> Result<()> {
         Err(Error::invalid("this format has no compressed clusters"))

@@ -5,6 +5,7 @@
 //! through the caller's queue and tells the top image when they are there.
 mod flush;
 mod grace;
+mod inflated;
 mod read;
 mod step;
 mod task;
@@ -20,6 +21,7 @@ use crate::chain::Chain;
 use formats::error::{Error, Result};
 use formats::image::Zeroing;
 use grace::Grace;
+use inflated::Inflated;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// A disk that can be read and, unless it is read-only, written, zeroed and flushed.
@@ -29,6 +31,7 @@ pub struct Disk {
     /// Rings when something ends that another task may be waiting for.
     bell: Bell,
     grace: Grace,
+    inflated: Inflated,
     poisoned: AtomicBool,
     /// The file system said that it cannot make holes, or cannot zero in place.
     no_unmap: AtomicBool,
@@ -43,6 +46,7 @@ impl Disk {
             read_only,
             bell: Bell::default(),
             grace: Grace::default(),
+            inflated: Inflated::default(),
             poisoned: AtomicBool::new(false),
             no_unmap: AtomicBool::new(false),
             no_zero_range: AtomicBool::new(false),
@@ -111,6 +115,8 @@ impl Disk {
 
     fn try_recycle(&self) {
         if self.grace.is_over() {
+            // Before the places of what is kept can have other contents.
+            self.inflated.clear();
             self.chain.top().image.recycle();
         }
     }

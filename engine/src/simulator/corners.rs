@@ -64,7 +64,7 @@ impl Stage {
     }
 
     fn copier(&self) -> (Copier, SimIo) {
-        let copier = Copier::new(Arc::clone(&self.mirror), Depth { slots: 2, run_len: 16 << 10 }, 0);
+        let copier = Copier::new(Arc::clone(&self.mirror), Depth { slots: 2, run_len: 16 << 10, beside: 16 << 10 }, 0);
         (copier, SimIo::new(&self.files, 3, 0))
     }
 

@@ -290,6 +290,11 @@ impl Image for Qcow2 {
         self.shared.replay(changes)
     }
 
+    fn compressible(&self) -> Option<u32> {
+        // At most 2 MiB.
+        Some(self.shared.geometry.cluster_size() as u32)
+    }
+
     fn inflate(&self, compressed: &[u8], cluster: &mut [u8]) -> Result<()> {
         inflate::inflate(self.header.compression, compressed, cluster)
     }
