@@ -110,6 +110,9 @@ pub struct Convert {
     /// How the target is made, by the names of `qemu-img create -o`; may be given several times
     #[arg(short = 'o', long = "option", value_name = "KEY=VALUE[,…]", value_parser = creation::parse)]
     pub options: Vec<Settings>,
+    /// Compress the target's clusters, on all processors; the target is a new qcow2
+    #[arg(short = 'c', long)]
+    pub compress: bool,
     /// Copy only what the top layer holds; the target gets the source's backing
     #[arg(long)]
     pub shallow: bool,

@@ -20,6 +20,7 @@ pub fn run(args: Convert) -> Result<(), Failure> {
         format: args.format,
         options: creation::all(&args.options).map_err(Failure::new)?,
         shallow: args.shallow,
+        compress: args.compress,
         reuse_external: args.reuse_external,
         cache: args.cache,
     };

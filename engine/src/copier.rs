@@ -215,12 +215,18 @@ impl Slot {
     /// Finds out what the next bytes are and starts to bring them.
     fn look<I: Io>(&mut self, mirror: &Mirror, tools: &Tools<I>) -> Result<()> {
         let rest = ByteRange { start: self.at, end: self.range.end };
-        if let Some(below) = below_both(mirror, rest)? {
+        if let Some(below) = below_both(mirror, rest)?
+            && let below = mirror.whole(below)
+            && !below.is_empty()
+        {
             self.at = below.end;
             return Ok(());
         }
         let (mut piece, source) = mirror.source.chain().map(rest.start, rest.len(), Look::Holes)?;
-        if source == Source::Zero {
+        if source == Source::Zero
+            && let piece = mirror.whole(piece)
+            && !piece.is_empty()
+        {
             if planted(Fault::SkipZeroes) || is_hole(mirror, piece)? {
                 self.at = piece.end;
             } else {
@@ -240,6 +246,7 @@ impl Slot {
                 (more, _) => piece.end = more.end,
             }
         }
+        let piece = mirror.completed(piece);
         mirror.rate.spend(piece.len());
         let len = piece.len() as usize;
         let buf = tools.arena.take(len).unwrap_or_else(|| Buffer::alone(len));
@@ -254,7 +261,8 @@ impl Slot {
             Stage::Read(task, range) => match task.end() {
                 (Ok(()), Some(bytes)) => {
                     debug_assert!(range.start == self.at);
-                    let runs = runs(&bytes, ZERO_RUN_MIN).collect();
+                    let granule = mirror.compress.map_or(ZERO_RUN_MIN, |len| len as usize);
+                    let runs = runs(&bytes, granule).collect();
                     self.stage = Stage::Place(Placing { loan: Loan::new(bytes), runs, task: None });
                 }
                 (Err(error), _) => self.fail(mirror, false, error),
@@ -312,7 +320,10 @@ impl Placing {
                 self.loan.give_back(piece);
                 Task::zero(target, range, mirror.zeroing)
             } else {
-                Task::write(target, range, piece)
+                match mirror.compress {
+                    None => Task::write(target, range, piece),
+                    Some(cluster) => Task::compress(target, range, piece, cluster),
+                }
             };
             self.task = Some((task, len as u64));
         }

@@ -21,6 +21,8 @@ pub struct Mirror {
     pub shallow: bool,
     /// What becomes of the target's space where the source reads as zeroes.
     pub zeroing: Zeroing,
+    /// Bytes of a cluster of the target, where what is copied is compressed; chunks are whole clusters then.
+    pub compress: Option<u32>,
     /// How fast copiers may be.
     pub rate: Rate,
     /// What has been done.
@@ -69,6 +71,7 @@ impl Mirror {
             dirty,
             shallow,
             zeroing: Zeroing::Unmap,
+            compress: None,
             rate: Rate::default(),
             stats: Stats::default(),
             work: Bell::default(),
@@ -80,6 +83,22 @@ impl Mirror {
             claims: AtomicU64::new(0),
             fault: Mutex::default(),
         }
+    }
+
+    /// The part of `range` that is of whole clusters, where the target's are compressed; its start is one's.
+    pub fn whole(&self, range: ByteRange) -> ByteRange {
+        match self.compress {
+            Some(len) if range.end < self.source.size() => {
+                ByteRange { start: range.start, end: range.end / u64::from(len) * u64::from(len) }
+            }
+            _ => range,
+        }
+    }
+
+    /// `range`, and what it lacks to whole clusters, where the target's are compressed.
+    pub fn completed(&self, range: ByteRange) -> ByteRange {
+        let len = self.compress.map_or(1, u64::from);
+        ByteRange { start: range.start, end: range.end.next_multiple_of(len).min(self.source.size()) }
     }
 
     /// Called when the source has a guest's write, or failed at it, and before the guest hears.

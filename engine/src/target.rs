@@ -124,6 +124,20 @@ impl Plan {
         };
     }
 
+    /// Has what is copied compressed, in chunks of whole clusters.
+    pub fn compress(&mut self) -> std::result::Result<(), Refusal> {
+        let refuse = |why: &str| Err(invalid(format!("{}: --compress: {why}", self.path.display())));
+        let cluster_bits = match &self.creation {
+            None => return refuse("the target is there already, and may have clusters that are not"),
+            Some(creation) => match creation.compressible() {
+                Ok(cluster_bits) => cluster_bits,
+                Err(why) => return refuse(why),
+            },
+        };
+        self.chunk_bits = self.chunk_bits.max(cluster_bits);
+        Ok(())
+    }
+
     /// How zeroes of the source are brought over: space that was taken in advance is kept.
     pub fn zeroing(&self) -> Zeroing {
         let sparse = self.creation.as_ref().is_none_or(Creation::is_sparse);

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-fn qemu_img(folder: &Path, words: &[&str]) -> String {
+pub fn qemu_img(folder: &Path, words: &[&str]) -> String {
     let output = Command::new("qemu-img").args(words).current_dir(folder).output().expect("install qemu-utils");
     let said = [&output.stdout[..], &output.stderr[..]].concat();
     assert!(output.status.success(), "qemu-img {words:?}: {}", said.escape_ascii());
@@ -12,7 +12,7 @@ fn qemu_img(folder: &Path, words: &[&str]) -> String {
 }
 
 /// What qemu-img says of an image, without its name and the space that it takes.
-fn facts(folder: &Path, name: &str) -> serde_json::Value {
+pub fn facts(folder: &Path, name: &str) -> serde_json::Value {
     let said = qemu_img(folder, &["info", "--output=json", name]);
     let mut facts: serde_json::Value = serde_json::from_str(&said).unwrap();
     for volatile in ["filename", "children", "actual-size"] {
@@ -21,7 +21,7 @@ fn facts(folder: &Path, name: &str) -> serde_json::Value {
     facts
 }
 
-fn space(folder: &Path, name: &str) -> u64 {
+pub fn space(folder: &Path, name: &str) -> u64 {
     use std::os::unix::fs::MetadataExt;
     fs::metadata(folder.join(name)).unwrap().blocks() * 512
 }

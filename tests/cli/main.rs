@@ -2,6 +2,7 @@
 //! speaks through the real session.
 #![expect(clippy::unwrap_used, reason = "where the test itself cannot go on, it ends")]
 mod alone;
+mod compress;
 mod creation;
 mod fake;
 

@@ -36,6 +36,8 @@ pub struct ConvertOptions {
     pub options: CreateOptions,
     /// Only what the top layer holds.
     pub shallow: bool,
+    /// The target's clusters are compressed; it is a qcow2 that is made.
+    pub compress: bool,
     /// The target is there already.
     pub reuse_external: bool,
     /// Whether images go through the page cache.
@@ -65,16 +67,29 @@ pub fn convert(options: &ConvertOptions, mut progress: impl FnMut(Copied)) -> Re
         ..MirrorRequest::default()
     };
     let refused = |refusal: crate::control::Refusal| Error::invalid(refusal.message);
-    let plan = plan(&request, &source).map_err(refused)?;
-    let target = plan.open(&source, options.cache, &|_| Ok(Arc::new(Forgetful))).map_err(refused)?;
+    let mut plan = plan(&request, &source).map_err(refused)?;
+    if options.compress {
+        plan.compress().map_err(refused)?;
+    }
+    let cache = target_cache(options);
+    let target = plan.open(&source, cache, &|_| Ok(Arc::new(Forgetful))).map_err(refused)?;
     let mut mirror = Mirror::new(source, Arc::new(target.disk), plan.chunk_bits, plan.shallow);
     mirror.zeroing = plan.zeroing();
+    mirror.compress = mirror.target.chain().top().image.compressible().filter(|_| options.compress);
     let mirror = Arc::new(mirror);
     let copied = copy(&mirror, options.cache, target.is_zero, &mut progress).inspect_err(|_| {
         // Half a copy is of no use to anybody.
         plan.unmake();
     })?;
     Ok((plan.notes, copied))
+}
+
+/// Compressed clusters share pages, so they go through the page cache.
+fn target_cache(options: &ConvertOptions) -> Cache {
+    match options.cache {
+        Cache::None if options.compress => Cache::Writeback,
+        cache => cache,
+    }
 }
 
 fn copy(mirror: &Arc<Mirror>, cache: Cache, target_is_zero: bool, progress: &mut impl FnMut(Copied)) -> Result<Copied> {

@@ -3,6 +3,7 @@
 //!
 //! A `Task` is one operation on a disk, stepped: it asks the images where bytes live, moves them
 //! through the caller's queue and tells the top image when they are there.
+mod compress;
 mod flush;
 mod grace;
 mod inflated;

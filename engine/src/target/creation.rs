@@ -54,6 +54,17 @@ impl Creation {
         Ok(Self { size, format, preallocation })
     }
 
+    /// The logarithm of a cluster's length, where clusters can be compressed; else why not.
+    pub fn compressible(&self) -> std::result::Result<u32, &'static str> {
+        match &self.format {
+            Format::Raw => Err("a raw target has no compressed clusters: take --format qcow2"),
+            Format::Qcow2(_) if !self.is_sparse() => {
+                Err("space that is preallocated is of clusters that are not compressed: leave preallocation out")
+            }
+            Format::Qcow2(create) => Ok(create.cluster_bits),
+        }
+    }
+
     /// True where the target has no space yet beside its tables.
     pub fn is_sparse(&self) -> bool {
         self.preallocation == Preallocation::Off

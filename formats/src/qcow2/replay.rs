@@ -65,6 +65,7 @@ impl Shared {
             match known.then(|| Entry::decode(self.geometry, *cluster, *raw)).transpose()? {
                 Some(Entry::Absent | Entry::Zero { kept: None }) => {}
                 Some(Entry::Data { host, .. } | Entry::Zero { kept: Some((host, _)) }) if host < len => {}
+                Some(Entry::Compressed { host, len: bytes }) if host + u64::from(bytes) <= len => {}
                 _ => return wrong("guest cluster", *cluster, *raw),
             }
         }
@@ -73,23 +74,31 @@ impl Shared {
 
     /// Counts everything that the changes point at, before a new refcount block could take its place.
     fn count_replayed(&self, tables: &BTreeMap<u64, u64>, entries: &BTreeMap<u64, u64>) -> Result<()> {
-        let mut used = Vec::new();
+        let (mut used, mut packed) = (Vec::new(), Vec::new());
         for (index, raw) in tables {
             used.extend(l2_table(self.geometry, *index, *raw)?);
         }
         for (cluster, raw) in entries {
             let entry = Entry::decode(self.geometry, *cluster, *raw)?;
-            used.extend(entry.used(self.geometry).map(|(host, _)| host));
+            match (entry, entry.used(self.geometry)) {
+                (Entry::Compressed { .. }, Some((host, len))) => {
+                    packed.extend(self.geometry.host_cluster(host)..=self.geometry.host_cluster(host + len - 1));
+                }
+                (_, used_by_one) => used.extend(used_by_one.map(|(host, _)| host)),
+            }
         }
         used.sort_unstable();
         used.dedup();
         let clusters: Vec<u64> = used.into_iter().map(|host| self.geometry.host_cluster(host)).collect();
         let mut state = self.lock();
         let space = state.space()?;
-        space.step_over(clusters.last().copied());
-        // We note what we point at alone, always. A cluster that several shared before, compressed ones
-        // for instance, may still be counted for all of them in the file.
-        clusters.into_iter().try_for_each(|cluster| space.mark_used_alone(cluster))
+        space.step_over(clusters.iter().chain(&packed).max().copied());
+        // Clusters that are not compressed we point at alone, always. What several shared before may still
+        // be counted for all of them in the file.
+        clusters.into_iter().try_for_each(|cluster| space.mark_used_alone(cluster))?;
+        // How many share one that has compressed ones only the file knows, and whether it counted these
+        // already nobody does: too high a count is a leak, nothing worse.
+        packed.into_iter().try_for_each(|cluster| space.count_once_more(cluster))
     }
 
     /// Puts back an L2 table that was new when it was noted.

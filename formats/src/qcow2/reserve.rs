@@ -81,7 +81,7 @@ impl Shared {
         {
             let kept = |nth, raw: u64| raw == (host + (nth << bits)) | COPIED | ZERO;
             let count = state.run(first, clusters, kept)?.max(1);
-            return Ok(Some((Reserved { first, count, host, taken: false }, false)));
+            return Ok(Some((Reserved { first, count, host, taken: false, compressed: None }, false)));
         }
         let homeless = |nth, raw| {
             let entry = Entry::decode(geometry, first + nth, raw);
@@ -92,7 +92,7 @@ impl Shared {
         state.ensure_table(first, &*self.journal)?;
         let taken = state.space()?.take(count)?;
         let host = taken.run.start << bits;
-        Ok(Some((Reserved { first, count: taken.run.count, host, taken: true }, taken.zeroed)))
+        Ok(Some((Reserved { first, count: taken.run.count, host, taken: true, compressed: None }, taken.zeroed)))
     }
 
     /// Makes the payload of a reservation the content of its clusters.
@@ -102,8 +102,8 @@ impl Shared {
         let reserved = state.take_reservation(hold.id());
         let reserved = reserved.ok_or_else(|| Error::invalid("the reservation is of another image"))?;
         for nth in 0..reserved.count {
-            let host = reserved.host + (nth << self.geometry.cluster_bits);
-            state.change_entry(reserved.first + nth, host | COPIED, &*self.journal)?;
+            let entry = reserved.entry(self.geometry, nth);
+            state.change_entry(reserved.first + nth, entry, &*self.journal)?;
         }
         Ok(())
     }
