@@ -34,7 +34,7 @@ impl World {
         let notes = if random.one_in(2) { 8 } else { 4096 };
         let mut guest = Guest::new(disk, notes, open, seed);
         // Inflating large clusters for each look at a sector takes long, and shows no more.
-        guest.compresses = cluster_bits <= 12 && random.one_in(2);
+        guest.compresses = cluster_bits <= 10 && random.one_in(2);
         Self { guest, killed: false }
     }
 }
