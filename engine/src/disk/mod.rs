@@ -7,6 +7,7 @@ mod compress;
 mod flush;
 mod grace;
 mod inflated;
+mod prefetch;
 mod read;
 mod step;
 mod task;

@@ -41,7 +41,7 @@ impl Stage {
             let number = files.add(vec![byte; DISK as usize]);
             let image = Box::new(Raw::new(files.storage(number), DISK));
             let file = DataFile::buffered(File::simulated(number));
-            let layer = Layer { image, file, path: format!("file{number}").into(), format: "raw" };
+            let layer = Layer { image, file, path: format!("file{number}").into(), format: "raw", apart: None };
             Arc::new(Disk::new(Chain::new(vec![Arc::new(layer)]), false))
         };
         let mirror = Arc::new(Mirror::new(disk(1), disk(0), CHUNK_BITS, false));
@@ -144,7 +144,7 @@ fn copies_compressed(seed: u64) {
     }
     let disk = |number: u32, image: Box<dyn Image>, format| {
         let file = DataFile::buffered(File::simulated(number));
-        let layer = Layer { image, file, path: format!("file{number}").into(), format };
+        let layer = Layer { image, file, path: format!("file{number}").into(), format, apart: None };
         Arc::new(Disk::new(Chain::new(vec![Arc::new(layer)]), false))
     };
     let (from, to) = (files.add(bytes.clone()), files.add(Vec::new()));

@@ -99,7 +99,9 @@ fn like(top: &Layer, size: u64) -> std::result::Result<Create, Refusal> {
         let Geometry { version, cluster_bits, refcount_order, .. } = header.geometry;
         let lazy_refcounts = header.compatible & header::compatible::LAZY_REFCOUNTS != 0;
         let compression = header.compression;
-        create = Create { version, cluster_bits, refcount_order, lazy_refcounts, compression, ..create };
+        // A copy of few subclusters must not become one of whole clusters.
+        let extended_l2 = header.geometry.extended_l2;
+        create = Create { version, cluster_bits, refcount_order, extended_l2, lazy_refcounts, compression, ..create };
     }
     Ok(create)
 }
@@ -117,7 +119,13 @@ fn apply(options: &CreateOptions, create: &mut Create) -> std::result::Result<()
     }
     if create.version == 2 {
         // What version 2 has not can be inherited no more.
-        *create = Create { refcount_order: 4, lazy_refcounts: false, compression: Compression::Zlib, ..create.clone() };
+        *create = Create {
+            refcount_order: 4,
+            lazy_refcounts: false,
+            compression: Compression::Zlib,
+            extended_l2: false,
+            ..create.clone()
+        };
     }
     if let Some(size) = options.cluster_size {
         create.cluster_bits = power("cluster_size", size, 512, 2 << 20)?;
@@ -127,6 +135,9 @@ fn apply(options: &CreateOptions, create: &mut Create) -> std::result::Result<()
     }
     if let Some(lazy) = options.lazy_refcounts {
         create.lazy_refcounts = lazy;
+    }
+    if let Some(extended) = options.extended_l2 {
+        create.extended_l2 = extended;
     }
     if let Some(kind) = options.compression_type {
         create.compression = if kind == CompressionType::Zlib { Compression::Zlib } else { Compression::Zstd };
@@ -157,7 +168,6 @@ fn refuse_for_raw(options: &CreateOptions) -> std::result::Result<(), Refusal> {
 fn refuse_unsupported(options: &CreateOptions) -> std::result::Result<(), Refusal> {
     let unsupported = |what: &str| Err(Refusal::new(Code::OperationUnsupported, format!("{what} is not supported")));
     match options {
-        CreateOptions { extended_l2: Some(true), .. } => unsupported("extended_l2=on: a target with subclusters"),
         CreateOptions { data_file: Some(_), .. } | CreateOptions { data_file_raw: Some(true), .. } => {
             unsupported("data_file: a target with another file for its payload")
         }

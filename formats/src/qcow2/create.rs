@@ -6,12 +6,14 @@
 //! ```
 //!
 //! What is in brackets is there where the metadata is preallocated: each cluster of the disk has its
-//! place then, in order, in a file that has a hole there.
-use super::entry::COPIED;
+//! place then, in order, in a file that has a hole there. With a raw data file it always is, and the
+//! places are there.
+use super::data_file::DataFile;
+use super::entry::{COPIED, Standard};
 use super::geometry::Geometry;
 use super::header::{
-    BACKING_NAME_MAX, Backing, Compression, EXTENSION_BACKING_FORMAT, EXTENSION_END, EXTENSION_FEATURES, MAGIC, V2_LEN,
-    compatible, incompatible,
+    BACKING_NAME_MAX, Backing, Compression, EXTENSION_BACKING_FORMAT, EXTENSION_DATA_FILE, EXTENSION_END,
+    EXTENSION_FEATURES, MAGIC, V2_LEN, autoclear, compatible, incompatible,
 };
 use super::refcounts::write_count;
 use super::table;
@@ -50,10 +52,15 @@ pub struct Create {
     pub refcount_order: u32,
     /// How clusters are to be compressed; version 2 has zlib only.
     pub compression: Compression,
+    /// L2 entries are extended: 32 subclusters a cluster, which has 16 KiB at least (version 3).
+    pub extended_l2: bool,
     /// Others may write refcounts late (version 3).
     pub lazy_refcounts: bool,
     /// The image below.
     pub backing: Option<Backing>,
+    /// The file that the payload will be in, where it is another (version 3). Its maker gives it the
+    /// disk's length; a raw one has to read as zeroes.
+    pub data_file: Option<DataFile>,
     /// Every cluster of the disk gets its place at once. Only without an image below, which the
     /// zeroes in those places would hide.
     pub preallocated: bool,
@@ -68,16 +75,24 @@ impl Create {
             cluster_bits: 16,
             refcount_order: 4,
             compression: Compression::Zlib,
+            extended_l2: false,
             lazy_refcounts: false,
             backing: None,
+            data_file: None,
             preallocated: false,
         }
     }
 
     /// Whether it can be made.
     pub fn check(&self) -> Result<()> {
-        let (geometry, layout) = plan(self)?;
+        let (geometry, layout) = layout(self)?;
         header(self, geometry, &layout).map(drop)
+    }
+
+    fn geometry(&self) -> Result<Geometry> {
+        let mut geometry = Geometry::new(self.version, self.cluster_bits, self.refcount_order, self.size)?;
+        geometry.external_data = self.data_file.is_some();
+        if self.extended_l2 { geometry.with_extended_l2() } else { Ok(geometry) }
     }
 }
 
@@ -95,23 +110,23 @@ struct Layout {
 }
 
 impl Layout {
-    fn new(geometry: Geometry, preallocated: bool) -> Self {
+    /// With so many L2 tables and clusters of payload.
+    fn new(geometry: Geometry, l2_tables: u64, payload: u64) -> Self {
         let cluster = geometry.cluster_size();
         let l1_clusters = (geometry.l1_entries() * 8).div_ceil(cluster).max(1);
-        let (tables, payload) = if preallocated { (geometry.l1_entries(), geometry.clusters()) } else { (0, 0) };
         let (mut reftable_clusters, mut block_clusters) = (1, 1);
         // Blocks count themselves and their table, so their number is approached from below.
         loop {
-            let l1 = 1 + reftable_clusters + block_clusters;
-            let l2 = l1 + l1_clusters;
-            let end = l2 + tables + payload;
+            let l2 = 1 + reftable_clusters + block_clusters + l1_clusters;
+            let end = l2 + l2_tables + payload;
             let blocks = end.div_ceil(1 << geometry.block_bits());
-            let needed = (blocks * 8).div_ceil(cluster);
-            if blocks <= block_clusters && needed <= reftable_clusters {
-                let (blocks, payload) = (1 + reftable_clusters, l2 + tables);
+            let tables = (blocks * 8).div_ceil(cluster);
+            if blocks <= block_clusters && tables <= reftable_clusters {
+                let (blocks, l1) = (1 + reftable_clusters, 1 + reftable_clusters + block_clusters);
+                let payload = l2 + l2_tables;
                 return Self { reftable: 1, reftable_clusters, blocks, block_clusters, l1, l2, payload, end };
             }
-            (block_clusters, reftable_clusters) = (blocks.max(block_clusters), needed.max(reftable_clusters));
+            (block_clusters, reftable_clusters) = (blocks.max(block_clusters), tables.max(reftable_clusters));
         }
     }
 }
@@ -122,26 +137,73 @@ impl Layout {
 /// An empty file gets its length and its tables; in anything else, such as a device, the clusters
 /// of the tables are overwritten as well, and nothing can be preallocated.
 pub fn create(storage: &dyn Storage, create: &Create) -> Result<ByteRange> {
-    let (geometry, layout) = plan(create)?;
-    let at = |cluster: u64| cluster << geometry.cluster_bits;
+    let (geometry, layout) = layout(create)?;
     let header = header(create, geometry, &layout)?;
-    clear(storage, at(layout.end), create.preallocated)?;
-    let tables = Tables { storage, geometry };
-    tables.write(layout.reftable, (0..layout.block_clusters).map(|nth| at(layout.blocks + nth)))?;
-    tables.write_counts(&layout)?;
-    if create.preallocated {
-        tables.write(layout.l1, (layout.l2..layout.payload).map(|table| at(table) | COPIED))?;
-        tables.write(layout.l2, (layout.payload..layout.end).map(|cluster| at(cluster) | COPIED))?;
-    }
-    tables.put(0, &header)?;
-    Ok(ByteRange { start: at(layout.payload), end: at(layout.end) })
+    let write = |at: u64, bytes: &[u8]| {
+        storage.write_at(at, bytes).context(|| format!("writing {} bytes of a new image at {at}", bytes.len()))
+    };
+    clear(storage, layout.end << geometry.cluster_bits, layout.payload < layout.end)?;
+    let mut reftable = Vec::new();
+    table::encode((0..layout.block_clusters).map(|nth| (layout.blocks + nth) << geometry.cluster_bits), &mut reftable);
+    write(layout.reftable << geometry.cluster_bits, &reftable)?;
+    write_counts(geometry, &layout, &write)?;
+    let tables = (layout.l2..layout.payload).map(|table| table << geometry.cluster_bits | COPIED);
+    let clusters = if layout.l2 < layout.payload { geometry.clusters() } else { 0 };
+    // In a data file each cluster has the place that it has on the disk.
+    let first = if geometry.external_data { 0 } else { layout.payload };
+    write_entries(layout.l1 << geometry.cluster_bits, tables, &write)?;
+    let data = (0..clusters).flat_map(|cluster| {
+        let host = Some(((first + cluster) << geometry.cluster_bits, true));
+        let words = Standard { host, data: geometry.all_subclusters(), zero: 0 }.encode(geometry);
+        std::iter::once(words.descriptor).chain(geometry.extended_l2.then_some(words.bitmap))
+    });
+    write_entries(layout.l2 << geometry.cluster_bits, data, &write)?;
+    write(0, &header)?;
+    Ok(ByteRange { start: layout.payload << geometry.cluster_bits, end: layout.end << geometry.cluster_bits })
 }
 
-/// Everything that follows from what is asked, unless it cannot be.
-fn plan(create: &Create) -> Result<(Geometry, Layout)> {
-    let geometry = Geometry::new(create.version, create.cluster_bits, create.refcount_order, create.size)?;
-    refuse_contradictions(create)?;
-    let layout = Layout::new(geometry, create.preallocated);
+/// Counts each cluster once.
+fn write_counts(geometry: Geometry, layout: &Layout, write: &impl Fn(u64, &[u8]) -> Result<()>) -> Result<()> {
+    let order = geometry.refcount_order;
+    let mut at = layout.blocks << geometry.cluster_bits;
+    let mut left = layout.end;
+    while left > 0 {
+        let count = left.min(((PIECE as u64) << 3) >> order);
+        let mut piece = vec![0; ((count << order) as usize).div_ceil(8)];
+        for index in 0..count {
+            write_count(&mut piece, order, index as usize, 1);
+        }
+        write(at, &piece)?;
+        at += piece.len() as u64;
+        left -= count;
+    }
+    Ok(())
+}
+
+/// Writes entries of a table from `at` on.
+fn write_entries(
+    mut at: u64,
+    mut entries: impl Iterator<Item = u64>,
+    write: &impl Fn(u64, &[u8]) -> Result<()>,
+) -> Result<()> {
+    loop {
+        let mut bytes = Vec::new();
+        table::encode(entries.by_ref().take(PIECE / 8), &mut bytes);
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        write(at, &bytes)?;
+        at += bytes.len() as u64;
+    }
+}
+
+/// The numbers of an image, and where its tables are.
+fn layout(create: &Create) -> Result<(Geometry, Layout)> {
+    let geometry = create.geometry()?;
+    let is_raw = create.data_file.as_ref().is_some_and(|data_file| data_file.raw);
+    let l2_tables = if is_raw || create.preallocated { geometry.l1_entries() } else { 0 };
+    let payload = if create.preallocated && !geometry.external_data { geometry.clusters() } else { 0 };
+    let layout = Layout::new(geometry, l2_tables, payload);
     match layout.reftable_clusters << geometry.cluster_bits {
         len if len <= Geometry::REFTABLE_BYTES_MAX => Ok((geometry, layout)),
         len => Err(Error::invalid(format!(
@@ -154,67 +216,10 @@ fn plan(create: &Create) -> Result<(Geometry, Layout)> {
     }
 }
 
-fn refuse_contradictions(create: &Create) -> Result<()> {
-    if !create.size.is_multiple_of(512) {
-        return Err(Error::invalid(format!("size {} is not a multiple of 512", create.size)));
-    }
-    if create.version == 2 && (create.lazy_refcounts || create.compression != Compression::Zlib) {
-        return Err(Error::invalid("version 2 has neither lazy refcounts nor a compression type: ask for version 3"));
-    }
-    if create.preallocated && create.backing.is_some() {
-        return Err(Error::invalid("what is preallocated hides the backing image: leave one of the two out"));
-    }
-    Ok(())
-}
-
-/// Writes the tables of a new image.
-struct Tables<'a> {
-    storage: &'a dyn Storage,
-    geometry: Geometry,
-}
-
-impl Tables<'_> {
-    /// Writes a table of these entries, from the start of `cluster` on.
-    fn write(&self, cluster: u64, entries: impl Iterator<Item = u64>) -> Result<()> {
-        let mut entries = entries.peekable();
-        let mut at = cluster << self.geometry.cluster_bits;
-        let mut piece = Vec::new();
-        while entries.peek().is_some() {
-            piece.clear();
-            table::encode(entries.by_ref().take(PIECE / 8), &mut piece);
-            self.put(at, &piece)?;
-            at += piece.len() as u64;
-        }
-        Ok(())
-    }
-
-    /// Counts each cluster once.
-    fn write_counts(&self, layout: &Layout) -> Result<()> {
-        let order = self.geometry.refcount_order;
-        let mut at = layout.blocks << self.geometry.cluster_bits;
-        let mut left = layout.end;
-        while left > 0 {
-            let count = left.min(((PIECE as u64) << 3) >> order);
-            let mut piece = vec![0; ((count << order) as usize).div_ceil(8)];
-            for index in 0..count {
-                write_count(&mut piece, order, index as usize, 1);
-            }
-            self.put(at, &piece)?;
-            at += piece.len() as u64;
-            left -= count;
-        }
-        Ok(())
-    }
-
-    fn put(&self, at: u64, bytes: &[u8]) -> Result<()> {
-        self.storage.write_at(at, bytes).context(|| format!("writing {} bytes of a new image at {at}", bytes.len()))
-    }
-}
-
 /// The header alone.
 #[cfg(test)]
 pub(super) fn header_bytes(create: &Create) -> Result<Vec<u8>> {
-    let (geometry, layout) = plan(create)?;
+    let (geometry, layout) = layout(create)?;
     header(create, geometry, &layout)
 }
 
@@ -238,9 +243,13 @@ fn clear(storage: &dyn Storage, len: u64, preallocated: bool) -> Result<()> {
 
 /// The bytes of the first cluster that are not zero.
 fn header(create: &Create, geometry: Geometry, layout: &Layout) -> Result<Vec<u8>> {
+    check(create, geometry)?;
     let mut bytes = fields(create, geometry, layout);
     if let Some(format) = create.backing.as_ref().and_then(|backing| backing.format.as_ref()) {
         extension(EXTENSION_BACKING_FORMAT, format.as_bytes(), &mut bytes);
+    }
+    if let Some(data_file) = &create.data_file {
+        extension(EXTENSION_DATA_FILE, data_file.name.as_bytes(), &mut bytes);
     }
     let name = create.backing.as_ref().map_or("", |backing| &backing.name);
     let cluster = geometry.cluster_size() as usize;
@@ -250,6 +259,9 @@ fn header(create: &Create, geometry: Geometry, layout: &Layout) -> Result<Vec<u8
         extension(EXTENSION_FEATURES, &features, &mut bytes);
     }
     extension(EXTENSION_END, &[], &mut bytes);
+    if bytes.len() > cluster {
+        return Err(Error::invalid(format!("the names in the header do not fit in a cluster of {cluster} bytes")));
+    }
     if name.is_empty() {
         return Ok(bytes);
     }
@@ -265,6 +277,25 @@ fn header(create: &Create, geometry: Geometry, layout: &Layout) -> Result<Vec<u8
     bytes[16..20].copy_from_slice(&(name.len() as u32).to_be_bytes());
     bytes.extend_from_slice(name.as_bytes());
     Ok(bytes)
+}
+
+fn check(create: &Create, geometry: Geometry) -> Result<()> {
+    if !create.size.is_multiple_of(512) {
+        return Err(Error::invalid(format!("size {} is not a multiple of 512", create.size)));
+    }
+    if let Some(data_file) = &create.data_file {
+        if create.version == 2 {
+            return Err(Error::invalid("version 2 has no external data file: ask for version 3"));
+        }
+        data_file.check(geometry, create.backing.is_some())?;
+    }
+    if create.version == 2 && (create.lazy_refcounts || create.compression != Compression::Zlib) {
+        return Err(Error::invalid("version 2 has neither lazy refcounts nor a compression type: ask for version 3"));
+    }
+    if create.preallocated && create.backing.is_some() {
+        return Err(Error::invalid("what is preallocated hides the backing image: leave one of the two out"));
+    }
+    Ok(())
 }
 
 /// The header's own fields; qcow2.rst, "Header".
@@ -285,9 +316,14 @@ fn fields(create: &Create, geometry: Geometry, layout: &Layout) -> Vec<u8> {
     debug_assert_eq!(bytes.len(), V2_LEN);
     if create.version >= 3 {
         let zstd = create.compression == Compression::Zstd;
-        bytes.extend_from_slice(&(u64::from(zstd) * incompatible::COMPRESSION).to_be_bytes());
-        bytes.extend_from_slice(&(u64::from(create.lazy_refcounts) * compatible::LAZY_REFCOUNTS).to_be_bytes());
-        bytes.extend_from_slice(&0_u64.to_be_bytes()); // autoclear
+        let raw = create.data_file.as_ref().is_some_and(|data_file| data_file.raw);
+        let bit = |is_set, bit| if is_set { bit } else { 0_u64 };
+        let incompatible = bit(zstd, incompatible::COMPRESSION)
+            | bit(geometry.external_data, incompatible::DATA_FILE)
+            | bit(geometry.extended_l2, incompatible::EXTENDED_L2);
+        bytes.extend_from_slice(&incompatible.to_be_bytes());
+        bytes.extend_from_slice(&bit(create.lazy_refcounts, compatible::LAZY_REFCOUNTS).to_be_bytes());
+        bytes.extend_from_slice(&bit(raw, autoclear::RAW_DATA_FILE).to_be_bytes());
         bytes.extend_from_slice(&geometry.refcount_order.to_be_bytes());
         bytes.extend_from_slice(&(V3_LEN as u32).to_be_bytes());
         bytes.push(u8::from(zstd));
@@ -321,14 +357,14 @@ mod tests {
 
     #[test]
     fn the_default_image_is_laid_out_as_by_qemu() {
-        let layout = Layout::new(Geometry::new(3, 16, 4, 1 << 40).expect("valid"), false);
+        let layout = Layout::new(Geometry::new(3, 16, 4, 1 << 40).expect("valid"), 0, 0);
         assert_eq!((layout.reftable, layout.blocks, layout.l1, layout.end), (1, 2, 3, 4));
     }
 
     #[test]
     fn refcount_blocks_count_everything_there_is() {
         // The largest L1 table in the smallest clusters with the widest refcounts.
-        let layout = Layout::new(Geometry::new(3, 9, 6, 128 << 30).expect("valid"), false);
+        let layout = Layout::new(Geometry::new(3, 9, 6, 128 << 30).expect("valid"), 0, 0);
         assert!(layout.block_clusters * 64 >= layout.end);
         assert!(layout.reftable_clusters * 64 >= layout.block_clusters);
         assert_eq!(layout.end, 1 + layout.reftable_clusters + layout.block_clusters + 65536);

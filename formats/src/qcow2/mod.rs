@@ -3,7 +3,7 @@
 //! ```text
 //! header      what the header says and what of it is not supported
 //! geometry    the numbers that follow from it
-//! entry       what an L1 or L2 entry means
+//! entry       what an L1 or L2 entry means, and its subclusters
 //! state       the tables as they are now, under one lock
 //!   slices      the part of them that is in memory
 //!   refcounts   how often each host cluster is used
@@ -11,8 +11,10 @@
 //! map, reserve, zero     what guests ask
 //! pack        room for compressed clusters
 //! inflate, deflate       what is in them
+//! describe    what `map` tells beyond that
 //! settle      brings the tables into the file, in order
 //! replay      takes back what the journal kept through a kill
+//! data_file   where payload is in a file of its own
 //! create      makes an empty image
 //! check       finds leaks and corruptions
 //! ```
@@ -29,7 +31,9 @@
 //!    not flushed. See `settle`.
 pub mod check;
 pub mod create;
+mod data_file;
 mod deflate;
+mod describe;
 mod entry;
 mod geometry;
 pub mod header;
@@ -48,16 +52,20 @@ mod zero;
 
 pub use check::{Check, check};
 pub use create::{Create, create};
+pub use data_file::DataFile;
 pub use geometry::Geometry;
 pub use header::{Backing, Compression, Header};
 
 use crate::error::{Context, Error, Result};
-use crate::image::{Extent, Holder, Image, Progress, Reservation, Reserve, Settle, Zeroed, Zeroing};
+use crate::image::{
+    Description, Extent, Holder, Image, Place, Progress, Reservation, Reserve, Settle, Zeroed, Zeroing,
+};
 use crate::journal::{Change, Journal};
 use crate::range::ByteRange;
+use crate::raw;
 use crate::storage::Storage;
 use state::State;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 /// How to open an image.
 #[derive(Clone, Copy, Debug)]
@@ -84,8 +92,12 @@ pub struct Info {
     pub refcount_bits: u32,
     /// How clusters are compressed.
     pub compression: Compression,
+    /// A cluster has 32 subclusters, each of them there or not.
+    pub extended_l2: bool,
     /// The image below.
     pub backing: Option<Backing>,
+    /// The file that the payload is in, where it is another.
+    pub data_file: Option<DataFile>,
     /// Incompatible feature bits.
     pub incompatible_features: u64,
     /// Compatible feature bits.
@@ -107,6 +119,8 @@ pub struct Info {
 /// An image that is open.
 pub struct Qcow2 {
     header: Header,
+    /// The external data file, to ask for its holes.
+    data: Option<Arc<dyn Storage>>,
     flush_first: bool,
     shared: Arc<Shared>,
 }
@@ -118,7 +132,11 @@ struct Shared {
     journal: Arc<dyn Journal>,
     writable: bool,
     has_backing: bool,
+    /// The payload's file is to show by itself what the guest sees.
+    raw_data: bool,
     state: Mutex<State>,
+    /// Whether holes are looked for under payload; see `describe`.
+    preallocated: OnceLock<bool>,
 }
 
 impl Qcow2 {
@@ -138,9 +156,17 @@ impl Qcow2 {
             journal,
             writable: open.writable,
             has_backing: open.has_backing,
+            raw_data: header.data_file.as_ref().is_some_and(|data_file| data_file.raw),
             state: Mutex::new(state),
+            preallocated: OnceLock::new(),
         };
-        Ok(Self { header, flush_first, shared: Arc::new(shared) })
+        Ok(Self { header, data: None, flush_first, shared: Arc::new(shared) })
+    }
+
+    /// With its external data file at hand, `map_thin` knows the holes of that.
+    #[must_use]
+    pub fn with_data_file(self, data: Arc<dyn Storage>) -> Self {
+        Self { data: Some(data), ..self }
     }
 
     /// What the header said.
@@ -189,11 +215,12 @@ pub fn read_header(storage: &dyn Storage) -> Result<Header> {
 /// Refuses what must not be written; says whether it changed the header.
 fn prepare_writing(storage: &dyn Storage, header: &Header) -> Result<bool> {
     header.check_writable()?;
-    if header.autoclear == 0 {
+    let kept = header.autoclear_kept();
+    if header.autoclear == kept {
         return Ok(false);
     }
-    // Nothing that a bit vouches for is kept up by us, persistent bitmaps included.
-    let cleared = storage.write_at(header::AUTOCLEAR_AT, &0_u64.to_be_bytes());
+    // Nothing else that a bit vouches for is kept up by us, persistent bitmaps included.
+    let cleared = storage.write_at(header::AUTOCLEAR_AT, &kept.to_be_bytes());
     cleared.context(|| "clearing the autoclear features in the header")?;
     Ok(true)
 }
@@ -208,7 +235,9 @@ impl Header {
             cluster_size: g.cluster_size(),
             refcount_bits: 1 << g.refcount_order,
             compression: self.compression,
+            extended_l2: g.extended_l2,
             backing: self.backing.clone(),
+            data_file: self.data_file.clone(),
             incompatible_features: self.incompatible,
             compatible_features: self.compatible,
             autoclear_features: self.autoclear,
@@ -264,6 +293,19 @@ impl Image for Qcow2 {
 
     fn map(&self, at: u64, len_max: u64) -> Result<Extent> {
         self.shared.map(at, len_max)
+    }
+
+    fn map_thin(&self, at: u64, len_max: u64) -> Result<Extent> {
+        let extent = self.map(at, len_max)?;
+        match (&self.data, extent.place) {
+            (Some(data), Place::Data { host }) => raw::thin(&**data, extent.guest, host),
+            _ => Ok(extent),
+        }
+    }
+
+    fn describe(&self, at: u64, len_max: u64) -> Result<Description> {
+        let payload = self.data.as_ref().unwrap_or(&self.shared.storage);
+        self.shared.describe(&self.header, &**payload, at, len_max)
     }
 
     fn reserve(&self, guest: ByteRange) -> Result<Reserve> {

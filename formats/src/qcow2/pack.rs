@@ -31,17 +31,17 @@ impl Shared {
         if state.unreserved(cluster, 1) == 0 {
             return Ok(Some(Reserve::Busy));
         }
-        if let Entry::Data { .. } = state.entry(cluster)? {
-            // Somebody may be writing in place there, who holds no reservation.
+        if geometry.external_data || state.entry(cluster)?.standard().data != 0 {
+            // Another file has no compressed clusters; and somebody may be writing in place here, who
+            // holds no reservation.
             return Ok(None);
         }
-        let tables = usize::from(state.table_at(cluster)?.is_none());
-        if state.is_full() || state.notes_left(&*this.journal) <= tables {
+        if state.is_full() || state.changes_left(cluster, &*this.journal)? == 0 {
             return Ok(Some(Reserve::Settle));
         }
         state.ensure_table(cluster, &*this.journal)?;
         let host = state.space()?.take_bytes(u64::from(len))?;
-        let reserved = Reserved { first: cluster, count: 1, host, taken: true, compressed: Some(len) };
+        let reserved = Reserved { first: cluster, count: 1, host, span: guest, taken: true, compressed: Some(len) };
         if host + u64::from(len) > Entry::compressed_end_max(geometry) {
             // Far beyond what any file system holds in one file; what was taken is a leak then.
             return Ok(None);
