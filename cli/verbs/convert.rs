@@ -1,6 +1,7 @@
 //! `convert`: copies a chain that nobody writes to.
 use crate::args::Convert;
 use crate::bar::Bar;
+use crate::creation;
 use crate::failure::Failure;
 use crate::output::{remark, say};
 use crate::size;
@@ -17,7 +18,9 @@ pub fn run(args: Convert) -> Result<(), Failure> {
         source_format: args.source_format,
         target,
         format: args.format,
+        options: creation::all(&args.options).map_err(Failure::new)?,
         shallow: args.shallow,
+        compress: args.compress,
         reuse_external: args.reuse_external,
         cache: args.cache,
     };

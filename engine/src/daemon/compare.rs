@@ -1,8 +1,9 @@
 //! `compare`: whether two disks read alike.
 use super::map::{Run, Runs};
+use super::pool::pool;
 use crate::chain::{Chain, Look, Source};
 use crate::disk::{Disk, Status, Task, Tools};
-use crate::io::{Arena, Buffer, Completion, Io, Op, Ring, Token, Wait, Waker};
+use crate::io::{Arena, Buffer, Completion, Io, Op, Ring, Token, Turn, Wait, Waker};
 use crate::zero::is_zero;
 use formats::error::{Error, Result};
 use formats::range::ByteRange;
@@ -85,7 +86,8 @@ fn contents(first: Disk, second: Disk, mut progress: impl FnMut(u64)) -> std::re
     let failed = |error| Incomparable::Reading(Error::io("the ring", error));
     let arena = Arena::new((DEPTH * 2 + 1) * PIECE as usize);
     let waker = Waker::new().map_err(failed)?;
-    let mut ring = Ring::new(64, &arena).map_err(failed)?;
+    let ring = Ring::new(64, &arena).and_then(|ring| ring.helped_by(pool(), Turn::Copy));
+    let mut ring = ring.map_err(failed)?;
     let mut slots: [Option<Piece>; DEPTH] = Default::default();
     let mut done: Vec<Completion> = Vec::new();
     let (mut at, mut found) = (0, None::<u64>);

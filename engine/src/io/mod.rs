@@ -5,10 +5,11 @@
 //! queue is `Ring`; a simulator implements `Io` too and drives the same code in any order.
 //!
 //! This folder is the only one that has `unsafe`: memory that the kernel writes to, the ring's
-//! entries, and memory that outlives the process.
+//! entries, and memory that outlives the process. What the processor does for long goes to a `Pool`.
 mod arena;
 mod file;
 mod gather;
+mod pool;
 mod ring;
 mod storage;
 mod words;
@@ -16,6 +17,7 @@ mod words;
 pub use arena::{Arena, Buffer, Loan, PAGE};
 pub use file::{File, Waker};
 pub use gather::Gather;
+pub use pool::{Pool, Turn, Work};
 pub use ring::Ring;
 pub use storage::FileStorage;
 pub use words::Words;
@@ -95,6 +97,15 @@ pub enum Op {
         listener: File,
         /// Who came.
         accepted: Option<File>,
+    },
+    /// Make `to` of `from`, on a thread of the pool. The result is how many bytes of `to` were made.
+    Compute {
+        /// Of what.
+        from: Buffer,
+        /// Into what.
+        to: Buffer,
+        /// How.
+        work: Work,
     },
     /// Be done after some time. The result is `Ok(0)`.
     Timeout {

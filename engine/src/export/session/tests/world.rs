@@ -108,6 +108,7 @@ impl World {
             Op::Send { .. } => !self.deaf || self.hung_up,
             Op::Timeout { .. } => self.expired,
             Op::Wake { .. } => self.rung,
+            Op::Compute { .. } => true,
             Op::Accept { .. } => false,
         }
     }
@@ -157,6 +158,7 @@ impl World {
                 self.to_client.extend(gather.slices().flatten().take(count));
                 Ok(count as u32)
             }
+            Op::Compute { from, to, work } => work.run(from, to),
             Op::Wake { .. } => {
                 self.rung = false;
                 Ok(8)
@@ -203,7 +205,9 @@ fn kind_of(op: &Op) -> Option<Done> {
         Op::Write { .. } => Done::Write,
         Op::Zero { .. } => Done::Zero,
         Op::Flush { .. } => Done::Flush,
-        Op::Prefetch { .. } | Op::Timeout { .. } | Op::Wake { .. } | Op::Accept { .. } => return None,
+        Op::Compute { .. } | Op::Prefetch { .. } | Op::Timeout { .. } | Op::Wake { .. } | Op::Accept { .. } => {
+            return None;
+        }
     })
 }
 
