@@ -5,7 +5,7 @@ use crate::image;
 use crate::output::say;
 use crate::size;
 use engine::io::FileStorage;
-use formats::backing::BackingName;
+use formats::backing::{BackingName, Location};
 use formats::error::{Context, Error, Result};
 use formats::probe::Probed;
 use formats::qcow2;
@@ -100,14 +100,15 @@ fn with_header(raw: Facts, path: &Path, info: qcow2::Info) -> Facts {
     };
     let backing = info.backing.as_ref();
     // A name that cannot be followed is still a name to show.
-    let full = backing.and_then(|backing| BackingName::parse(&backing.name).ok());
+    let parent = Location::File(path.to_owned());
+    let full = backing.and_then(|backing| BackingName::parse(&backing.name).ok()?.location.seen_from(&parent).ok());
     Facts {
         format: "qcow2",
         virtual_size: info.virtual_size,
         dirty_flag: info.dirty,
         cluster_size: Some(info.cluster_size),
         backing_filename: backing.map(|backing| backing.name.clone()),
-        full_backing_filename: full.map(|name| name.resolve(path).display().to_string()),
+        full_backing_filename: full.map(|location| location.to_string()),
         backing_filename_format: backing.and_then(|backing| backing.format.clone()),
         format_specific: Some(Specific { format: "qcow2", data }),
         ..raw

@@ -8,15 +8,16 @@ use crate::control::TargetFormat;
 use crate::control::options::Cache;
 use crate::disk::{DataFile, Disk};
 use crate::io::{File, FileStorage, PAGE};
-use formats::backing::BackingName;
+use formats::backing::{BackingName, Location};
 use formats::error::{Context, Error, Result};
 use formats::image::Image;
 use formats::journal::{Change, Forgetful, Journal};
 use formats::probe::{Probed, probe};
-use formats::qcow2::{Open, Qcow2, read_header};
+use formats::qcow2::{Backing, Open, Qcow2, read_header};
 use formats::raw::Raw;
 use formats::storage::Storage;
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, StatxFlags};
+use rustix::io::Errno;
 use std::fs;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -68,19 +69,18 @@ pub fn open_chain(path: &Path, format: Option<TargetFormat>, access: Access) -> 
     let mut seen = vec![top.identity];
     let mut below = top.below;
     let mut layers = vec![Arc::new(top.layer)];
-    while let Some((path, format)) = below {
+    while let Some((location, format)) = below {
         let parent = layers.last().map(|layer| layer.path.display().to_string()).unwrap_or_default();
-        let opened = Opened::new(&path, format, &Access::read_only(cache));
-        let opened = opened.map_err(|error| error.at(format!("backing of {parent}")))?;
-        if seen.contains(&opened.identity) {
-            return Err(Error::malformed(format!(
-                "{parent}: its backing {} is a layer above it: the chain is a loop",
-                path.display()
-            )));
-        }
         if layers.len() == LAYERS_MAX {
             return Err(Error::unsupported(format!(
                 "{parent}: the chain has more than {LAYERS_MAX} layers: commit or convert some"
+            )));
+        }
+        let opened = Opened::below(&location, format, cache);
+        let opened = opened.map_err(|error| error.at(format!("backing of {parent}")))?;
+        if seen.contains(&opened.identity) {
+            return Err(Error::malformed(format!(
+                "{parent}: its backing {location} is a layer above it: the chain is a loop"
             )));
         }
         seen.push(opened.identity);
@@ -157,13 +157,23 @@ pub fn probe_format(path: &Path) -> Result<TargetFormat> {
 struct Opened {
     layer: Layer,
     identity: Identity,
-    below: Option<(PathBuf, Option<TargetFormat>)>,
+    below: Below,
 }
 
 impl Opened {
     fn new(path: &Path, format: Option<TargetFormat>, access: &Access) -> Result<Self> {
         let file = open_file(path, access.writable)?;
         Self::from_file(path, file, format, access).map_err(|error| error.at(path.display()))
+    }
+
+    /// An image that another one names.
+    fn below(location: &Location, format: Option<TargetFormat>, cache: Cache) -> Result<Self> {
+        match location {
+            Location::File(path) => Self::new(path, format, &Access::read_only(cache)),
+            Location::Nbd(address) => Err(Error::unsupported(format!(
+                "{address}: an NBD export as a layer is not supported: bring it into a file with qemu-img convert"
+            ))),
+        }
     }
 
     fn from_file(path: &Path, file: OpenFile, format: Option<TargetFormat>, access: &Access) -> Result<Self> {
@@ -194,18 +204,13 @@ impl Opened {
     }
 }
 
-type Below = Option<(PathBuf, Option<TargetFormat>)>;
+/// Where the image below is, and its format where that is known.
+type Below = Option<(Location, Option<TargetFormat>)>;
 
 fn open_qcow2(path: &Path, storage: Arc<FileStorage>, access: &Access) -> Result<(Qcow2, Below)> {
     let header = read_header(&*storage)?;
-    let below = match &header.backing {
-        None => None,
-        Some(backing) => {
-            let name = BackingName::parse(&backing.name)?;
-            let format = backing.format.as_deref().map(|format| backing_format(&backing.name, format)).transpose()?;
-            Some((name.resolve(path), format))
-        }
-    };
+    let parent = Location::File(path.to_owned());
+    let below = header.backing.as_ref().map(|backing| below(backing, &parent)).transpose()?;
     let journal = access.journal.clone().unwrap_or_else(|| Arc::new(Forgetful));
     let open = Open { writable: access.writable, has_backing: below.is_some(), metadata_bytes_max: METADATA_MAX };
     let image = Qcow2::open(Arc::clone(&storage) as Arc<dyn Storage>, journal, open)?;
@@ -215,12 +220,30 @@ fn open_qcow2(path: &Path, storage: Arc<FileStorage>, access: &Access) -> Result
     Ok((image, below))
 }
 
+/// What the image at `parent` records of the one below it. The name may say the format too, and then the
+/// two have to agree: which of them a program follows is its own secret.
+fn below(backing: &Backing, parent: &Location) -> Result<(Location, Option<TargetFormat>)> {
+    let name = BackingName::parse(&backing.name)?;
+    let format = match (backing.format.as_deref(), name.format) {
+        (Some(recorded), Some(named)) if recorded != named => {
+            return Err(Error::malformed(format!(
+                "its backing {:?} is recorded with the format {recorded}: record one format, with qemu-img rebase -u -F",
+                backing.name
+            )));
+        }
+        (recorded, named) => recorded.or(named),
+    };
+    let format = format.map(|format| backing_format(&backing.name, format)).transpose()?;
+    Ok((name.location.seen_from(parent)?, format))
+}
+
 fn backing_format(name: &str, format: &str) -> Result<TargetFormat> {
     match format {
         "raw" => Ok(TargetFormat::Raw),
         "qcow2" => Ok(TargetFormat::Qcow2),
         other => Err(Error::unsupported(format!(
-            "its backing {name} has the format {other}, which is not supported: convert that layer to qcow2"
+            "its backing {name} has the format {other}, which is not supported: bring that layer into qcow2 with \
+             qemu-img convert -f {other} -O qcow2, and name the new one with qemu-img rebase -u"
         ))),
     }
 }
@@ -255,17 +278,22 @@ struct OpenFile {
 fn open_file(path: &Path, writable: bool) -> Result<OpenFile> {
     // Not blocking: a FIFO with nobody at the other end would keep us for good.
     let flags = OFlags::CLOEXEC | OFlags::NONBLOCK | if writable { OFlags::RDWR } else { OFlags::RDONLY };
-    let opened = rustix::fs::open(path, flags, Mode::empty()).map_err(std::io::Error::from);
+    let opened = match rustix::fs::open(path, flags, Mode::empty()) {
+        // A directory that is to be written, a socket.
+        Err(Errno::ISDIR | Errno::NXIO) => return Err(no_image(path)),
+        opened => opened.map_err(std::io::Error::from),
+    };
     let buffered = fs::File::from(opened.context(|| format!("{}: open", path.display()))?);
     let metadata = buffered.metadata().context(|| format!("{}: stat", path.display()))?;
     let kind = metadata.file_type();
     if !kind.is_file() && !kind.is_block_device() {
-        return Err(Error::invalid(format!(
-            "{}: neither a regular file nor a block device, so no image can be in it",
-            path.display()
-        )));
+        return Err(no_image(path));
     }
     Ok(OpenFile { buffered, identity: identity_of(&metadata) })
+}
+
+fn no_image(path: &Path) -> Error {
+    Error::invalid(format!("{}: neither a regular file nor a block device, so no image can be in it", path.display()))
 }
 
 impl OpenFile {
