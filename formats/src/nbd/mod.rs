@@ -1,4 +1,4 @@
-//! NBD as a server speaks it: what its bytes mean, and what may be asked when.
+//! NBD: what its bytes mean, and what may be asked when. This is the server's side; `client` has the other.
 //!
 //! ```text
 //! bytes ─► handshake ─► Negotiated ─┐
@@ -11,6 +11,7 @@
 //! come out as bytes. The protocol is `doc/proto.md` of NetworkBlockDevice/nbd; a name in capitals
 //! is that document's. Requests have the 28-byte header; the 64-bit one is declined.
 pub mod address;
+pub mod client;
 pub mod export;
 pub mod handshake;
 mod option;

@@ -63,10 +63,14 @@ pub mod rep {
     pub const INFO: u32 = 3;
     /// One metadata context.
     pub const META_CONTEXT: u32 = 4;
+    /// What makes a reply an error.
+    pub const ERROR: u32 = 1 << 31;
     /// This option is not known here.
     pub const ERR_UNSUP: u32 = (1 << 31) + 1;
     /// The option's data is wrong, or it does not belong here.
     pub const ERR_INVALID: u32 = (1 << 31) + 3;
+    /// Go inside TLS first.
+    pub const ERR_TLS_REQD: u32 = (1 << 31) + 5;
     /// There is no such export.
     pub const ERR_UNKNOWN: u32 = (1 << 31) + 6;
     /// Ask for INFO_BLOCK_SIZE first.
@@ -133,6 +137,8 @@ pub mod chunk {
     pub const OFFSET_HOLE: u16 = 2;
     /// Extents of one metadata context.
     pub const BLOCK_STATUS: u16 = 5;
+    /// What makes a chunk an error.
+    pub const ERROR_BIT: u16 = 1 << 15;
     /// The request failed.
     pub const ERROR: u16 = (1 << 15) + 1;
     /// The request failed at an offset.
@@ -155,36 +161,30 @@ pub mod state {
 
 /// What can be asked in the transmission phase.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u16)]
 pub enum Command {
     /// Bytes of the disk.
-    Read,
+    Read = 0,
     /// Bytes for the disk; they follow the header.
-    Write,
+    Write = 1,
     /// Finish what is under way and close. Has no reply.
-    Disconnect,
+    Disconnect = 2,
     /// Make durable what was answered.
-    Flush,
+    Flush = 3,
     /// These bytes are no longer needed.
-    Trim,
+    Trim = 4,
     /// These bytes read as zeroes from now on.
-    WriteZeroes,
+    WriteZeroes = 6,
     /// What of this is a hole, what zero?
-    BlockStatus,
+    BlockStatus = 7,
 }
 
 impl Command {
     /// The command of this number, where it is known here.
     pub fn from_wire(number: u16) -> Option<Self> {
-        Some(match number {
-            0 => Self::Read,
-            1 => Self::Write,
-            2 => Self::Disconnect,
-            3 => Self::Flush,
-            4 => Self::Trim,
-            6 => Self::WriteZeroes,
-            7 => Self::BlockStatus,
-            _ => return None,
-        })
+        use Command::{BlockStatus, Disconnect, Flush, Read, Trim, Write, WriteZeroes};
+        let known = [Read, Write, Disconnect, Flush, Trim, WriteZeroes, BlockStatus];
+        known.into_iter().find(|command| *command as u16 == number)
     }
 }
 
@@ -250,6 +250,14 @@ impl Header {
             offset: fields.u64()?,
             len: fields.u32()?.into(),
         })
+    }
+
+    /// The bytes that ask for it. `len` has 32 bits.
+    pub fn to_bytes(&self) -> [u8; HEADER_LEN] {
+        let mut out = [0; HEADER_LEN];
+        let len = u32::try_from(self.len).expect("a length that this header has room for");
+        Put(&mut out).u32(REQUEST_MAGIC).u16(self.flags).u16(self.command).u64(self.cookie).u64(self.offset).u32(len);
+        out
     }
 }
 
