@@ -8,7 +8,8 @@ use engine::control::TargetFormat;
 use engine::control::options::Cache;
 use engine::daemon::{Comparison, compare};
 use engine::disk::Disk;
-use engine::open::{Access, open_disk};
+use engine::open::{Access, open_disk_at};
+use formats::backing::Location;
 use formats::probe::Probed;
 use std::path::Path;
 
@@ -31,10 +32,13 @@ pub fn run(args: &Compare) -> Result<(), Failure> {
 
 fn open(path: &Path, named: Option<TargetFormat>) -> Result<Disk, Failure> {
     let in_words = |error: formats::error::Error| Failure::new(error.one_line());
+    let location = Location::of_argument(path).map_err(in_words)?;
     // A header that is not known leaves only raw, and as raw no other file is followed.
-    let format = match (named, image::probe(path).map_err(in_words)?) {
-        (None, Probed::Unknown) => Some(TargetFormat::Raw),
+    let format = match (named, &location) {
+        (None, Location::File(path)) if image::probe(path).map_err(in_words)? == Probed::Unknown => {
+            Some(TargetFormat::Raw)
+        }
         (named, _) => named,
     };
-    open_disk(path, format, Access::read_only(Cache::None)).map_err(in_words)
+    open_disk_at(&location, format, Access::read_only(Cache::None)).map_err(in_words)
 }

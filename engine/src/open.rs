@@ -7,11 +7,13 @@ use crate::chain::{Chain, Layer};
 use crate::control::TargetFormat;
 use crate::control::options::Cache;
 use crate::disk::{DataFile, Disk};
+use crate::io::remote::Remote;
 use crate::io::{File, FileStorage, PAGE};
 use formats::backing::{BackingName, Location};
 use formats::error::{Context, Error, Result};
 use formats::image::Image;
 use formats::journal::{Change, Forgetful, Journal};
+use formats::nbd::Address;
 use formats::probe::{Probed, probe};
 use formats::qcow2::{Backing, Open, Qcow2, read_header};
 use formats::raw::Raw;
@@ -58,14 +60,19 @@ impl Access {
 
 /// Opens the chain whose top is at `path`.
 pub fn open_disk(path: &Path, format: Option<TargetFormat>, access: Access) -> Result<Disk> {
-    let read_only = !access.writable;
-    Ok(Disk::new(open_chain(path, format, access)?, read_only))
+    open_disk_at(&Location::File(path.to_owned()), format, access)
 }
 
-/// Opens the chain whose top is at `path`: the top as `access` says, the rest for reading.
-pub fn open_chain(path: &Path, format: Option<TargetFormat>, access: Access) -> Result<Chain> {
+/// Opens the chain whose top is at `location`.
+pub fn open_disk_at(location: &Location, format: Option<TargetFormat>, access: Access) -> Result<Disk> {
+    let read_only = !access.writable;
+    Ok(Disk::new(open_chain(location, format, access)?, read_only))
+}
+
+/// Opens the chain whose top is at `location`: the top as `access` says, the rest for reading.
+pub fn open_chain(location: &Location, format: Option<TargetFormat>, access: Access) -> Result<Chain> {
     let cache = access.cache;
-    let top = Opened::new(path, format, &access)?;
+    let top = Opened::at(location, format, &access)?;
     let mut seen = vec![top.identity];
     let mut below = top.below;
     let mut layers = vec![Arc::new(top.layer)];
@@ -76,7 +83,7 @@ pub fn open_chain(path: &Path, format: Option<TargetFormat>, access: Access) -> 
                 "{parent}: the chain has more than {LAYERS_MAX} layers: commit or convert some"
             )));
         }
-        let opened = Opened::below(&location, format, cache);
+        let opened = Opened::at(&location, format, &Access::read_only(cache));
         let opened = opened.map_err(|error| error.at(format!("backing of {parent}")))?;
         if seen.contains(&opened.identity) {
             return Err(Error::malformed(format!(
@@ -153,10 +160,17 @@ pub fn probe_format(path: &Path) -> Result<TargetFormat> {
     decide_format(&storage, None).map_err(|error| error.at(path.display()))
 }
 
+/// What a layer is known by when it comes again.
+#[derive(PartialEq)]
+enum Seen {
+    File(Identity),
+    Export(Address),
+}
+
 /// One layer, and what it says is below it.
 struct Opened {
     layer: Layer,
-    identity: Identity,
+    identity: Seen,
     below: Below,
 }
 
@@ -166,58 +180,89 @@ impl Opened {
         Self::from_file(path, file, format, access).map_err(|error| error.at(path.display()))
     }
 
-    /// An image that another one names.
-    fn below(location: &Location, format: Option<TargetFormat>, cache: Cache) -> Result<Self> {
+    fn at(location: &Location, format: Option<TargetFormat>, access: &Access) -> Result<Self> {
         match location {
-            Location::File(path) => Self::new(path, format, &Access::read_only(cache)),
-            Location::Nbd(address) => Err(Error::unsupported(format!(
-                "{address}: an NBD export as a layer is not supported: bring it into a file with qemu-img convert"
-            ))),
+            Location::File(path) => Self::new(path, format, access),
+            Location::Nbd(address) => {
+                let remote = Remote::open(address)?;
+                Self::from_export(remote, format, access).map_err(|error| error.at(address))
+            }
         }
+    }
+
+    fn from_export(remote: Arc<Remote>, format: Option<TargetFormat>, access: &Access) -> Result<Self> {
+        if access.writable {
+            return Err(Error::unsupported("an export of another server can be read only"));
+        }
+        let address = remote.address().clone();
+        let storage: Arc<dyn Storage> = Arc::clone(&remote) as _;
+        let (image, below) = open_image(&Location::Nbd(address.clone()), storage, format, access)?;
+        let path = PathBuf::from(address.to_string());
+        let layer =
+            Layer { image: image.map, file: DataFile::buffered(File::remote(remote)), path, format: image.format };
+        Ok(Self { layer, identity: Seen::Export(address), below })
     }
 
     fn from_file(path: &Path, file: OpenFile, format: Option<TargetFormat>, access: &Access) -> Result<Self> {
         let storage = Arc::new(FileStorage::new(file.buffered.try_clone().context(|| "open")?));
-        let format = decide_format(&*storage, format)?;
-        let (image, name, grain, below) = match format {
-            TargetFormat::Raw => {
-                let len = storage.len().context(|| "length")?;
-                let size = access.size.unwrap_or(len);
-                if size > len {
-                    return Err(Error::malformed(format!("the disk has {size} bytes, the file only {len}")));
-                }
-                let image: Box<dyn Image> = Box::new(Raw::new(storage, size));
-                (image, "raw", u64::MAX, None)
-            }
-            TargetFormat::Qcow2 => {
-                let (image, below) = open_qcow2(path, storage, access)?;
-                let grain = image.info().cluster_size;
-                (Box::new(image) as Box<dyn Image>, "qcow2", grain, below)
-            }
-        };
-        let identity = file.identity;
+        let location = Location::File(path.to_owned());
+        let (image, below) = open_image(&location, Arc::clone(&storage) as _, format, access)?;
+        if image.flush_first {
+            storage.flush().context(|| "flush")?;
+        }
+        let identity = Seen::File(file.identity);
         // Metadata goes through the page cache: direct payload may not share a page with it.
-        let cache = if grain < PAGE as u64 { Cache::Writeback } else { access.cache };
+        let cache = if image.grain < PAGE as u64 { Cache::Writeback } else { access.cache };
         let file = file.data_file(path, access.writable, cache)?;
         let path = lasting_name(path).context(|| "looking up its full name")?;
-        Ok(Self { layer: Layer { image, file, path, format: name }, identity, below })
+        Ok(Self { layer: Layer { image: image.map, file, path, format: image.format }, identity, below })
     }
+}
+
+/// An image whose metadata is open.
+struct OpenImage {
+    map: Box<dyn Image>,
+    /// The format's name.
+    format: &'static str,
+    /// What its payload lies at multiples of, in bytes.
+    grain: u64,
+    /// What opening it wrote has to be durable before anything else.
+    flush_first: bool,
 }
 
 /// Where the image below is, and its format where that is known.
 type Below = Option<(Location, Option<TargetFormat>)>;
 
-fn open_qcow2(path: &Path, storage: Arc<FileStorage>, access: &Access) -> Result<(Qcow2, Below)> {
+fn open_image(
+    location: &Location,
+    storage: Arc<dyn Storage>,
+    format: Option<TargetFormat>,
+    access: &Access,
+) -> Result<(OpenImage, Below)> {
+    match decide_format(&*storage, format)? {
+        TargetFormat::Raw => {
+            let len = storage.len().context(|| "length")?;
+            let size = access.size.unwrap_or(len);
+            if size > len {
+                return Err(Error::malformed(format!("the disk has {size} bytes, the file only {len}")));
+            }
+            let map = Box::new(Raw::new(storage, size));
+            Ok((OpenImage { map, format: "raw", grain: u64::MAX, flush_first: false }, None))
+        }
+        TargetFormat::Qcow2 => {
+            let (map, below) = open_qcow2(location, storage, access)?;
+            let (grain, flush_first) = (map.info().cluster_size, map.flush_first());
+            Ok((OpenImage { map: Box::new(map), format: "qcow2", grain, flush_first }, below))
+        }
+    }
+}
+
+fn open_qcow2(location: &Location, storage: Arc<dyn Storage>, access: &Access) -> Result<(Qcow2, Below)> {
     let header = read_header(&*storage)?;
-    let parent = Location::File(path.to_owned());
-    let below = header.backing.as_ref().map(|backing| below(backing, &parent)).transpose()?;
+    let below = header.backing.as_ref().map(|backing| below(backing, location)).transpose()?;
     let journal = access.journal.clone().unwrap_or_else(|| Arc::new(Forgetful));
     let open = Open { writable: access.writable, has_backing: below.is_some(), metadata_bytes_max: METADATA_MAX };
-    let image = Qcow2::open(Arc::clone(&storage) as Arc<dyn Storage>, journal, open)?;
-    if image.flush_first() {
-        storage.flush().context(|| "flush")?;
-    }
-    Ok((image, below))
+    Ok((Qcow2::open(storage, journal, open)?, below))
 }
 
 /// What the image at `parent` records of the one below it. The name may say the format too, and then the

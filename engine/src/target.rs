@@ -160,7 +160,7 @@ impl Plan {
     fn creation(&self, source: &Disk) -> Result<Create> {
         let layers = source.chain().layers();
         let mut creation = Create::new(source.size().next_multiple_of(SECTOR));
-        if layers[0].format == "qcow2" {
+        if layers[0].format == "qcow2" && layers[0].file.file().as_remote().is_none() {
             let path = &layers[0].path;
             let file = fs::File::open(path).context(|| format!("{}: open", path.display()))?;
             let header = read_header(&FileStorage::new(file)).map_err(|error| error.at(path.display()))?;

@@ -1,6 +1,7 @@
 //! `compare`: whether two disks read alike.
 use crate::chain::{Look, Source};
 use crate::disk::{Disk, Status, Task, Tools};
+use crate::io::remote::Remotes;
 use crate::io::{Arena, Buffer, Completion, Io, Op, Ring, Token, Wait, Waker};
 use crate::zero::is_zero;
 use formats::error::{Error, Result};
@@ -28,7 +29,7 @@ pub fn compare(first: Disk, second: Disk, mut progress: impl FnMut(u64)) -> Resu
     let failed = |error| Error::io("the ring", error);
     let arena = Arena::new((DEPTH * 2 + 1) * PIECE as usize);
     let waker = Waker::new().map_err(failed)?;
-    let mut ring = Ring::new(64, &arena).map_err(failed)?;
+    let mut ring = Remotes::new(Ring::new(64, &arena).map_err(failed)?);
     let mut slots: [Option<Piece>; DEPTH] = Default::default();
     let mut done: Vec<Completion> = Vec::new();
     let (mut at, mut found) = (0, None::<u64>);
@@ -110,7 +111,7 @@ impl Piece {
     }
 
     /// True where both sides are read.
-    fn step(&mut self, tools: &mut Tools<Ring>, number: usize) -> Result<bool> {
+    fn step(&mut self, tools: &mut Tools<Remotes<Ring>>, number: usize) -> Result<bool> {
         let mut over = true;
         for (side, read) in self.reads.iter_mut().enumerate() {
             let Side::Reading(task) = read else { continue };
@@ -126,7 +127,7 @@ impl Piece {
         Ok(over)
     }
 
-    fn complete(&mut self, tools: &mut Tools<Ring>, number: usize, done: Completion) {
+    fn complete(&mut self, tools: &mut Tools<Remotes<Ring>>, number: usize, done: Completion) {
         let side = (done.token.0 / Task::TOKENS % 2) as usize;
         let Side::Reading(task) = &mut self.reads[side] else { unreachable!("this side reads") };
         task.complete(tools, base(number, side), done);

@@ -9,6 +9,7 @@
 mod arena;
 mod file;
 mod gather;
+pub mod remote;
 mod ring;
 mod storage;
 mod words;
@@ -20,6 +21,7 @@ pub use ring::Ring;
 pub use storage::FileStorage;
 pub use words::Words;
 
+use rustix::net::SocketAddrAny;
 use std::io;
 use std::time::Duration;
 
@@ -86,6 +88,13 @@ pub enum Op {
         listener: File,
         /// Who came.
         accepted: Option<File>,
+    },
+    /// Reach the server at `peer`.
+    Connect {
+        /// With what; not connected yet.
+        socket: File,
+        /// Who.
+        peer: SocketAddrAny,
     },
     /// Be done after some time. The result is `Ok(0)`.
     Timeout {

@@ -6,6 +6,7 @@ use io_uring::types::{CancelBuilder, Fd, FsyncFlags, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
+use rustix::net::SocketAddrAny;
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -36,6 +37,7 @@ enum Extra {
     Message(Box<Message>),
     Time(Box<Timespec>),
     Count(Box<u64>),
+    Peer(Box<SocketAddrAny>),
 }
 
 /// The pieces of one send, as `sendmsg(2)` wants them.
@@ -123,6 +125,12 @@ impl Ring {
                 opcode::Accept::new(fd(listener), std::ptr::null_mut(), std::ptr::null_mut())
                     .flags(libc::SOCK_CLOEXEC)
                     .build()
+            }
+            Op::Connect { socket, peer } => {
+                let peer = Box::new(peer.clone());
+                let entry = opcode::Connect::new(fd(socket), peer.as_ptr().cast(), peer.addr_len()).build();
+                *extra = Extra::Peer(peer);
+                entry
             }
             Op::Timeout { after } => {
                 let time = Box::new(Timespec::from(*after));

@@ -121,7 +121,7 @@ fn a_server_that_lies_in_the_negotiation_is_named() {
     for (said, reason) in [
         (vec![b"SSH-2.0-OpenSSH_9.2\r\n".to_vec()], "no NBD server"),
         (
-            vec![wire::NBD_MAGIC.to_be_bytes().to_vec(), 0x0042_0281_8612_53u64.to_be_bytes().to_vec(), vec![0; 2]],
+            vec![wire::NBD_MAGIC.to_be_bytes().to_vec(), 0x0000_4202_8186_1253u64.to_be_bytes().to_vec(), vec![0; 2]],
             "old",
         ),
         (vec![greeting(FIXED), vec![0; 20]], "begins with"),

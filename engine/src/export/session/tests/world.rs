@@ -106,7 +106,7 @@ impl World {
             Op::Send { .. } => !self.deaf || self.hung_up,
             Op::Timeout { .. } => self.expired,
             Op::Wake { .. } => self.rung,
-            Op::Accept { .. } => false,
+            Op::Accept { .. } | Op::Connect { .. } => false,
         }
     }
 
@@ -159,7 +159,7 @@ impl World {
                 self.rung = false;
                 Ok(8)
             }
-            Op::Flush { .. } | Op::Timeout { .. } | Op::Accept { .. } => Ok(0),
+            Op::Flush { .. } | Op::Timeout { .. } | Op::Accept { .. } | Op::Connect { .. } => Ok(0),
         }
     }
 }
@@ -201,7 +201,7 @@ fn kind_of(op: &Op) -> Option<Done> {
         Op::Write { .. } => Done::Write,
         Op::Zero { .. } => Done::Zero,
         Op::Flush { .. } => Done::Flush,
-        Op::Timeout { .. } | Op::Wake { .. } | Op::Accept { .. } => return None,
+        Op::Timeout { .. } | Op::Wake { .. } | Op::Accept { .. } | Op::Connect { .. } => return None,
     })
 }
 
