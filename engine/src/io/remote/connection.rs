@@ -124,7 +124,7 @@ impl Connection {
     /// Takes in a read.
     pub fn start(&mut self, token: Token, mut op: Op, ready: &mut Vec<Completion>) {
         let Op::Read { at, buf, .. } = &mut op else { unreachable!("exports are read") };
-        let rest = self.remote.session_range(*at, buf.len());
+        let rest = self.remote.on_disk(*at, buf.len());
         let reader = Reader { token, op, rest, piece: rest, since: Duration::ZERO };
         match rest.is_empty() {
             true => ready.push(reader.end(Ok(()))),

@@ -87,21 +87,21 @@ impl Remote {
 
     /// Fills `bytes` from `at`; how many came is less where the disk ends. Waits.
     fn read_now(&self, at: u64, bytes: &mut [u8]) -> io::Result<usize> {
-        let wanted = self.session_range(at, bytes.len());
-        let mut connection = self.metadata();
+        let wanted = self.on_disk(at, bytes.len());
+        let mut metadata = self.metadata();
         let mut done = wanted.start;
         while done < wanted.end {
             let piece = self.piece(ByteRange { start: done, end: wanted.end });
             let here = ByteRange { start: done, end: piece.end.min(wanted.end) };
             let into = &mut bytes[(done - at) as usize..][..here.len() as usize];
-            connection.connection.exchange(Ask::Read(piece), |event| place(&event, here, into))?;
+            metadata.connection.exchange(Ask::Read(piece), |event| place(&event, here, into))?;
             done = here.end;
         }
         Ok(wanted.len() as usize)
     }
 
     /// What of `len` bytes from `at` on is on the disk.
-    fn session_range(&self, at: u64, len: usize) -> ByteRange {
+    fn on_disk(&self, at: u64, len: usize) -> ByteRange {
         let size = self.session.size;
         ByteRange { start: at.min(size), end: at.saturating_add(len as u64).min(size) }
     }

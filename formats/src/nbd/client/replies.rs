@@ -23,6 +23,13 @@ pub enum Ask {
     BlockStatus(ByteRange),
 }
 
+impl Ask {
+    fn range(self) -> ByteRange {
+        let (Self::Read(range) | Self::BlockStatus(range)) = self;
+        range
+    }
+}
+
 /// What a server says of a request.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Event<'a> {
@@ -146,10 +153,11 @@ impl Replies {
     /// disk, not empty, below 4 GiB, and aligned as the export wants it.
     pub fn ask(&mut self, ask: Ask, out: &mut Vec<u8>) -> u64 {
         self.cookie += 1;
-        let (command, range) = match ask {
-            Ask::Read(range) => (Command::Read, range),
-            Ask::BlockStatus(range) => (Command::BlockStatus, range),
+        let command = match ask {
+            Ask::Read(_) => Command::Read,
+            Ask::BlockStatus(_) => Command::BlockStatus,
         };
+        let range = ask.range();
         let (cookie, offset, len) = (self.cookie, range.start, range.len());
         assert!(!range.is_empty() && range.end <= self.session.size, "a request inside the disk");
         out.extend_from_slice(&Header { flags: 0, command: command as u16, cookie, offset, len }.to_bytes());
@@ -299,8 +307,9 @@ impl Replies {
                     return Err(Error::malformed(format!("extents of a context {context:?} that was not agreed on")));
                 }
                 let pending = self.request(cookie)?;
-                if let (Ask::BlockStatus(range), true) = (pending.ask, pending.extents_end > pending.start()) {
-                    return Err(Error::malformed(format!("the extents of {range} come twice")));
+                let asked = pending.ask.range();
+                if pending.extents_end > asked.start {
+                    return Err(Error::malformed(format!("the extents of {asked} come twice")));
                 }
                 self.state = State::Extents { chunk, left: (len - 4) / BLOCK_EXTENT_LEN as u32 };
                 Ok(None)
@@ -316,7 +325,7 @@ impl Replies {
     fn extent<'a>(&mut self, chunk: Chunk, left: u32, fields: &mut Fields<'_>) -> Result<Option<Event<'a>>> {
         let (len, state) = (fields.u32().unwrap_or_default(), fields.u32().unwrap_or_default());
         let pending = self.request(chunk.cookie)?;
-        let (Ask::BlockStatus(asked) | Ask::Read(asked)) = pending.ask;
+        let asked = pending.ask.range();
         let start = pending.extents_end;
         if len == 0 || start >= asked.end {
             return Err(Error::malformed(format!("an extent of {len} bytes at {start} in the status of {asked}")));
@@ -360,13 +369,6 @@ impl Replies {
 
     fn request(&mut self, cookie: u64) -> Result<&mut Pending> {
         self.pending.get_mut(&cookie).ok_or_else(|| no_request(cookie))
-    }
-}
-
-impl Pending {
-    fn start(&self) -> u64 {
-        let (Ask::BlockStatus(range) | Ask::Read(range)) = self.ask;
-        range.start
     }
 }
 
