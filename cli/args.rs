@@ -1,8 +1,8 @@
 //! What can be said on the command line. Help and manual come from here.
-use crate::{export, size};
+use crate::{export, listener, size};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgGroup, Args as Arguments, Parser, Subcommand};
-use engine::control::options::{Cache, ExportOptions};
+use engine::control::options::{Cache, ExportOptions, Listener};
 use engine::control::{Mode, OnError, TargetFormat};
 use serde::de::DeserializeOwned;
 use serde::de::value::{Error as NameError, StrDeserializer};
@@ -72,17 +72,24 @@ pub struct Job {
 }
 
 #[derive(Debug, Arguments)]
-#[command(group = ArgGroup::new("listeners").args(["socket", "listen"]).required(true).multiple(true))]
 pub struct Serve {
     /// A disk to serve; may be given several times. A comma in FILE is written twice
     #[arg(long = "export", required = true, value_name = "NAME=FILE[,format=qcow2|raw][,readonly]", value_parser = export::parse)]
     pub exports: Vec<ExportOptions>,
-    /// Where NBD clients come in: a Unix socket
-    #[arg(long, value_name = "PATH")]
-    pub socket: Option<PathBuf>,
-    /// Where NBD clients come in: a TCP address
-    #[arg(long, value_name = "HOST:PORT")]
-    pub listen: Option<String>,
+    /// Where NBD clients come in: a Unix socket; may be given several times. Not needed where systemd
+    /// hands sockets over
+    #[arg(long = "socket", value_name = "PATH")]
+    pub sockets: Vec<PathBuf>,
+    /// Permissions of the Unix sockets for NBD clients, in octal
+    #[arg(long, value_name = "MODE", value_parser = listener::mode)]
+    pub socket_mode: Option<u32>,
+    /// Owner of the Unix sockets for NBD clients, by names or numbers
+    #[arg(long, value_name = "USER[:GROUP]", value_parser = listener::owner)]
+    pub socket_owner: Option<listener::Owner>,
+    /// Where NBD clients come in: a TCP address, IPv6 in brackets, or `vsock:CID:PORT` (CID `*` for any guest);
+    /// may be given several times
+    #[arg(long = "listen", value_name = "HOST:PORT", value_parser = listener::parse)]
+    pub addresses: Vec<Listener>,
     /// The control socket
     #[arg(long, value_name = "PATH")]
     pub control: PathBuf,

@@ -14,6 +14,7 @@ mod demo;
 mod export;
 mod failure;
 mod image;
+mod listener;
 mod output;
 mod size;
 mod text;

@@ -256,6 +256,19 @@ fn what_fails_is_told_with_the_address_and_the_reason() {
     refused(convert(&server.uri("none")), &[&server.uri("none"), "no export \"none\""]);
     drop(server);
 
+    // What is inside an export cannot lead to this host's files by names that count from a folder.
+    let image = folder.path().join("image.qcow2");
+    for (options, reason) in [
+        (["-o", "backing_file=base,backing_fmt=raw"], "counts from a folder"),
+        (["-o", "data_file=data"], "cannot have its data in another file"),
+    ] {
+        let mut create = Command::new("qemu-img");
+        create.current_dir(folder.path()).args(["create", "-q", "-u", "-f", "qcow2"]).args(options);
+        ran(create.args(["image.qcow2", "1M"]));
+        let server = Server::qemu(folder.path(), &["-r", "-f", "raw", &image.display().to_string()]);
+        refused(converting(&server.uri(""), Some("qcow2"), &out), &[&server.uri(""), reason]);
+    }
+
     let failing = ["--filter=error", "file", &file, "error-pread-rate=100%", "error=ENOSPC"];
     let one_client = ["--filter=multi-conn", "multi-conn-mode=disable"];
     // One connection each, and one for all.

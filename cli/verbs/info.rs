@@ -56,8 +56,13 @@ struct Specific {
 struct Qcow2 {
     compat: &'static str,
     compression_type: String,
+    extended_l2: bool,
     lazy_refcounts: bool,
     refcount_bits: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data_file: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data_file_raw: Option<bool>,
     corrupt: bool,
     /// Internal snapshots and persistent bitmaps, which qemu-img lists one by one.
     snapshot_count: u32,
@@ -92,8 +97,11 @@ fn with_header(raw: Facts, path: &Path, info: qcow2::Info) -> Facts {
     let data = Qcow2 {
         compat: if info.version == 2 { "0.10" } else { "1.1" },
         compression_type: info.compression.to_string(),
+        extended_l2: info.extended_l2,
         lazy_refcounts: info.lazy_refcounts,
         refcount_bits: info.refcount_bits,
+        data_file: info.data_file.as_ref().map(|data_file| data_file.name.clone()),
+        data_file_raw: info.data_file.as_ref().map(|data_file| data_file.raw),
         corrupt: info.corrupt,
         snapshot_count: info.snapshots,
         bitmap_count: info.bitmaps,
@@ -131,7 +139,12 @@ impl Facts {
             facts.push(("backing", format!("{name} ({format})")));
         }
         if let (Some(cluster_size), Some(Specific { data, .. })) = (self.cluster_size, &self.format_specific) {
-            facts.push(("clusters", size::format(cluster_size)));
+            if let Some(name) = &data.data_file {
+                let raw = if data.data_file_raw == Some(true) { " (raw)" } else { "" };
+                facts.push(("data file", format!("{name}{raw}")));
+            }
+            let extended = if data.extended_l2 { ", with subclusters" } else { "" };
+            facts.push(("clusters", format!("{}{extended}", size::format(cluster_size))));
             facts.push(("compat", data.compat.into()));
             facts.push(("refcounts", format!("{} bits", data.refcount_bits)));
             facts.push(("compression", data.compression_type.clone()));

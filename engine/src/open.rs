@@ -3,7 +3,7 @@
 //! Raw is never guessed: a guest can write another format's header into a raw disk, and would choose
 //! by that which of the host's files it reads. A file with no known magic number, and no format named
 //! for it, is an error that says how to name it.
-use crate::chain::{Chain, Layer};
+use crate::chain::{Apart, Chain, Layer};
 use crate::control::TargetFormat;
 use crate::control::options::Cache;
 use crate::disk::{DataFile, Disk};
@@ -73,7 +73,7 @@ pub fn open_disk_at(location: &Location, format: Option<TargetFormat>, access: A
 pub fn open_chain(location: &Location, format: Option<TargetFormat>, access: Access) -> Result<Chain> {
     let cache = access.cache;
     let top = Opened::at(location, format, &access)?;
-    let mut seen = vec![top.identity];
+    let mut seen: Vec<Seen> = std::iter::once(top.identity).chain(top.data_identity).collect();
     let mut below = top.below;
     let mut layers = vec![Arc::new(top.layer)];
     while let Some((location, format)) = below {
@@ -90,7 +90,12 @@ pub fn open_chain(location: &Location, format: Option<TargetFormat>, access: Acc
                 "{parent}: its backing {location} is a layer above it: the chain is a loop"
             )));
         }
-        seen.push(opened.identity);
+        if opened.data_identity.as_ref().is_some_and(|identity| seen.contains(identity)) {
+            return Err(Error::malformed(format!(
+                "{parent}: its backing {location} has a file of a layer above it for its data file"
+            )));
+        }
+        seen.extend(std::iter::once(opened.identity).chain(opened.data_identity));
         layers.push(Arc::new(opened.layer));
         below = opened.below;
     }
@@ -153,6 +158,15 @@ pub fn sync_folder(folder: &Path) -> Result<()> {
     opened.context(|| format!("{}: flush of the folder", folder.display()))
 }
 
+/// The files that the image at `path` is in, as far as can be seen: itself, and its external data file. A
+/// disk that is named raw has none, whatever its guest wrote into it.
+pub fn files_of(path: &Path, format: Option<TargetFormat>) -> Vec<PathBuf> {
+    let header = || open_file(path, false).and_then(|file| read_header(&FileStorage::new(file.buffered))).ok();
+    let header = if format == Some(TargetFormat::Raw) { None } else { header() };
+    let data_file = header.and_then(|header| header.data_file?.resolve(path).ok());
+    std::iter::once(path.to_owned()).chain(data_file).collect()
+}
+
 /// The format of the file at `path` by its magic number.
 pub fn probe_format(path: &Path) -> Result<TargetFormat> {
     let file = open_file(path, false)?;
@@ -171,6 +185,8 @@ enum Seen {
 struct Opened {
     layer: Layer,
     identity: Seen,
+    /// Of its external data file.
+    data_identity: Option<Seen>,
     below: Below,
 }
 
@@ -196,26 +212,35 @@ impl Opened {
         }
         let address = remote.address().clone();
         let storage: Arc<dyn Storage> = Arc::clone(&remote) as _;
-        let (image, below) = open_image(&Location::Nbd(address.clone()), storage, format, access)?;
+        let identity = Seen::Export(address.clone());
+        let (image, below) = open_image(&Location::Nbd(address.clone()), &identity, storage, format, access)?;
         let path = PathBuf::from(address.to_string());
-        let layer =
-            Layer { image: image.map, file: DataFile::buffered(File::remote(remote)), path, format: image.format };
-        Ok(Self { layer, identity: Seen::Export(address), below })
+        let file = DataFile::buffered(File::remote(remote));
+        let layer = Layer { image: image.map, file, path, format: image.format, apart: None };
+        Ok(Self { layer, identity, data_identity: None, below })
     }
 
     fn from_file(path: &Path, file: OpenFile, format: Option<TargetFormat>, access: &Access) -> Result<Self> {
         let storage = Arc::new(FileStorage::new(file.buffered.try_clone().context(|| "open")?));
-        let location = Location::File(path.to_owned());
-        let (image, below) = open_image(&location, Arc::clone(&storage) as _, format, access)?;
+        let (location, identity) = (Location::File(path.to_owned()), Seen::File(file.identity));
+        let (image, below) = open_image(&location, &identity, Arc::clone(&storage) as _, format, access)?;
         if image.flush_first {
             storage.flush().context(|| "flush")?;
         }
-        let identity = Seen::File(file.identity);
         // Metadata goes through the page cache: direct payload may not share a page with it.
         let cache = if image.grain < PAGE as u64 { Cache::Writeback } else { access.cache };
-        let file = file.data_file(path, access.writable, cache)?;
+        let (file, apart, data_identity) = match image.data {
+            None => (file.data_file(path, access.writable, cache)?, None, None),
+            Some(data) => {
+                let identity = Seen::File(data.file.identity);
+                let tables = file.data_file(path, access.writable, Cache::Writeback)?.file().clone();
+                let (data_path, file) = data.taken(access)?;
+                (file, Some(Apart { tables, data_path }), Some(identity))
+            }
+        };
         let path = lasting_name(path).context(|| "looking up its full name")?;
-        Ok(Self { layer: Layer { image: image.map, file, path, format: image.format }, identity, below })
+        let layer = Layer { image: image.map, file, path, format: image.format, apart };
+        Ok(Self { layer, identity, data_identity, below })
     }
 }
 
@@ -228,6 +253,8 @@ struct OpenImage {
     grain: u64,
     /// What opening it wrote has to be durable before anything else.
     flush_first: bool,
+    /// The file that has its payload, where that is another.
+    data: Option<External>,
 }
 
 /// Where the image below is, and its format where that is known.
@@ -235,6 +262,7 @@ type Below = Option<(Location, Option<TargetFormat>)>;
 
 fn open_image(
     location: &Location,
+    own: &Seen,
     storage: Arc<dyn Storage>,
     format: Option<TargetFormat>,
     access: &Access,
@@ -247,22 +275,29 @@ fn open_image(
                 return Err(Error::malformed(format!("the disk has {size} bytes, the file only {len}")));
             }
             let map = Box::new(Raw::new(storage, size));
-            Ok((OpenImage { map, format: "raw", grain: u64::MAX, flush_first: false }, None))
+            Ok((OpenImage { map, format: "raw", grain: u64::MAX, flush_first: false, data: None }, None))
         }
-        TargetFormat::Qcow2 => {
-            let (map, below) = open_qcow2(location, storage, access)?;
-            let (grain, flush_first) = (map.info().cluster_size, map.flush_first());
-            Ok((OpenImage { map: Box::new(map), format: "qcow2", grain, flush_first }, below))
-        }
+        TargetFormat::Qcow2 => open_qcow2(location, own, storage, access),
     }
 }
 
-fn open_qcow2(location: &Location, storage: Arc<dyn Storage>, access: &Access) -> Result<(Qcow2, Below)> {
+fn open_qcow2(
+    location: &Location,
+    own: &Seen,
+    storage: Arc<dyn Storage>,
+    access: &Access,
+) -> Result<(OpenImage, Below)> {
     let header = read_header(&*storage)?;
     let below = header.backing.as_ref().map(|backing| below(backing, location)).transpose()?;
+    let data = header.data_file.as_ref().map(|name| External::open(name, location, own, access)).transpose()?;
     let journal = access.journal.clone().unwrap_or_else(|| Arc::new(Forgetful));
     let open = Open { writable: access.writable, has_backing: below.is_some(), metadata_bytes_max: METADATA_MAX };
-    Ok((Qcow2::open(storage, journal, open)?, below))
+    let mut image = Qcow2::open(storage, journal, open)?;
+    if let Some(data) = &data {
+        image = image.with_data_file(Arc::new(data.storage()?));
+    }
+    let (grain, flush_first) = (image.info().cluster_size, image.flush_first());
+    Ok((OpenImage { map: Box::new(image), format: "qcow2", grain, flush_first, data }, below))
 }
 
 /// What the image at `parent` records of the one below it. The name may say the format too, and then the
@@ -280,6 +315,44 @@ fn below(backing: &Backing, parent: &Location) -> Result<(Location, Option<Targe
     };
     let format = format.map(|format| backing_format(&backing.name, format)).transpose()?;
     Ok((name.location.seen_from(parent)?, format))
+}
+
+/// The external data file of an image, before anything is known to be its alone.
+struct External {
+    path: PathBuf,
+    file: OpenFile,
+}
+
+impl External {
+    /// The file of this name; `own` is what the image at `image` is known by.
+    fn open(name: &formats::qcow2::DataFile, image: &Location, own: &Seen, access: &Access) -> Result<Self> {
+        let Location::File(image) = image else {
+            return Err(Error::unsupported(
+                "an image in an export cannot have its data in another file: bring it into one with qemu-img convert",
+            ));
+        };
+        let path = name.resolve(image)?;
+        // QEMU takes a relative name from the folder that it runs in, so the file may be there.
+        let named = "its data file (a relative name counts from the image's folder)";
+        let file = open_file(&path, access.writable).map_err(|error| error.at(named))?;
+        if Seen::File(file.identity) == *own {
+            return Err(Error::malformed(format!("its data file {} is the image itself", path.display())));
+        }
+        Ok(Self { path, file })
+    }
+
+    fn storage(&self) -> Result<FileStorage> {
+        let file = self.file.buffered.try_clone();
+        file.map(FileStorage::new).context(|| format!("its data file {}: open", self.path.display()))
+    }
+
+    /// Its full name and the ways to it, locked where it is written to.
+    fn taken(self, access: &Access) -> Result<(PathBuf, DataFile)> {
+        let named = format!("its data file {}", self.path.display());
+        let path = lasting_name(&self.path).context(|| format!("{named}: looking up its full name"))?;
+        let file = self.file.data_file(&self.path, access.writable, access.cache);
+        Ok((path, file.map_err(|error| error.at(named))?))
+    }
 }
 
 fn backing_format(name: &str, format: &str) -> Result<TargetFormat> {

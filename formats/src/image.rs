@@ -5,6 +5,8 @@
 //! write   reserve ─► (fill around the payload) ─► the caller writes there ─► commit
 //! zero    zero ─► done, or a place to punch, or "write zeroes yourself"
 //! flush   settle ─► Flush ─► the caller flushes the file ─► settle ─► … ─► Done
+//!
+//! *The file* is the one that has the image's payload, and its tables too unless the two are apart.
 //! ```
 use crate::error::{Error, Result};
 use crate::journal::Change;
@@ -23,9 +25,9 @@ pub struct Extent {
 /// Where a run of guest bytes lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
-    /// As they are, from `host` on in the image's file. May reach past the file's end: zeroes.
+    /// As they are, from `host` on in the file that has the payload. May reach past its end: zeroes.
     Data {
-        /// Offset in the file.
+        /// Offset in the file that has the payload.
         host: u64,
     },
     /// They read as zeroes, whatever the layers below have.
@@ -53,7 +55,7 @@ pub enum Place {
 pub struct Reservation {
     /// The guest bytes it covers: a prefix of what was asked for, never empty.
     pub guest: ByteRange,
-    /// Where the payload goes in the image's file.
+    /// Where the payload goes in the file that has it.
     pub host: u64,
     /// Guest bytes before and behind the payload that have to be brought to the new place as the
     /// whole chain reads them now. Their place is at the same distance from `host` as their guest
@@ -147,8 +149,10 @@ pub enum Zeroed {
 /// What a settle needs next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Settle {
-    /// Flush the file, then call `settle` again with the same progress.
+    /// Flush the image's file, then call `settle` again with the same progress.
     Flush,
+    /// The same with the file that has the payload, where that is another one.
+    FlushPayload,
     /// Everything that was committed before the first call is durable.
     Done,
     /// Somebody else is settling: ask again when they are done.

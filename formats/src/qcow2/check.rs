@@ -2,7 +2,7 @@
 //! lose data.
 //!
 //! Memory: four bytes a cluster of the file, and one table at a time.
-use super::entry::{COPIED, Entry, l2_table};
+use super::entry::{COPIED, Entry, Words, l2_table};
 use super::geometry::Geometry;
 use super::header::Header;
 use super::read_header;
@@ -112,13 +112,13 @@ impl Walk<'_> {
     }
 
     fn walk_l2(&mut self, index: u64, host: u64) -> Result<()> {
-        let count = 1 << self.geometry().l2_bits();
-        let Ok(l2) = table::read(self.storage, host, count) else {
+        let g = self.geometry();
+        let Ok(l2) = table::read(self.storage, host, g.cluster_size() as usize / 8) else {
             self.corrupt(format!("L2 table {index} at {host} cannot be read"));
             return Ok(());
         };
-        for (cluster, raw) in ((index << self.geometry().l2_bits())..).zip(l2) {
-            match Entry::decode(self.geometry(), cluster, raw) {
+        for (cluster, nth) in ((index << g.l2_bits())..).zip(0..1 << g.l2_bits()) {
+            match Entry::decode(g, cluster, Words::get(g, &l2, nth)) {
                 Ok(entry) => self.walk_entry(cluster, entry)?,
                 Err(error) => self.corrupt(error.one_line()),
             }
@@ -127,14 +127,20 @@ impl Walk<'_> {
     }
 
     fn walk_entry(&mut self, cluster: u64, entry: Entry) -> Result<()> {
-        let Some((at, len)) = entry.used(self.geometry()) else { return Ok(()) };
-        self.uses_bytes("payload", at, len, 0);
+        if let Some((at, len)) = entry.used(self.geometry()) {
+            self.uses_bytes("payload", at, len, 0);
+        }
         match entry {
             Entry::Compressed { .. } => self.found.compressed_clusters += 1,
-            Entry::Data { host, copied } | Entry::Zero { kept: Some((host, copied)) } => {
-                self.check_copied(&format!("guest cluster {cluster}"), host, copied)?;
-            }
-            Entry::Absent | Entry::Zero { kept: None } => {}
+            Entry::Standard(standard) => match standard.host {
+                None => return Ok(()),
+                Some((_, copied)) if self.geometry().external_data => {
+                    if !copied {
+                        self.corrupt(format!("guest cluster {cluster}: the copied flag is missing"));
+                    }
+                }
+                Some((host, copied)) => self.check_copied(&format!("guest cluster {cluster}"), host, copied)?,
+            },
         }
         self.found.allocated_clusters += 1;
         Ok(())

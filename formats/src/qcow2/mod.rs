@@ -3,7 +3,7 @@
 //! ```text
 //! header      what the header says and what of it is not supported
 //! geometry    the numbers that follow from it
-//! entry       what an L1 or L2 entry means
+//! entry       what an L1 or L2 entry means, and its subclusters
 //! state       the tables as they are now, under one lock
 //!   slices      the part of them that is in memory
 //!   refcounts   how often each host cluster is used
@@ -11,6 +11,7 @@
 //! map, reserve, zero     what guests ask
 //! settle      brings the tables into the file, in order
 //! replay      takes back what the journal kept through a kill
+//! data_file   where payload is in a file of its own
 //! create      makes an empty image
 //! check       finds leaks and corruptions
 //! ```
@@ -27,6 +28,7 @@
 //!    not flushed. See `settle`.
 pub mod check;
 pub mod create;
+mod data_file;
 mod entry;
 mod geometry;
 pub mod header;
@@ -44,13 +46,15 @@ mod zero;
 
 pub use check::{Check, check};
 pub use create::{Create, create};
+pub use data_file::DataFile;
 pub use geometry::Geometry;
 pub use header::{Backing, Compression, Header};
 
 use crate::error::{Context, Error, Result};
-use crate::image::{Extent, Holder, Image, Progress, Reservation, Reserve, Settle, Zeroed, Zeroing};
+use crate::image::{Extent, Holder, Image, Place, Progress, Reservation, Reserve, Settle, Zeroed, Zeroing};
 use crate::journal::{Change, Journal};
 use crate::range::ByteRange;
+use crate::raw;
 use crate::storage::Storage;
 use state::State;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -80,8 +84,12 @@ pub struct Info {
     pub refcount_bits: u32,
     /// How clusters are compressed.
     pub compression: Compression,
+    /// A cluster has 32 subclusters, each of them there or not.
+    pub extended_l2: bool,
     /// The image below.
     pub backing: Option<Backing>,
+    /// The file that the payload is in, where it is another.
+    pub data_file: Option<DataFile>,
     /// Incompatible feature bits.
     pub incompatible_features: u64,
     /// Compatible feature bits.
@@ -103,6 +111,8 @@ pub struct Info {
 /// An image that is open.
 pub struct Qcow2 {
     header: Header,
+    /// The external data file, to ask for its holes.
+    data: Option<Arc<dyn Storage>>,
     flush_first: bool,
     shared: Arc<Shared>,
 }
@@ -114,6 +124,8 @@ struct Shared {
     journal: Arc<dyn Journal>,
     writable: bool,
     has_backing: bool,
+    /// The payload's file is to show by itself what the guest sees.
+    raw_data: bool,
     state: Mutex<State>,
 }
 
@@ -134,9 +146,16 @@ impl Qcow2 {
             journal,
             writable: open.writable,
             has_backing: open.has_backing,
+            raw_data: header.data_file.as_ref().is_some_and(|data_file| data_file.raw),
             state: Mutex::new(state),
         };
-        Ok(Self { header, flush_first, shared: Arc::new(shared) })
+        Ok(Self { header, data: None, flush_first, shared: Arc::new(shared) })
+    }
+
+    /// With its external data file at hand, `map_thin` knows the holes of that.
+    #[must_use]
+    pub fn with_data_file(self, data: Arc<dyn Storage>) -> Self {
+        Self { data: Some(data), ..self }
     }
 
     /// What the header said.
@@ -185,11 +204,12 @@ pub fn read_header(storage: &dyn Storage) -> Result<Header> {
 /// Refuses what must not be written; says whether it changed the header.
 fn prepare_writing(storage: &dyn Storage, header: &Header) -> Result<bool> {
     header.check_writable()?;
-    if header.autoclear == 0 {
+    let kept = header.autoclear_kept();
+    if header.autoclear == kept {
         return Ok(false);
     }
-    // Nothing that a bit vouches for is kept up by us, persistent bitmaps included.
-    let cleared = storage.write_at(header::AUTOCLEAR_AT, &0_u64.to_be_bytes());
+    // Nothing else that a bit vouches for is kept up by us, persistent bitmaps included.
+    let cleared = storage.write_at(header::AUTOCLEAR_AT, &kept.to_be_bytes());
     cleared.context(|| "clearing the autoclear features in the header")?;
     Ok(true)
 }
@@ -204,7 +224,9 @@ impl Header {
             cluster_size: g.cluster_size(),
             refcount_bits: 1 << g.refcount_order,
             compression: self.compression,
+            extended_l2: g.extended_l2,
             backing: self.backing.clone(),
+            data_file: self.data_file.clone(),
             incompatible_features: self.incompatible,
             compatible_features: self.compatible,
             autoclear_features: self.autoclear,
@@ -260,6 +282,14 @@ impl Image for Qcow2 {
 
     fn map(&self, at: u64, len_max: u64) -> Result<Extent> {
         self.shared.map(at, len_max)
+    }
+
+    fn map_thin(&self, at: u64, len_max: u64) -> Result<Extent> {
+        let extent = self.map(at, len_max)?;
+        match (&self.data, extent.place) {
+            (Some(data), Place::Data { host }) => raw::thin(&**data, extent.guest, host),
+            _ => Ok(extent),
+        }
     }
 
     fn reserve(&self, guest: ByteRange) -> Result<Reserve> {

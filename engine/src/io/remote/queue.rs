@@ -33,8 +33,9 @@ impl<I: Io> Remotes<I> {
     }
 
     fn start(&mut self, remote: &Arc<Remote>, token: Token, op: Op) {
-        if let Some(refused) = refused(&op) {
-            return self.ready.push(Completion { token, op, result: Err(refused) });
+        if !matches!(op, Op::Read { .. }) {
+            let result = not_read(&op);
+            return self.ready.push(Completion { token, op, result });
         }
         if !remote.is_shared() {
             return self.ready.push(now(remote, token, op));
@@ -121,22 +122,23 @@ fn is_own(token: Token) -> bool {
 
 fn file_of(op: &Op) -> Option<&File> {
     match op {
-        Op::Read { file, .. } | Op::Write { file, .. } | Op::Zero { file, .. } | Op::Flush { file } => Some(file),
+        Op::Read { file, .. } | Op::Write { file, .. } | Op::Zero { file, .. } => Some(file),
+        Op::Flush { file } | Op::Prefetch { file, .. } => Some(file),
         _ => None,
     }
 }
 
-/// Exports are read.
-fn refused(op: &Op) -> Option<io::Error> {
+/// Exports are read. What is only a hint is heard and not passed on.
+fn not_read(op: &Op) -> io::Result<u32> {
     match op {
-        Op::Read { .. } => None,
-        _ => Some(Errno::ROFS.into()),
+        Op::Prefetch { .. } => Ok(0),
+        _ => Err(Errno::ROFS.into()),
     }
 }
 
 /// Where the server takes one connection only: by that one, waiting.
 fn now(remote: &Remote, token: Token, mut op: Op) -> Completion {
-    let Op::Read { at, buf, .. } = &mut op else { unreachable!("refused before") };
+    let Op::Read { at, buf, .. } = &mut op else { unreachable!("all else is answered before") };
     let result = remote.read_now(*at, buf).map(|count| count as u32);
     Completion { token, op, result }
 }

@@ -1,8 +1,8 @@
 //! A queue over a real ring, against servers of our own that answer, dawdle, hang up or change their mind.
 use super::super::{Arena, Buffer, Completion, File, Io, Op, Ring, Token, Wait};
 use super::{ANSWER_TIME_MAX, Remote, Remotes};
-use formats::nbd::wire::{HEADER_LEN, Header, error_chunk, offset_data_chunk, offset_hole_chunk};
-use formats::nbd::{Address, BlockSizes, Errno, ExportInfo, Handshake, Outcome, Server};
+use formats::nbd::wire::Header;
+use formats::nbd::{Address, BlockSizes, Errno, ExportInfo, Handshake, Outcome, ReplyTo, Server, Style};
 use formats::storage::Storage;
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
@@ -45,6 +45,7 @@ fn speak(mut client: UnixStream, treats: Treats, multi_conn: bool) -> io::Result
         multi_conn,
         fast_zero: false,
         block_sizes,
+        bitmaps: Vec::new(),
     };
     let mut out = Vec::new();
     let mut handshake = Handshake::new(&mut out);
@@ -65,9 +66,9 @@ fn speak(mut client: UnixStream, treats: Treats, multi_conn: bool) -> io::Result
     }
     client.write_all(&out)?;
     for number in 0.. {
-        let mut header = [0; HEADER_LEN];
+        let mut header = [0; 28];
         client.read_exact(&mut header)?;
-        let Header { command, cookie, offset, len, .. } = Header::parse(&header).expect("a request");
+        let Header { command, cookie, offset, len, .. } = Header::parse(Style::Structured, &header).expect("a request");
         match treats {
             Treats::Silent => continue,
             Treats::HangsUpAfter(count) if number == count => return Ok(()),
@@ -82,8 +83,9 @@ fn speak(mut client: UnixStream, treats: Treats, multi_conn: bool) -> io::Result
 
 /// The last byte's chunk first, holes as holes, and nothing at all of the disk's last block.
 fn answer(cookie: u64, offset: u64, len: u64) -> Vec<u8> {
+    let to = ReplyTo { style: Style::Structured, cookie, offset };
     if offset + len == SIZE {
-        return error_chunk(cookie, Errno::Io, "bad sector");
+        return to.error(Errno::Io, "bad sector");
     }
     let mut runs: Vec<(u64, u64)> = Vec::new();
     let mut at = offset;
@@ -96,9 +98,9 @@ fn answer(cookie: u64, offset: u64, len: u64) -> Vec<u8> {
     for (number, (start, end)) in runs.iter().copied().enumerate().rev() {
         let (len, done) = ((end - start) as u32, number == 0);
         match is_hole(start) {
-            true => out.extend(offset_hole_chunk(cookie, start, len, done)),
+            true => out.extend_from_slice(&to.hole(start, len, done)),
             false => {
-                out.extend(offset_data_chunk(cookie, start, len, done));
+                out.extend_from_slice(&to.data(start, len, done));
                 out.extend((start..end).map(byte));
             }
         }

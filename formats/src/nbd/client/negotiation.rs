@@ -8,8 +8,9 @@
 //! ```
 //!
 //! A connection costs one reply at a time, `REPLY_LEN_MAX` bytes at most.
+use super::super::context::Context;
 use super::super::export::BlockSizes;
-use super::super::wire::{BASE_ALLOCATION, Fields, NBD_MAGIC, OPTION_MAGIC, OPTION_REPLY_MAGIC, STRING_LEN_MAX};
+use super::super::wire::{Fields, NBD_MAGIC, OPTION_MAGIC, OPTION_REPLY_MAGIC, STRING_LEN_MAX};
 use super::super::wire::{handshake_flag, info, opt, rep, transmission_flag};
 use super::{Collector, Session};
 use crate::error::{Error, Result};
@@ -201,7 +202,7 @@ impl Negotiation {
     }
 
     fn ask_contexts(&mut self, out: &mut Vec<u8>) {
-        let data = [&string(&self.export)[..], &1u32.to_be_bytes(), &string(BASE_ALLOCATION)].concat();
+        let data = [&string(&self.export)[..], &1u32.to_be_bytes(), &string(&Context::Allocation.name())].concat();
         self.ask(opt::SET_META_CONTEXT, &data, out);
     }
 
@@ -218,7 +219,7 @@ impl Negotiation {
 
     fn context(&mut self, fields: &mut Fields<'_>) -> Result<()> {
         let number = fields.u32().ok_or_else(|| Error::malformed("a metadata context has no number"))?;
-        if fields.0 != BASE_ALLOCATION.as_bytes() {
+        if fields.0 != Context::Allocation.name().as_bytes() {
             // Not asked for, so it does no harm either.
             return Ok(());
         }

@@ -4,9 +4,9 @@
 use super::answered::Answered;
 use super::{Collector, Session};
 use crate::error::{Error, Result};
+use crate::nbd::reply::BLOCK_EXTENTS_MAX;
 use crate::nbd::wire::{
-    BLOCK_EXTENT_LEN, BLOCK_EXTENTS_MAX, CHUNK_DONE, Command, Fields, Header, SIMPLE_REPLY_MAGIC, STRING_LEN_MAX,
-    STRUCTURED_REPLY_MAGIC, chunk,
+    CHUNK_DONE, Command, Fields, Header, SIMPLE_REPLY_MAGIC, STRING_LEN_MAX, STRUCTURED_REPLY_MAGIC, chunk,
 };
 use crate::range::ByteRange;
 use std::collections::BTreeMap;
@@ -129,6 +129,8 @@ struct Chunk {
     len: u32,
 }
 
+/// Bytes of one extent.
+const BLOCK_EXTENT_LEN: usize = 8;
 /// The head of a simple reply behind its magic, and of a chunk.
 const SIMPLE_HEAD_LEN: usize = 12;
 const CHUNK_HEAD_LEN: usize = 16;

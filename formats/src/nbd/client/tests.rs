@@ -3,7 +3,7 @@ use super::{Ask, Event, Negotiation, Replies, Session};
 use crate::error::Result;
 use crate::nbd::export::{BlockSizes, ExportInfo};
 use crate::nbd::wire::{self, Command, Header, chunk, handshake_flag, opt, rep, state, transmission_flag};
-use crate::nbd::{Errno, Handshake, Outcome};
+use crate::nbd::{Errno, Handshake, Outcome, ReplyTo, Style};
 use crate::range::ByteRange;
 use proptest::prelude::{Just, any, prop_oneof, proptest};
 use proptest::strategy::Strategy;
@@ -18,6 +18,7 @@ fn export() -> ExportInfo {
         multi_conn: true,
         fast_zero: false,
         block_sizes: BlockSizes { minimum: 512, preferred: 4096, maximum: 1 << 20 },
+        bitmaps: Vec::new(),
     }
 }
 
@@ -55,7 +56,7 @@ fn our_server_and_our_client_agree() {
             let session = converse(name, piece).expect("a negotiation").expect("its end");
             let wanted = Session {
                 size: 1 << 30,
-                flags: export().transmission_flags(true),
+                flags: export().transmission_flags(Style::Structured, true),
                 block_sizes: export().block_sizes,
                 structured_replies: true,
                 base_allocation: Some(1),
@@ -162,6 +163,18 @@ fn session(structured_replies: bool) -> Session {
     }
 }
 
+fn to(cookie: u64, style: Style) -> ReplyTo {
+    ReplyTo { style, cookie, offset: 0 }
+}
+
+fn simple(cookie: u64) -> Vec<u8> {
+    to(cookie, Style::Simple).done().to_vec()
+}
+
+fn none_chunk(cookie: u64) -> Vec<u8> {
+    head(1, chunk::NONE, cookie, 0)
+}
+
 const READ: ByteRange = ByteRange { start: 4096, end: 8192 };
 
 /// What comes of one request and of these bytes.
@@ -179,23 +192,23 @@ fn head(flags: u16, kind: u16, cookie: u64, len: u32) -> Vec<u8> {
 }
 
 fn data(cookie: u64, at: u64, len: u32, done: bool) -> Vec<u8> {
-    [&wire::offset_data_chunk(cookie, at, len, done)[..], &vec![7; len as usize]].concat()
+    [&to(cookie, Style::Structured).data(at, len, done)[..], &vec![7; len as usize]].concat()
 }
 
 fn extents(context: u32, extents: &[(u32, u32)]) -> Vec<u8> {
     let listed = extents.iter().flat_map(|(len, state)| [len.to_be_bytes(), state.to_be_bytes()].concat());
-    wire::block_status_chunk(1, context, extents.len()).into_iter().chain(listed).collect()
+    to(1, Style::Structured).block_status(context, extents.len(), true).iter().copied().chain(listed).collect()
 }
 
 #[test]
 fn a_server_that_lies_in_its_replies_is_named() {
-    let hole = |at, len, done| wire::offset_hole_chunk(1, at, len, done).to_vec();
-    let none = wire::none_chunk(1).to_vec();
+    let hole = |at, len, done| to(1, Style::Structured).hole(at, len, done).to_vec();
+    let none = none_chunk(1);
     for (bytes, reason) in [
         (b"HTTP".to_vec(), "begins with 0x48545450"),
-        (wire::simple_reply(1, None).to_vec(), "without chunks"),
-        (wire::none_chunk(2).to_vec(), "request 0x2"),
-        (wire::none_chunk(0).to_vec(), "request 0x0"),
+        (simple(1), "without chunks"),
+        (none_chunk(2), "request 0x2"),
+        (none_chunk(0), "request 0x0"),
         ([hole(4096, 4096, true), none.clone()].concat(), "request 0x1"),
         (head(2, chunk::NONE, 1, 0), "flags 0x2"),
         (head(0, chunk::NONE, 1, 0), "0 bytes (done: false)"),
@@ -226,8 +239,8 @@ fn a_server_that_lies_in_its_replies_is_named() {
         assert!(error.contains(reason), "{reason}: {error}");
     }
     for (bytes, reason) in [
-        (wire::simple_reply(1, None).to_vec(), "without extents"),
-        (wire::none_chunk(1).to_vec(), "without all"),
+        (simple(1), "without extents"),
+        (none_chunk(1), "without all"),
         (data(1, 4096, 1, true), "type 1"),
         (head(1, chunk::BLOCK_STATUS, 1, 4), "4 bytes"),
         (head(1, chunk::BLOCK_STATUS, 1, 13), "13 bytes"),
@@ -239,7 +252,7 @@ fn a_server_that_lies_in_its_replies_is_named() {
         let error = answered(true, Ask::BlockStatus(READ), &bytes).expect_err(reason).one_line();
         assert!(error.contains(reason), "{reason}: {error}");
     }
-    let chunk = answered(false, Ask::Read(READ), &wire::none_chunk(1)).expect_err("not agreed on").one_line();
+    let chunk = answered(false, Ask::Read(READ), &none_chunk(1)).expect_err("not agreed on").one_line();
     assert!(chunk.contains("begins with 0x668e33ef"), "{chunk}");
 }
 
@@ -250,13 +263,14 @@ fn what_is_refused_is_told_in_words_and_extents_are_cut() {
     for ask in [Ask::Read(READ), Ask::BlockStatus(READ), Ask::Read(READ)] {
         replies.ask(ask, &mut requests);
     }
-    let header = requests.chunks(28).nth(1).and_then(|bytes| Header::parse(bytes.try_into().ok()?));
+    let header = requests.chunks(28).nth(1).and_then(|bytes| Header::parse(Style::Structured, bytes));
     let status = Header { flags: 0, command: Command::BlockStatus as u16, cookie: 2, offset: 4096, len: 4096 };
     assert_eq!(header, Some(status));
+    let two = to(2, Style::Structured);
     let said = [
-        wire::error_offset_chunk(3, Errno::Io, "bad sector", 4096),
-        [&wire::block_status_chunk(2, 9, 2)[..], &wire::block_extent(96, 3), &wire::block_extent(1 << 30, 0)].concat(),
-        wire::simple_reply(1, Some(Errno::Inval)).to_vec(),
+        [&head(1, chunk::ERROR_OFFSET, 3, 24)[..], &[0, 0, 0, 5, 0, 10], b"bad sector", &[0; 8]].concat(),
+        [&two.block_status(9, 2, true)[..], &two.extent(96, 3), &two.extent(1 << 30, 0)].concat(),
+        to(1, Style::Simple).error(Errno::Inval, ""),
     ];
     let mut input = &said[0][..];
     let failed = |cookie, errno, message: &str| {
@@ -317,14 +331,14 @@ proptest! {
             let cookie = replies.ask(Ask::Read(*range), &mut Vec::new());
             assert_eq!(cookie, number as u64 + 1);
             if !structured {
-                stream.push([&wire::simple_reply(cookie, None)[..], &bytes(*range)].concat());
+                stream.push([&simple(cookie)[..], &bytes(*range)].concat());
                 continue;
             }
             for (index, Piece { range, zero }) in pieces.iter().enumerate() {
                 let (done, len) = (index + 1 == pieces.len(), range.len() as u32);
                 stream.push(match zero {
-                    true => wire::offset_hole_chunk(cookie, range.start, len, done).to_vec(),
-                    false => [&wire::offset_data_chunk(cookie, range.start, len, done)[..], &bytes(*range)].concat(),
+                    true => to(cookie, Style::Structured).hole(range.start, len, done).to_vec(),
+                    false => [&to(cookie, Style::Structured).data(range.start, len, done)[..], &bytes(*range)].concat(),
                 });
             }
         }
@@ -362,11 +376,11 @@ proptest! {
     fn any_bytes_are_an_answer_or_an_error(
         bytes in proptest::collection::vec(prop_oneof![
             any::<Vec<u8>>(),
-            Just(wire::none_chunk(1).to_vec()),
+            Just(none_chunk(1)),
             Just(head(1, chunk::OFFSET_DATA, 1, 4104)),
             Just(data(1, 4096, 4096, true)),
             Just(extents(9, &[(512, 3), (4096, 0)])),
-            Just(wire::error_chunk(1, Errno::Io, "why")),
+            Just(to(1, Style::Structured).error(Errno::Io, "why")),
         ], 0..4),
         status in any::<bool>(),
     ) {
