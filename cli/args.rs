@@ -50,6 +50,8 @@ pub enum Verb {
     Compare(Compare),
     /// Say what an image file is
     Info(Info),
+    /// Say where a disk's bytes live, run by run
+    Map(Map),
     /// Move a disk under a guest, with nothing but this program, and prove that nothing was lost
     Demo(Demo),
 }
@@ -136,6 +138,9 @@ pub struct Compare {
     /// The other one's
     #[arg(long, value_name = "FORMAT", value_parser = formats())]
     pub b_format: Option<TargetFormat>,
+    /// They also have to be equally long and to have payload, zeroes and nothing at the same places
+    #[arg(long)]
+    pub strict: bool,
 }
 
 #[derive(Debug, Arguments)]
@@ -145,6 +150,21 @@ pub struct Info {
     /// As an object, with the names that qemu-img has
     #[arg(long)]
     pub json: bool,
+    /// And what is below it; in JSON as an array, the top first
+    #[arg(long)]
+    pub backing_chain: bool,
+}
+
+#[derive(Debug, Arguments)]
+pub struct Map {
+    /// The image, the top layer of its chain
+    pub file: PathBuf,
+    /// As an array of runs, as qemu-img has it
+    #[arg(long)]
+    pub json: bool,
+    /// The image's format; by its header where it is not given
+    #[arg(long, value_name = "FORMAT", value_parser = formats())]
+    pub format: Option<TargetFormat>,
 }
 
 #[derive(Debug, Arguments)]

@@ -14,6 +14,13 @@ pub enum Failure {
     },
     /// Tried, and failed.
     Failed(String),
+    /// Tried, and failed, in a verb whose exit status says more than that.
+    FailedWith {
+        /// The exit status.
+        status: u8,
+        /// Why.
+        message: String,
+    },
     /// The result itself says it, and was told.
     Told,
     /// Nobody reads our results any more.
@@ -26,6 +33,16 @@ impl Failure {
         Self::Failed(message.into())
     }
 
+    /// How the program ends after it.
+    pub fn exit_status(&self) -> u8 {
+        match self {
+            // Whoever read our results has heard enough.
+            Self::Unheard => 0,
+            Self::FailedWith { status, .. } => *status,
+            Self::Refused { .. } | Self::Failed(_) | Self::Told => 1,
+        }
+    }
+
     /// True where the daemon refused with `code`.
     pub fn is(&self, code: Code) -> bool {
         matches!(self, Self::Refused { code: Some(refused), .. } if *refused == code)
@@ -36,7 +53,9 @@ impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Refused { code: Some(code), message } => write!(f, "{message} ({})", name(*code)),
-            Self::Refused { code: None, message } | Self::Failed(message) => f.write_str(message),
+            Self::Refused { code: None, message } | Self::Failed(message) | Self::FailedWith { message, .. } => {
+                f.write_str(message)
+            }
             Self::Told => f.write_str("no"),
             Self::Unheard => f.write_str("nobody reads the results"),
         }

@@ -1,26 +1,39 @@
 //! `info`: what an image file is, by its header.
+mod kept;
+
 use crate::args::Info;
 use crate::failure::Failure;
 use crate::image;
 use crate::output::say;
 use crate::size;
 use engine::io::FileStorage;
+use engine::open::{LAYERS_MAX, identity};
 use formats::backing::{BackingName, Location};
 use formats::error::{Context, Error, Result};
 use formats::probe::Probed;
 use formats::qcow2;
 use formats::storage::Storage;
+use kept::{Bitmap, Snapshot};
 use serde::Serialize;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-/// Says what an image is.
+/// Says what an image is, or each of its chain.
 pub fn run(args: &Info) -> std::result::Result<(), Failure> {
-    let facts = facts(&args.file).map_err(|error| Failure::new(error.at(args.file.display()).one_line()))?;
-    if args.json {
-        return say(serde_json::to_string_pretty(&facts).map_err(|error| Failure::new(error.to_string()))?);
+    let layers = if args.backing_chain { chain(&args.file) } else { facts(&args.file, None).map(|only| vec![only]) };
+    let layers = layers.map_err(|error| Failure::new(error.one_line()))?;
+    match (args.json, &layers[..]) {
+        (true, [only]) if !args.backing_chain => say_json(only),
+        (true, all) => say_json(&all),
+        (false, all) => {
+            let blocks: Vec<String> = all.iter().map(|facts| facts.lines().join("\n")).collect();
+            say(blocks.join("\n\n"))
+        }
     }
-    facts.lines().iter().try_for_each(say)
+}
+
+fn say_json(value: &impl Serialize) -> std::result::Result<(), Failure> {
+    say(serde_json::to_string_pretty(value).map_err(|error| Failure::new(error.to_string()))?)
 }
 
 /// What there is to say, by the names that `qemu-img info --output=json` has.
@@ -40,8 +53,29 @@ struct Facts {
     full_backing_filename: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     backing_filename_format: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    snapshots: Vec<Snapshot>,
     #[serde(skip_serializing_if = "Option::is_none")]
     format_specific: Option<Specific>,
+    children: [Child; 1],
+}
+
+/// The node below the format, which is the file itself.
+#[derive(Debug, Serialize)]
+struct Child {
+    name: &'static str,
+    info: FileFacts,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct FileFacts {
+    filename: String,
+    format: &'static str,
+    /// The file's length.
+    virtual_size: u64,
+    actual_size: u64,
+    dirty_flag: bool,
 }
 
 #[derive(Debug, Serialize)]
@@ -64,18 +98,54 @@ struct Qcow2 {
     #[serde(skip_serializing_if = "Option::is_none")]
     data_file_raw: Option<bool>,
     corrupt: bool,
-    /// Internal snapshots and persistent bitmaps, which qemu-img lists one by one.
-    snapshot_count: u32,
-    bitmap_count: u32,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    bitmaps: Vec<Bitmap>,
 }
 
-fn facts(path: &Path) -> Result<Facts> {
+/// The facts of each layer, the top first.
+fn chain(top: &Path) -> Result<Vec<Facts>> {
+    let mut layers = vec![facts(top, None)?];
+    let mut seen = vec![identity(top)?];
+    loop {
+        let above = &layers[layers.len() - 1];
+        let (Some((path, format)), parent) = (above.below()?, above.filename.clone()) else { return Ok(layers) };
+        let below = facts(&path, format.as_deref()).and_then(|facts| Ok((facts, identity(&path)?)));
+        let (below, identity) = below.map_err(|error| error.at(format!("backing of {parent}")))?;
+        if seen.contains(&identity) {
+            return Err(Error::malformed(format!(
+                "{parent}: its backing {} is a layer above it: the chain is a loop",
+                path.display()
+            )));
+        }
+        if layers.len() == LAYERS_MAX {
+            return Err(Error::unsupported(format!("{parent}: the chain has more than {LAYERS_MAX} layers")));
+        }
+        seen.push(identity);
+        layers.push(below);
+    }
+}
+
+/// The facts of one image: of `format` where the layer above names it, or by its header.
+fn facts(path: &Path, format: Option<&str>) -> Result<Facts> {
+    look(path, format).map_err(|error| error.at(path.display()))
+}
+
+fn look(path: &Path, format: Option<&str>) -> Result<Facts> {
     let file = image::open(path)?;
-    let actual_size = file.metadata().context(|| "stat")?.blocks() * 512;
+    let metadata = file.metadata().context(|| "stat")?;
+    let actual_size = metadata.blocks() * 512;
     let storage = FileStorage::new(file);
     let len = storage.len().context(|| "asking for the file's length")?;
+    let filename = path.display().to_string();
+    let child = FileFacts {
+        filename: filename.clone(),
+        format: if metadata.is_file() { "file" } else { "host_device" },
+        virtual_size: len,
+        actual_size,
+        dirty_flag: false,
+    };
     let raw = Facts {
-        filename: path.display().to_string(),
+        filename,
         format: "raw",
         virtual_size: len,
         actual_size,
@@ -84,16 +154,25 @@ fn facts(path: &Path) -> Result<Facts> {
         backing_filename: None,
         full_backing_filename: None,
         backing_filename_format: None,
+        snapshots: Vec::new(),
         format_specific: None,
+        children: [Child { name: "file", info: child }],
     };
+    if format == Some("raw") {
+        return Ok(raw);
+    }
     match image::probe_storage(&storage)? {
         Probed::Unknown => Ok(raw),
         Probed::Unsupported(format) => Err(Error::unsupported(format!("a {format} image, which is not supported"))),
-        Probed::Qcow2 => Ok(with_header(raw, path, qcow2::read_header(&storage)?.info())),
+        Probed::Qcow2 => with_header(raw, path, &storage),
     }
 }
 
-fn with_header(raw: Facts, path: &Path, info: qcow2::Info) -> Facts {
+fn with_header(raw: Facts, path: &Path, storage: &FileStorage) -> Result<Facts> {
+    let header = qcow2::read_header(storage)?;
+    let snapshots = qcow2::snapshots::read(storage, &header)?;
+    let bitmaps = qcow2::bitmaps::read(storage, &header)?;
+    let info = header.info();
     let data = Qcow2 {
         compat: if info.version == 2 { "0.10" } else { "1.1" },
         compression_type: info.compression.to_string(),
@@ -103,14 +182,13 @@ fn with_header(raw: Facts, path: &Path, info: qcow2::Info) -> Facts {
         data_file: info.data_file.as_ref().map(|data_file| data_file.name.clone()),
         data_file_raw: info.data_file.as_ref().map(|data_file| data_file.raw),
         corrupt: info.corrupt,
-        snapshot_count: info.snapshots,
-        bitmap_count: info.bitmaps,
+        bitmaps: bitmaps.into_iter().map(Bitmap::from).collect(),
     };
     let backing = info.backing.as_ref();
     // A name that cannot be followed is still a name to show.
     let parent = Location::File(path.to_owned());
     let full = backing.and_then(|backing| BackingName::parse(&backing.name).ok()?.location.seen_from(&parent).ok());
-    Facts {
+    Ok(Facts {
         format: "qcow2",
         virtual_size: info.virtual_size,
         dirty_flag: info.dirty,
@@ -118,12 +196,28 @@ fn with_header(raw: Facts, path: &Path, info: qcow2::Info) -> Facts {
         backing_filename: backing.map(|backing| backing.name.clone()),
         full_backing_filename: full.map(|location| location.to_string()),
         backing_filename_format: backing.and_then(|backing| backing.format.clone()),
+        snapshots: snapshots.into_iter().map(Snapshot::from).collect(),
         format_specific: Some(Specific { format: "qcow2", data }),
         ..raw
-    }
+    })
 }
 
 impl Facts {
+    /// The image below, and its format where that is recorded.
+    fn below(&self) -> Result<Option<(PathBuf, Option<String>)>> {
+        let Some(name) = &self.backing_filename else { return Ok(None) };
+        let parent = Location::File(PathBuf::from(&self.filename));
+        let name = BackingName::parse(name).map_err(|error| error.at(&self.filename))?;
+        let format = self.backing_filename_format.clone().or(name.format.map(str::to_owned));
+        match name.location.seen_from(&parent).map_err(|error| error.at(&self.filename))? {
+            Location::File(path) => Ok(Some((path, format))),
+            Location::Nbd(address) => Err(Error::unsupported(format!(
+                "{}: its backing is the export {address}, which only its server knows: ask with nbdinfo",
+                self.filename
+            ))),
+        }
+    }
+
     fn lines(&self) -> Vec<String> {
         let mut facts = vec![
             ("image", self.filename.clone()),
@@ -149,6 +243,8 @@ impl Facts {
             facts.push(("refcounts", format!("{} bits", data.refcount_bits)));
             facts.push(("compression", data.compression_type.clone()));
             facts.extend(data.marks(self.dirty_flag).map(|mark| ("marked", mark)));
+            facts.extend(self.snapshots.iter().map(|one| ("snapshot", one.line())));
+            facts.extend(data.bitmaps.iter().map(|one| ("bitmap", one.line())));
         }
         facts.into_iter().map(|(name, fact)| format!("{name:<11} {fact}")).collect()
     }
@@ -161,8 +257,6 @@ impl Qcow2 {
             (dirty, "dirty".to_string()),
             (self.corrupt, "corrupt".to_string()),
             (self.lazy_refcounts, "lazy refcounts".to_string()),
-            (self.snapshot_count > 0, format!("{} internal snapshots", self.snapshot_count)),
-            (self.bitmap_count > 0, format!("{} persistent bitmaps", self.bitmap_count)),
         ];
         marks.into_iter().filter(|(is_set, _)| *is_set).map(|(_, mark)| mark)
     }

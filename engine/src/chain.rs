@@ -194,8 +194,9 @@ impl Layer {
             // What was given up is free now that nobody is inside, and its tables say so next.
             self.image.recycle();
             self.settle_by(flush)?;
-            self.image.close()?;
-            flush(self.tables())
+            let flush = || flush(self.tables());
+            self.image.close(&flush)?;
+            flush()
         });
         closed.map_err(|error| error.at(self.path.display()))
     }

@@ -10,6 +10,7 @@
 //! ```
 use crate::error::{Error, Result};
 use crate::journal::Change;
+use crate::qcow2::bitmaps::Carried;
 use crate::range::ByteRange;
 use std::sync::Arc;
 
@@ -45,6 +46,34 @@ pub enum Place {
         /// Length of the inflated cluster.
         inflated: u32,
     },
+}
+
+/// One run of guest bytes in the words of block status: what this image alone says of it, and what
+/// the file system adds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Description {
+    /// The guest bytes that it is about: from the asked byte on, never empty.
+    pub guest: ByteRange,
+    /// They have payload in the image's file.
+    pub data: bool,
+    /// They are known to read as zeroes. With neither this nor `data`, the layer below decides.
+    pub zero: bool,
+    /// They are compressed.
+    pub compressed: bool,
+    /// Offset in the file of the place that they have, one that is only set aside included.
+    pub host: Option<u64>,
+}
+
+impl From<Extent> for Description {
+    fn from(extent: Extent) -> Self {
+        let nothing = Self { guest: extent.guest, data: false, zero: false, compressed: false, host: None };
+        match extent.place {
+            Place::Data { host } => Self { data: true, host: Some(host), ..nothing },
+            Place::Zero => Self { zero: true, ..nothing },
+            Place::Absent => nothing,
+            Place::Compressed { .. } => Self { data: true, compressed: true, ..nothing },
+        }
+    }
 }
 
 /// Where a guest write goes, before the image says so.
@@ -122,7 +151,8 @@ pub enum Zeroing {
     Unmap,
     /// They read as zeroes; space that is allocated stays so.
     Keep,
-    /// A discard: whole clusters read as zeroes, what cannot be given back may stay as it is.
+    /// A discard: whole clusters, or subclusters, read as zeroes; what cannot be given back may stay
+    /// as it is.
     Discard,
 }
 
@@ -187,6 +217,11 @@ pub trait Image: Send + Sync {
         self.map(at, len_max)
     }
 
+    /// Like `map_thin`, with all that is known: for telling, not for reading.
+    fn describe(&self, at: u64, len_max: u64) -> Result<Description> {
+        self.map_thin(at, len_max).map(Description::from)
+    }
+
     /// Room for a write of `guest`; may cover less than asked, never nothing.
     ///
     /// The payload is written at the returned place first and `commit` makes it the image's
@@ -202,13 +237,25 @@ pub trait Image: Send + Sync {
     /// Makes metadata durable, one stage a call, in an order that a power cut survives.
     fn settle(&self, progress: &mut Progress) -> Result<Settle>;
 
+    /// The consistent bitmaps of what was written, as they are now. Nobody writes meanwhile.
+    fn bitmaps(&self) -> Result<Vec<Carried>> {
+        Ok(Vec::new())
+    }
+
+    /// Goes on with the bitmaps of another image that has the same contents: they are stored at the
+    /// close. Nobody writes meanwhile.
+    fn adopt_bitmaps(&self, _bitmaps: Vec<Carried>) -> Result<()> {
+        Err(Error::unsupported("this format has no bitmaps: they are dropped"))
+    }
+
     /// Space that was given up and that no operation begun before the last settle can still be
     /// using: it may be used again. Called when the caller knows that.
     fn recycle(&self) {}
 
-    /// Leaves the file no longer than it has to be. Called when everything is settled and nobody
-    /// will use the image any more.
-    fn close(&self) -> Result<()> {
+    /// Stores what is kept in memory up to the end, and leaves the file no longer than it has to be.
+    /// Called when everything is settled and nobody will use the image any more; `flush` makes the
+    /// file durable.
+    fn close(&self, _flush: &dyn Fn() -> Result<()>) -> Result<()> {
         Ok(())
     }
 

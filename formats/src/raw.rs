@@ -1,6 +1,6 @@
 //! Raw images: guest offset and file offset are the same number.
 use crate::error::{Context, Error, Result};
-use crate::image::{Extent, Image, Place, Progress, Reservation, Reserve, Settle, Zeroed, Zeroing};
+use crate::image::{Description, Extent, Image, Place, Progress, Reservation, Reserve, Settle, Zeroed, Zeroing};
 use crate::range::ByteRange;
 use crate::storage::Storage;
 use std::sync::Arc;
@@ -49,6 +49,11 @@ impl Image for Raw {
 
     fn map_thin(&self, at: u64, len_max: u64) -> Result<Extent> {
         thin(&*self.storage, self.clip(at, len_max)?, at)
+    }
+
+    fn describe(&self, at: u64, len_max: u64) -> Result<Description> {
+        // A hole in the file is a place too.
+        self.map_thin(at, len_max).map(|extent| Description { host: Some(at), ..Description::from(extent) })
     }
 
     fn reserve(&self, guest: ByteRange) -> Result<Reserve> {

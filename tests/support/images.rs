@@ -204,7 +204,7 @@ fn fill_with(file: &Path, format: &str, size: u64, noise: &Path, first: Vec<Stri
 }
 
 /// QEMU compresses whole clusters, into places that hold nothing yet: so each at most once, and first of all.
-fn compressed_orders(size: u64, cluster: u64, noise: &Path, random: &mut Random) -> Vec<String> {
+pub fn compressed_orders(size: u64, cluster: u64, noise: &Path, random: &mut Random) -> Vec<String> {
     let clusters = size.div_ceil(cluster);
     let chosen: BTreeSet<u64> = (0..random.below(12)).map(|_| random.below(clusters)).collect();
     let order = |index| {
@@ -218,7 +218,7 @@ fn compressed_orders(size: u64, cluster: u64, noise: &Path, random: &mut Random)
 }
 
 /// One command of qemu-io for a disk of `size` bytes.
-fn random_order(size: u64, noise: &Path, random: &mut Random) -> String {
+pub fn random_order(size: u64, noise: &Path, random: &mut Random) -> String {
     let at = random.below(size / 512) * 512;
     let len = (random.within(1..512) * 512).min(size - at);
     match random.below(8) {

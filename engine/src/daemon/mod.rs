@@ -15,11 +15,13 @@ mod convert;
 mod exports;
 mod jobs;
 mod listen;
+mod map;
 mod threads;
 mod wait;
 
-pub use compare::{Comparison, compare};
+pub use compare::{Comparison, Incomparable, compare};
 pub use convert::{ConvertOptions, Copied, convert};
+pub use map::{Run, Runs};
 
 use crate::control::options::{Access, ServeOptions};
 use crate::open::lasting_name;

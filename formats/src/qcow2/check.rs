@@ -47,7 +47,7 @@ pub struct Check {
 /// Where the image cannot be walked at all, or has internal snapshots or persistent bitmaps.
 pub fn check(storage: &Arc<dyn Storage>) -> Result<Check> {
     let header = read_header(&**storage)?;
-    if header.snapshots > 0 || header.bitmaps > 0 {
+    if header.snapshots > 0 || header.bitmaps.is_some() {
         return Err(Error::unsupported(
             "a check of internal snapshots and persistent bitmaps is not supported: use `qemu-img check`",
         ));

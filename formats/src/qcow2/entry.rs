@@ -84,33 +84,37 @@ impl Standard {
 impl Entry {
     /// Reads the entry of guest cluster `cluster`.
     pub fn decode(geometry: Geometry, cluster: u64, words: Words) -> Result<Self> {
+        Self::parse(geometry, cluster, words).map_err(|wrong| malformed(geometry, cluster, words, wrong))
+    }
+
+    /// Reads an entry, or says what is wrong with it.
+    pub fn parse(geometry: Geometry, cluster: u64, words: Words) -> std::result::Result<Self, &'static str> {
         let raw = words.descriptor;
         if words == Words::default() {
             return Ok(Self::Standard(Standard::default()));
         }
-        let wrong = |what: &str| Err(malformed(geometry, cluster, words, what));
         if raw & COMPRESSED != 0 {
             return match geometry.external_data {
                 false => Ok(Self::compressed(geometry, raw)),
-                true => wrong("a compressed cluster, which cannot be in an external data file"),
+                true => Err("a compressed cluster, which cannot be in an external data file"),
             };
         }
         let flags = if geometry.version >= 3 && !geometry.extended_l2 { COPIED | ZERO } else { COPIED };
         if raw & !(OFFSET | flags) != 0 {
-            return wrong("reserved bits are set");
+            return Err("reserved bits are set");
         }
         let (host, copied) = (raw & OFFSET, raw & COPIED != 0);
         if host & (geometry.cluster_size() - 1) != 0 {
-            return wrong("its offset is not at a cluster's start");
+            return Err("its offset is not at a cluster's start");
         }
         // In an external data file, guest cluster 0 is at offset 0.
         let at_zero = geometry.external_data && copied && (cluster == 0 || raw & ZERO == 0);
         if host == 0 && raw == COPIED && !at_zero {
-            return wrong("it has a flag and no offset");
+            return Err("it has a flag and no offset");
         }
         let placed = host != 0 || at_zero;
         if geometry.external_data && placed && host != cluster << geometry.cluster_bits {
-            return wrong("its offset in the external data file is not its guest offset");
+            return Err("its offset in the external data file is not its guest offset");
         }
         let (data, zero) = match geometry.extended_l2 {
             false if raw & ZERO != 0 => (0, 1),
@@ -118,10 +122,10 @@ impl Entry {
             true => (words.bitmap as u32, (words.bitmap >> 32) as u32),
         };
         if data & zero != 0 {
-            return wrong("a subcluster has payload and reads as zeroes");
+            return Err("a subcluster has payload and reads as zeroes");
         }
         if !placed && data != 0 {
-            return wrong("a subcluster has payload and the cluster no offset");
+            return Err("a subcluster has payload and the cluster no offset");
         }
         Ok(Self::Standard(Standard { host: placed.then_some((host, copied)), data, zero }))
     }

@@ -1,4 +1,5 @@
 //! The header of an image: what it says, and which of it is not supported (qcow2.rst, "Header").
+use super::bitmaps::Extension as BitmapsExtension;
 use super::data_file::DataFile;
 use super::geometry::Geometry;
 use crate::error::{Error, Result};
@@ -109,10 +110,10 @@ pub struct Header {
     pub compression: Compression,
     /// The image below.
     pub backing: Option<Backing>,
+    /// Where the persistent bitmaps are, if there are any.
+    pub bitmaps: Option<BitmapsExtension>,
     /// The file that the payload is in, where it is another.
     pub data_file: Option<DataFile>,
-    /// How many persistent bitmaps the extension names.
-    pub bitmaps: u32,
 }
 
 impl Header {
@@ -185,7 +186,7 @@ impl Header {
 
     /// The autoclear features that stay true of an image that we write to.
     pub(super) fn autoclear_kept(&self) -> u64 {
-        self.autoclear & autoclear::RAW_DATA_FILE
+        self.autoclear & (autoclear::RAW_DATA_FILE | autoclear::BITMAPS)
     }
 
     fn check_tables(&self) -> Result<()> {
@@ -235,17 +236,24 @@ impl Header {
                 return refused("internal snapshots of an image with an external data file cannot be: delete them");
             }
         }
-        if self.snapshots > 0 {
-            return refused(
-                "internal snapshots are not supported for writing: delete them with `qemu-img snapshot -d`",
-            );
-        }
         Ok(())
     }
 }
 
 impl Geometry {
-    fn check_table(self, field: &str, at: u64, len: u64) -> Result<()> {
+    /// Refuses an L1 table that cannot be one.
+    pub(super) fn check_l1_table(self, field: &str, at: u64, entries: u32) -> Result<()> {
+        let bytes = u64::from(entries) * 8;
+        if bytes > Self::L1_BYTES_MAX {
+            return Err(Error::unsupported(format!(
+                "{field} {at:#x}: {entries} entries are above the limit of 32 MiB"
+            )));
+        }
+        self.check_table(field, at, bytes)
+    }
+
+    /// Refuses a table of `len` bytes that is not at a cluster's start, or further away than an entry can say.
+    pub(super) fn check_table(self, field: &str, at: u64, len: u64) -> Result<()> {
         if len == 0 {
             return Ok(());
         }
@@ -368,7 +376,27 @@ struct Extensions {
     /// The data file's name, which means nothing without its feature bit.
     data_file: Option<Vec<u8>>,
     incompatible_names: Vec<(u8, String)>,
-    bitmaps: u32,
+    bitmaps: Option<BitmapsExtension>,
+    places: ExtensionPlaces,
+}
+
+/// Where the extensions are in the file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct ExtensionPlaces {
+    /// Where the one of the bitmaps begins.
+    pub bitmaps: Option<u64>,
+    /// Where the mark of the end is.
+    pub end: usize,
+    /// Nothing may reach past this.
+    pub limit: usize,
+}
+
+/// Where the extensions are in the first cluster of an image with this header.
+pub(super) fn extension_places(bytes: &[u8], header: &Header) -> Result<ExtensionPlaces> {
+    let bytes = Bytes(bytes);
+    let start = if header.geometry.version == 2 { V2_LEN } else { bytes.u32(100)? as usize };
+    let end = extensions_end(header.geometry, bytes.u64(8)?);
+    Ok(Extensions::parse(bytes, start, end)?.places)
 }
 
 impl Extensions {
@@ -387,9 +415,13 @@ impl Extensions {
                     at - 8
                 )));
             }
+            if kind == EXTENSION_BITMAPS {
+                extensions.places.bitmaps = Some(at as u64 - 8);
+            }
             extensions.take(kind, bytes.get(at, len)?)?;
             at += len.next_multiple_of(8);
         }
+        (extensions.places.end, extensions.places.limit) = (at, end.min(bytes.0.len()));
         Ok(extensions)
     }
 
@@ -401,7 +433,7 @@ impl Extensions {
             EXTENSION_BACKING_FORMAT => self.backing_format = Some(text("the backing format's name", data)?),
             EXTENSION_DATA_FILE => self.data_file = Some(data.to_vec()),
             EXTENSION_FEATURES => self.incompatible_names = incompatible_names(data),
-            EXTENSION_BITMAPS => self.bitmaps = Bytes(data).u32(0)?,
+            EXTENSION_BITMAPS => self.bitmaps = Some(BitmapsExtension::parse(data)?),
             _ => {}
         }
         Ok(())

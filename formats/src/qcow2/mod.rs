@@ -5,12 +5,15 @@
 //! geometry    the numbers that follow from it
 //! entry       what an L1 or L2 entry means, and its subclusters
 //! state       the tables as they are now, under one lock
+//!   tables      L2 tables as wholes, and those that snapshots share
 //!   slices      the part of them that is in memory
 //!   refcounts   how often each host cluster is used
 //!   space       which of them are free
 //! map, reserve, zero     what guests ask
+//! describe    what `map` tells beyond that
 //! settle      brings the tables into the file, in order
 //! replay      takes back what the journal kept through a kill
+//! snapshots, bitmaps     what else the file keeps: older views, and what was written since
 //! data_file   where payload is in a file of its own
 //! create      makes an empty image
 //! check       finds leaks and corruptions
@@ -20,25 +23,30 @@
 //!
 //! 1. Payload and refcounts are durable before an L2 entry that points at them is written. The other
 //!    way round, a power cut leaves an entry that shows what was there before, or that two share.
-//! 2. A table is durable, as zeroes at least, before what points at it is written: an L2 table before
-//!    its L1 entry, a refcount block before its entry, a moved refcount table before the header.
+//! 2. A table is durable, as zeroes or as a copy at least, before what points at it is written: an L2
+//!    table before its L1 entry, a refcount block before its entry, a moved refcount table before the header.
 //! 3. A cluster that an entry let go of is counted down, and used again, only after the changed entry
 //!    is durable and nobody can still be reading the old place (`Image::recycle`).
 //! 4. What is committed while a settle is under way is not written by it: its payload was perhaps
 //!    not flushed. See `settle`.
+pub mod bitmaps;
 pub mod check;
 pub mod create;
 mod data_file;
+mod describe;
 mod entry;
 mod geometry;
 pub mod header;
 mod inflate;
 mod map;
+mod protected;
+mod records;
 mod refcounts;
 mod replay;
 mod reserve;
 mod settle;
 mod slices;
+pub mod snapshots;
 mod space;
 mod state;
 mod table;
@@ -51,13 +59,16 @@ pub use geometry::Geometry;
 pub use header::{Backing, Compression, Header};
 
 use crate::error::{Context, Error, Result};
-use crate::image::{Extent, Holder, Image, Place, Progress, Reservation, Reserve, Settle, Zeroed, Zeroing};
+use crate::image::{
+    Description, Extent, Holder, Image, Place, Progress, Reservation, Reserve, Settle, Zeroed, Zeroing,
+};
 use crate::journal::{Change, Journal};
 use crate::range::ByteRange;
 use crate::raw;
 use crate::storage::Storage;
+use bitmaps::{Carried, Live};
 use state::State;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 /// How to open an image.
 #[derive(Clone, Copy, Debug)]
@@ -124,9 +135,12 @@ struct Shared {
     journal: Arc<dyn Journal>,
     writable: bool,
     has_backing: bool,
+    bitmaps: Live,
     /// The payload's file is to show by itself what the guest sees.
     raw_data: bool,
     state: Mutex<State>,
+    /// Whether holes are looked for under payload; see `describe`.
+    preallocated: OnceLock<bool>,
 }
 
 impl Qcow2 {
@@ -135,19 +149,27 @@ impl Qcow2 {
     /// # Errors
     ///
     /// `Unsupported` names what is not handled and what to do, `Malformed` the field that is wrong.
-    /// Images with the dirty or corrupt bit or with internal snapshots can be read, not written.
+    /// Images with the dirty or corrupt bit can be read, not written.
     pub fn open(storage: Arc<dyn Storage>, journal: Arc<dyn Journal>, open: Open) -> Result<Self> {
         let header = read_header(&*storage)?;
-        let flush_first = open.writable && prepare_writing(&*storage, &header)?;
+        let mut flush_first = open.writable && prepare_writing(&*storage, &header)?;
         let state = State::open(&storage, &header, open)?;
+        // Last of all that can fail: from here on they are in use.
+        let (bitmaps, in_use) = match open.writable {
+            true => Live::open(storage.clone(), &header)?,
+            false => (Live::none(storage.clone()), false),
+        };
+        flush_first |= in_use;
         let shared = Shared {
             geometry: header.geometry,
             storage,
             journal,
             writable: open.writable,
             has_backing: open.has_backing,
+            bitmaps,
             raw_data: header.data_file.as_ref().is_some_and(|data_file| data_file.raw),
             state: Mutex::new(state),
+            preallocated: OnceLock::new(),
         };
         Ok(Self { header, data: None, flush_first, shared: Arc::new(shared) })
     }
@@ -174,7 +196,7 @@ impl Qcow2 {
     }
 
     /// True where the file has to be flushed before the first write of payload: opening cleared
-    /// autoclear bits, and what they vouched for is about to become wrong.
+    /// autoclear bits or marked bitmaps as in use: what they vouched for is about to become wrong.
     pub fn flush_first(&self) -> bool {
         self.flush_first
     }
@@ -208,7 +230,7 @@ fn prepare_writing(storage: &dyn Storage, header: &Header) -> Result<bool> {
     if header.autoclear == kept {
         return Ok(false);
     }
-    // Nothing else that a bit vouches for is kept up by us, persistent bitmaps included.
+    // Nothing else that a bit vouches for is kept up by us.
     let cleared = storage.write_at(header::AUTOCLEAR_AT, &kept.to_be_bytes());
     cleared.context(|| "clearing the autoclear features in the header")?;
     Ok(true)
@@ -234,7 +256,7 @@ impl Header {
             dirty: self.incompatible & header::incompatible::DIRTY != 0,
             corrupt: self.incompatible & header::incompatible::CORRUPT != 0,
             snapshots: self.snapshots,
-            bitmaps: self.bitmaps,
+            bitmaps: self.bitmaps.map_or(0, |bitmaps| bitmaps.count),
         }
     }
 }
@@ -292,8 +314,17 @@ impl Image for Qcow2 {
         }
     }
 
+    fn describe(&self, at: u64, len_max: u64) -> Result<Description> {
+        let payload = self.data.as_ref().unwrap_or(&self.shared.storage);
+        self.shared.describe(&self.header, &**payload, at, len_max)
+    }
+
     fn reserve(&self, guest: ByteRange) -> Result<Reserve> {
-        Shared::reserve(&self.shared, guest)
+        let reserve = Shared::reserve(&self.shared, guest)?;
+        if let Reserve::Room(reservation) = &reserve {
+            self.shared.bitmaps.mark(reservation.guest);
+        }
+        Ok(reserve)
     }
 
     fn commit(&self, reservation: Reservation) -> Result<()> {
@@ -301,15 +332,28 @@ impl Image for Qcow2 {
     }
 
     fn zero(&self, guest: ByteRange, zeroing: Zeroing) -> Result<Zeroed> {
-        self.shared.zero(guest, zeroing)
+        let zeroed = self.shared.zero(guest, zeroing)?;
+        if let Zeroed::Done(guest) | Zeroed::Host { guest, .. } = zeroed {
+            self.shared.bitmaps.mark(guest);
+        }
+        Ok(zeroed)
     }
 
     fn settle(&self, progress: &mut Progress) -> Result<Settle> {
         Shared::settle(&self.shared, progress)
     }
 
-    fn close(&self) -> Result<()> {
+    fn close(&self, flush: &dyn Fn() -> Result<()>) -> Result<()> {
+        Shared::store_bitmaps(&self.shared, flush)?;
         self.trim_end()
+    }
+
+    fn bitmaps(&self) -> Result<Vec<Carried>> {
+        self.shared.bitmaps.carry(&self.header)
+    }
+
+    fn adopt_bitmaps(&self, bitmaps: Vec<Carried>) -> Result<()> {
+        self.shared.bitmaps.adopt(&self.header, bitmaps)
     }
 
     fn recycle(&self) {

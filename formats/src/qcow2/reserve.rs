@@ -87,7 +87,7 @@ impl Shared {
         let (g, bits) = (self.geometry, self.geometry.cluster_bits);
         let first = guest.start >> bits;
         let in_slice = (1 << g.l2_slice_bits()) - (first & ((1 << g.l2_slice_bits()) - 1));
-        let clusters = in_slice.min(state.changes_left(first, &*self.journal)? as u64);
+        let clusters = in_slice.min(state.changes_left(first, &*self.journal) as u64);
         if clusters == 0 || state.is_full() {
             return Ok(None);
         }

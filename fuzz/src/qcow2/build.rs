@@ -229,11 +229,9 @@ impl Writer {
             Content::Data => {
                 let host = self.take();
                 self.write_payload(host);
+                let some = if self.tag.is_multiple_of(4) { u32::MAX } else { self.some() };
                 match self.extended {
-                    true => self.push_subclusters(
-                        host | COPIED,
-                        if self.tag.is_multiple_of(4) { u32::MAX } else { self.some() },
-                    ),
+                    true => self.push_subclusters(host | COPIED, some),
                     false => self.push([host | COPIED, 0], self.tag),
                 }
             }
