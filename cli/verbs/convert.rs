@@ -6,6 +6,7 @@ use crate::failure::Failure;
 use crate::output::{remark, say};
 use crate::size;
 use engine::daemon::{ConvertOptions, convert};
+use formats::backing::Location;
 use std::path::absolute;
 use std::time::Instant;
 
@@ -14,7 +15,7 @@ pub fn run(args: Convert) -> Result<(), Failure> {
     let target =
         absolute(&args.target).map_err(|error| Failure::new(format!("target '{}': {error}", args.target.display())))?;
     let options = ConvertOptions {
-        source: args.source,
+        source: Location::of_argument(&args.source).map_err(|error| Failure::new(error.one_line()))?,
         source_format: args.source_format,
         target,
         format: args.format,

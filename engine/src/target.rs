@@ -224,7 +224,8 @@ impl Plan {
 /// The header of the source's top layer, where that is a qcow2 image.
 fn top_header(source: &Disk) -> Result<Option<Header>> {
     let top = source.chain().top();
-    if top.format != "qcow2" {
+    // What an export has inside is told by its server alone.
+    if top.format != "qcow2" || top.file.file().as_remote().is_some() {
         return Ok(None);
     }
     let file = fs::File::open(&top.path).context(|| format!("{}: open", top.path.display()))?;

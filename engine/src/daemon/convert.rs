@@ -6,9 +6,10 @@ use crate::control::options::Cache;
 use crate::control::{MirrorRequest, TargetFormat};
 use crate::io::{Arena, Io, Op, Ring, Token, Wait, Waker};
 use crate::mirror::Mirror;
-use crate::open::{Access, open_disk};
+use crate::open::{Access, open_disk_at};
 use crate::seed::Seeder;
 use crate::target::plan;
+use formats::backing::Location;
 use formats::error::{Context, Error, Result};
 use formats::journal::Forgetful;
 use std::path::PathBuf;
@@ -25,7 +26,7 @@ const LOOKS: usize = 4096;
 #[derive(Clone, Debug)]
 pub struct ConvertOptions {
     /// The top layer of the source's chain.
-    pub source: PathBuf,
+    pub source: Location,
     /// Its format, where it was named.
     pub source_format: Option<TargetFormat>,
     /// Full path of the target.
@@ -57,7 +58,7 @@ pub struct Copied {
 /// much.
 pub fn convert(options: &ConvertOptions, mut progress: impl FnMut(Copied)) -> Result<(Vec<String>, Copied)> {
     let access = Access::read_only(options.cache);
-    let source = Arc::new(open_disk(&options.source, options.source_format, access)?);
+    let source = Arc::new(open_disk_at(&options.source, options.source_format, access)?);
     let request = MirrorRequest {
         target: options.target.display().to_string(),
         shallow: options.shallow,

@@ -10,6 +10,7 @@ mod arena;
 mod file;
 mod gather;
 mod pool;
+pub mod remote;
 mod ring;
 mod storage;
 mod words;
@@ -22,6 +23,7 @@ pub use ring::Ring;
 pub use storage::FileStorage;
 pub use words::Words;
 
+use rustix::net::SocketAddrAny;
 use std::io;
 use std::time::Duration;
 
@@ -106,6 +108,13 @@ pub enum Op {
         to: Buffer,
         /// How.
         work: Work,
+    },
+    /// Reach the server at `peer`.
+    Connect {
+        /// With what; not connected yet.
+        socket: File,
+        /// Who.
+        peer: SocketAddrAny,
     },
     /// Be done after some time. The result is `Ok(0)`.
     Timeout {

@@ -7,6 +7,7 @@ use io_uring::types::{CancelBuilder, Fd, FsyncFlags, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
+use rustix::net::SocketAddrAny;
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -42,6 +43,7 @@ enum Extra {
     Message(Box<Message>),
     Time(Box<Timespec>),
     Count(Box<u64>),
+    Peer(Box<SocketAddrAny>),
 }
 
 /// The pieces of one send, as `sendmsg(2)` wants them.
@@ -153,6 +155,12 @@ impl Ring {
                     .build()
             }
             Op::Compute { .. } => unreachable!("the kernel does not compute"),
+            Op::Connect { socket, peer } => {
+                let peer = Box::new(peer.clone());
+                let entry = opcode::Connect::new(fd(socket), peer.as_ptr().cast(), peer.addr_len()).build();
+                *extra = Extra::Peer(peer);
+                entry
+            }
             Op::Timeout { after } => {
                 let time = Box::new(Timespec::from(*after));
                 let entry = opcode::Timeout::new(&raw const *time).build();

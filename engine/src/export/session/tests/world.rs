@@ -109,7 +109,7 @@ impl World {
             Op::Timeout { .. } => self.expired,
             Op::Wake { .. } => self.rung,
             Op::Compute { .. } => true,
-            Op::Accept { .. } => false,
+            Op::Accept { .. } | Op::Connect { .. } => false,
         }
     }
 
@@ -163,7 +163,9 @@ impl World {
                 self.rung = false;
                 Ok(8)
             }
-            Op::Flush { .. } | Op::Prefetch { .. } | Op::Timeout { .. } | Op::Accept { .. } => Ok(0),
+            Op::Flush { .. } | Op::Prefetch { .. } | Op::Timeout { .. } | Op::Accept { .. } | Op::Connect { .. } => {
+                Ok(0)
+            }
         }
     }
 }
@@ -205,7 +207,12 @@ fn kind_of(op: &Op) -> Option<Done> {
         Op::Write { .. } => Done::Write,
         Op::Zero { .. } => Done::Zero,
         Op::Flush { .. } => Done::Flush,
-        Op::Compute { .. } | Op::Prefetch { .. } | Op::Timeout { .. } | Op::Wake { .. } | Op::Accept { .. } => {
+        Op::Compute { .. }
+        | Op::Prefetch { .. }
+        | Op::Timeout { .. }
+        | Op::Wake { .. }
+        | Op::Accept { .. }
+        | Op::Connect { .. } => {
             return None;
         }
     })
