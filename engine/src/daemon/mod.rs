@@ -4,6 +4,7 @@
 //! control thread   sockets, QMP clients, jobs, pivots: `control_thread`
 //! nbd threads      one a connection: a `Session`
 //! copy threads     one or two a job: a `Copier`
+//! pool             one a processor: what inflates and deflates for them
 //! ```
 //!
 //! The threads meet at four places: the gate (sessions, pivot), the bitmap (sessions, copiers), the
@@ -16,6 +17,7 @@ mod exports;
 mod jobs;
 mod listen;
 mod map;
+mod pool;
 mod threads;
 mod wait;
 

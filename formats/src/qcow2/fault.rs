@@ -44,15 +44,19 @@ mod support;
 
 #[cfg(test)]
 mod tests {
-    use super::support::world::live;
+    use super::support::random::Random;
+    use super::support::world::Feature::{
+        self, Backing, Compressed, ExtendedL2, ExternalData, SmallReftable, Snapshot,
+    };
+    use super::support::world::{guest_with, live_as};
     use super::{Fault, PLANTED};
     use std::panic::{AssertUnwindSafe, catch_unwind};
 
     /// One world with power cuts at every flush and in between.
-    fn world(seed: u64, fault: Option<Fault>) -> bool {
+    fn world(features: &[Feature], seed: u64, fault: Option<Fault>) -> bool {
         PLANTED.set(fault);
         let outcome = catch_unwind(AssertUnwindSafe(|| {
-            live(seed, 200, |guest, step| {
+            live_as(guest_with(features, seed, Random::new(seed)), 200, |guest, step| {
                 guest.cut_at_flushes = true;
                 if step % 4 == 0 {
                     guest.assert_survives_power_cut();
@@ -63,46 +67,50 @@ mod tests {
         outcome.is_ok()
     }
 
-    fn assert_caught(fault: Fault) {
-        let seed = (1..=200).find(|seed| !world(*seed, Some(fault)));
+    fn assert_caught(fault: Fault, features: &[Feature]) {
+        let seed = (1..=200).find(|seed| !world(features, *seed, Some(fault)));
         let seed = seed.unwrap_or_else(|| panic!("{fault:?} is not seen: the worlds are too tame to be trusted"));
         // The same world without the fault is fine: it was the fault that was seen.
-        assert!(world(seed, None), "seed {seed}");
-        println!("{fault:?}: seed {seed}");
+        assert!(world(features, seed, None), "seed {seed}");
+        println!("{fault:?} with {features:?}: seed {seed}");
     }
 
     #[test]
     fn entries_before_payload_are_caught() {
-        assert_caught(Fault::EntriesBeforePayload);
+        assert_caught(Fault::EntriesBeforePayload, &[Compressed]);
+        assert_caught(Fault::EntriesBeforePayload, &[ExtendedL2]);
+        assert_caught(Fault::EntriesBeforePayload, &[ExternalData]);
     }
 
     #[test]
     fn entries_before_refcounts_are_caught() {
-        assert_caught(Fault::EntriesBeforeCounts);
+        assert_caught(Fault::EntriesBeforeCounts, &[]);
     }
 
     #[test]
     fn a_table_that_was_not_cleared_is_caught() {
-        assert_caught(Fault::TableNotCleared);
+        assert_caught(Fault::TableNotCleared, &[]);
     }
 
     #[test]
     fn a_block_that_is_known_too_early_is_caught() {
-        assert_caught(Fault::BlockEntryBeforeBlock);
+        assert_caught(Fault::BlockEntryBeforeBlock, &[SmallReftable]);
     }
 
     #[test]
     fn a_refcount_table_that_is_known_too_early_is_caught() {
-        assert_caught(Fault::HeaderBeforeTable);
+        assert_caught(Fault::HeaderBeforeTable, &[SmallReftable]);
     }
 
     #[test]
     fn clusters_that_are_used_again_too_early_are_caught() {
-        assert_caught(Fault::ReuseBeforeSettled);
+        assert_caught(Fault::ReuseBeforeSettled, &[Compressed]);
+        assert_caught(Fault::ReuseBeforeSettled, &[Snapshot]);
     }
 
     #[test]
     fn entries_newer_than_their_settle_are_caught() {
-        assert_caught(Fault::NewerEntries);
+        assert_caught(Fault::NewerEntries, &[Backing]);
+        assert_caught(Fault::NewerEntries, &[ExtendedL2]);
     }
 }

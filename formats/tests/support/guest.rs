@@ -25,6 +25,8 @@ struct InFlight {
     writer: Writer,
     begun: u64,
     written: bool,
+    /// The payload, where it is compressed.
+    compressed: Option<Vec<u8>>,
 }
 
 /// A read of one sector that knows where to look, and has not looked yet.
@@ -64,6 +66,8 @@ pub struct Guest {
     snapshots: Vec<Snapshot>,
     /// The power is cut, in a copy of the world, in front of every flush.
     pub cut_at_flushes: bool,
+    /// Some writes are of compressed clusters.
+    pub compresses: bool,
     pub stats: Stats,
 }
 
@@ -82,6 +86,7 @@ pub struct Stats {
     /// Files that a power cut left and that were judged.
     pub power_cuts: u64,
     pub zeroed_places: u64,
+    pub compressed: u64,
 }
 
 impl Stats {
@@ -96,6 +101,7 @@ impl Stats {
         self.restarts += other.restarts;
         self.power_cuts += other.power_cuts;
         self.zeroed_places += other.zeroed_places;
+        self.compressed += other.compressed;
     }
 }
 
@@ -124,6 +130,7 @@ impl Guest {
             last_settled: 0,
             snapshots: Vec::new(),
             cut_at_flushes: false,
+            compresses: false,
             stats: Stats::default(),
         };
         guest.assert_all_there();
@@ -166,6 +173,7 @@ impl Guest {
     pub fn step(&mut self) {
         self.time += 1;
         match self.random.below(20) {
+            0 if self.compresses => self.begin_compressed_write(),
             0..=4 => {
                 let range = self.some_range();
                 self.begin_write(range, true);
@@ -202,10 +210,41 @@ impl Guest {
                 self.writes += 1;
                 let writer = if stamps { Writer::Guest(self.writes) } else { Writer::Nobody };
                 self.stats.zeroed_places += u64::from(reservation.zeroed);
-                self.in_flight.push(InFlight { reservation, writer, begun: self.time, written: false });
+                let (begun, written, compressed) = (self.time, false, None);
+                self.in_flight.push(InFlight { reservation, writer, begun, written, compressed });
             }
             Reserve::Busy => self.stats.busy += 1,
             Reserve::Settle => self.settle_as_asked(),
+        }
+    }
+
+    /// Takes room for one cluster of stamps that is compressed.
+    fn begin_compressed_write(&mut self) {
+        let size = self.image.info().cluster_size;
+        let start = self.random.below(self.history.size().div_ceil(size)) * size;
+        let range = ByteRange { start, end: (start + size).min(self.history.size()) };
+        if self.in_flight.len() >= IN_FLIGHT_MAX || self.meets_another(range) {
+            return;
+        }
+        let writer = Writer::Guest(self.writes + 1);
+        let mut cluster = stamped(range, writer);
+        cluster.resize(size as usize, 0);
+        let mut payload = vec![0; cluster.len()];
+        let Some(len) = self.image.deflate(&cluster, &mut payload) else { return };
+        // Longer than it has to be, so that few of them fill a cluster and some reach into the next.
+        let len = len + self.random.below((cluster.len() - len) as u64) as usize;
+        payload.truncate(len);
+        match self.image.reserve_compressed(range, len as u32).expect("a valid image") {
+            Some(Reserve::Room(reservation)) => {
+                assert_eq!((reservation.guest, reservation.fill), (range, [None, None]));
+                self.writes += 1;
+                self.stats.compressed += 1;
+                let (begun, written, compressed) = (self.time, false, Some(payload));
+                self.in_flight.push(InFlight { reservation, writer, begun, written, compressed });
+            }
+            Some(Reserve::Busy) => self.stats.busy += 1,
+            Some(Reserve::Settle) => self.settle_as_asked(),
+            None => {}
         }
     }
 
@@ -228,7 +267,7 @@ impl Guest {
             self.write_payload(at);
             return;
         }
-        let InFlight { reservation, writer, .. } = self.in_flight.swap_remove(at);
+        let InFlight { reservation, writer, compressed, .. } = self.in_flight.swap_remove(at);
         let (guest, host, in_place) = (reservation.guest, reservation.host, reservation.hold.is_none());
         self.image.commit(reservation).expect("a valid image");
         self.stats.committed += 1;
@@ -236,7 +275,13 @@ impl Guest {
             true => self.history.commit_in_place(guest, self.time),
             false => self.history.commit(guest, &stamped(guest, writer), self.time),
         }
-        self.places.extend(self.places_of(guest, host));
+        match compressed {
+            None => self.places.extend(self.places_of(guest, host)),
+            // Nothing is in a place of its own any more.
+            Some(_) => (guest.start / self.granule..guest.end.div_ceil(self.granule)).for_each(|nth| {
+                self.places.remove(&nth);
+            }),
+        }
     }
 
     /// Granules of a write, and the places of their first bytes.
@@ -248,7 +293,12 @@ impl Guest {
 
     /// Writes the payload, and what has to be around it, in one.
     fn write_payload(&mut self, at: usize) {
-        let InFlight { reservation, writer, .. } = &self.in_flight[at];
+        let InFlight { reservation, writer, compressed, .. } = &self.in_flight[at];
+        if let Some(payload) = compressed {
+            self.files.payload().write_at(reservation.host, payload).expect("memory");
+            self.in_flight[at].written = true;
+            return;
+        }
         let (guest, host, [head, tail]) = (reservation.guest, reservation.host, reservation.fill);
         let (zeroed, in_place, writer) = (reservation.zeroed, reservation.hold.is_none(), *writer);
         let [before, after] = [head, tail].map(|part| part.map_or_else(Vec::new, |part| self.history.bytes(part)));

@@ -48,7 +48,10 @@ pub fn guest_with(features: &[Feature], seed: u64, mut random: Random) -> Guest 
     let open = Open { writable: true, has_backing: shape.below, metadata_bytes_max };
     let notes = if random.one_in(2) { 8 } else { 4096 };
     let granule = (1 << shape.cluster_bits) / if shape.extended { 32 } else { 1 };
-    Guest::new(Files::new(image, data), &bytes, granule, notes, open, seed)
+    let mut guest = Guest::new(Files::new(image, data), &bytes, granule, notes, open, seed);
+    // Inflating large clusters for each look at a sector takes long, and shows no more.
+    guest.compresses = features.contains(&Compressed) && shape.cluster_bits <= 14;
+    guest
 }
 
 fn fill(shape: Shape, features: &[Feature], random: &mut Random) -> Written {
