@@ -9,7 +9,7 @@ use formats::qcow2::{Open, Qcow2};
 use formats::storage::Storage;
 use std::sync::Arc;
 use support::disk::Disk;
-use support::written::{Content, ImageWriter, Shape};
+use support::written::{Content, ImageWriter, Payload, Shape};
 
 /// Bytes for slices of tables.
 const METADATA: usize = 1 << 20;
@@ -54,10 +54,11 @@ fn claiming(l1_entries: u32, reftable_clusters: u32) -> Arc<Disk> {
         below: false,
         extended: false,
         snapshot: false,
+        payload: Payload::Inside,
     };
     let mut writer = ImageWriter::new(shape);
     writer.content(Content::Data);
-    let (disk, _) = writer.finish(&[]);
+    let disk = writer.finish(&[]).image;
     let mut tables = [[0; 8]; 2];
     disk.read_at(2 << CLUSTER_BITS, &mut tables[0]).expect("its L1 table");
     disk.read_at(1 << CLUSTER_BITS, &mut tables[1]).expect("its refcount table");

@@ -571,7 +571,11 @@ impl Guest {
         self.image.recycle();
         self.settle_all();
         let image = &self.files.image;
-        self.image.close(&|| Ok(image.flush())).expect("memory");
+        let flush = || {
+            image.flush();
+            Ok(())
+        };
+        self.image.close(&flush).expect("memory");
         image.flush();
         self.assert_snapshots(image);
         self.check(&self.files)
