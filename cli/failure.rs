@@ -14,8 +14,17 @@ pub enum Failure {
     },
     /// Tried, and failed.
     Failed(String),
+    /// Tried, and failed, in a verb whose exit status says more than that.
+    FailedWith {
+        /// The exit status.
+        status: u8,
+        /// Why.
+        message: String,
+    },
     /// The result itself says it, and was told.
     Told,
+    /// Likewise, in a verb whose exit status says more than that.
+    ToldWith(u8),
     /// Nobody reads our results any more.
     Unheard,
 }
@@ -24,6 +33,16 @@ impl Failure {
     /// A failure in words.
     pub fn new(message: impl Into<String>) -> Self {
         Self::Failed(message.into())
+    }
+
+    /// How the program ends after it.
+    pub fn exit_status(&self) -> u8 {
+        match self {
+            // Whoever read our results has heard enough.
+            Self::Unheard => 0,
+            Self::FailedWith { status, .. } | Self::ToldWith(status) => *status,
+            Self::Refused { .. } | Self::Failed(_) | Self::Told => 1,
+        }
     }
 
     /// True where the daemon refused with `code`.
@@ -36,8 +55,10 @@ impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Refused { code: Some(code), message } => write!(f, "{message} ({})", name(*code)),
-            Self::Refused { code: None, message } | Self::Failed(message) => f.write_str(message),
-            Self::Told => f.write_str("no"),
+            Self::Refused { code: None, message } | Self::Failed(message) | Self::FailedWith { message, .. } => {
+                f.write_str(message)
+            }
+            Self::Told | Self::ToldWith(_) => f.write_str("no"),
             Self::Unheard => f.write_str("nobody reads the results"),
         }
     }

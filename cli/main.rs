@@ -27,15 +27,11 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     let args = Args::parse();
     output::log_to_stderr(args.verbose);
-    match run(args.verb) {
-        // Whoever read our results has heard enough.
-        Ok(()) | Err(Failure::Unheard) => ExitCode::SUCCESS,
-        Err(Failure::Told) => ExitCode::FAILURE,
-        Err(failure) => {
-            eprintln!("blkmirror: {failure}");
-            ExitCode::FAILURE
-        }
+    let Err(failure) = run(args.verb) else { return ExitCode::SUCCESS };
+    if !matches!(failure, Failure::Unheard | Failure::Told | Failure::ToldWith(_)) {
+        eprintln!("blkmirror: {failure}");
     }
+    ExitCode::from(failure.exit_status())
 }
 
 fn run(verb: Verb) -> Result<(), Failure> {
@@ -53,6 +49,7 @@ fn run(verb: Verb) -> Result<(), Failure> {
         Verb::Convert(convert) => verbs::convert::run(convert),
         Verb::Compare(compare) => verbs::compare::run(&compare),
         Verb::Info(info) => verbs::info::run(&info),
+        Verb::Check(check) => verbs::check::run(&check),
         Verb::Quit(daemon) => verbs::job::quit(&daemon),
     }
 }

@@ -13,7 +13,7 @@ use formats::error::{Context, Error, Result};
 use formats::image::Image;
 use formats::journal::{Change, Forgetful, Journal};
 use formats::probe::{Probed, probe};
-use formats::qcow2::{Open, Qcow2, read_header};
+use formats::qcow2::{Open, Qcow2, Repair, read_header, repair};
 use formats::raw::Raw;
 use formats::storage::Storage;
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, StatxFlags};
@@ -98,6 +98,13 @@ pub fn open_on(path: &Path, format: TargetFormat, access: Access, below: &[Arc<L
     Ok(Disk::new(Chain::new(layers.collect()), read_only))
 }
 
+/// The file of an image that is used alone: neither read nor written by anybody else of this program.
+pub fn open_alone(path: &Path, writable: bool) -> Result<FileStorage> {
+    let file = open_file(path, writable)?.buffered;
+    lock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|error| error.at(path.display()))?;
+    Ok(FileStorage::new(file))
+}
+
 /// Brings into an image what its journal kept through a kill, for good.
 pub fn recover(path: &Path, format: TargetFormat, changes: &[Change]) -> Result<()> {
     let access = Access::writable(Cache::Writeback);
@@ -166,7 +173,12 @@ impl Opened {
         Self::from_file(path, file, format, access).map_err(|error| error.at(path.display()))
     }
 
+    /// Locks the file first, for opening may change it: a header's bits, or what a dirty bit says of its tables.
+
     fn from_file(path: &Path, file: OpenFile, format: Option<TargetFormat>, access: &Access) -> Result<Self> {
+        if access.writable {
+            lock(&file.buffered, FlockOperation::NonBlockingLockExclusive)?;
+        }
         let storage = Arc::new(FileStorage::new(file.buffered.try_clone().context(|| "open")?));
         let format = decide_format(&*storage, format)?;
         let (image, name, grain, below) = match format {
@@ -206,6 +218,9 @@ fn open_qcow2(path: &Path, storage: Arc<FileStorage>, access: &Access) -> Result
             Some((name.resolve(path), format))
         }
     };
+    if access.writable && header.is_dirty() && !header.is_corrupt() {
+        mend_dirty(path, &storage)?;
+    }
     let journal = access.journal.clone().unwrap_or_else(|| Arc::new(Forgetful));
     let open = Open { writable: access.writable, has_backing: below.is_some(), metadata_bytes_max: METADATA_MAX };
     let image = Qcow2::open(Arc::clone(&storage) as Arc<dyn Storage>, journal, open)?;
@@ -213,6 +228,25 @@ fn open_qcow2(path: &Path, storage: Arc<FileStorage>, access: &Access) -> Result
         storage.flush().context(|| "flush")?;
     }
     Ok((image, below))
+}
+
+/// Makes the refcounts right of an image that its last writer left with the dirty bit.
+fn mend_dirty(path: &Path, storage: &FileStorage) -> Result<()> {
+    let found = repair(storage, &|| storage.flush().context(|| "flush"), Repair::All)?;
+    if found.corruptions > 0 {
+        return Err(Error::malformed(format!(
+            "its last writer left it dirty, and {} corruptions cannot be mended: see `blkmirror check {}`",
+            found.corruptions,
+            path.display()
+        )));
+    }
+    tracing::warn!(
+        "{}: its last writer left it dirty; {} corruptions and {} leaks were mended",
+        path.display(),
+        found.corruptions_fixed,
+        found.leaks_fixed
+    );
+    Ok(())
 }
 
 fn backing_format(name: &str, format: &str) -> Result<TargetFormat> {
@@ -271,9 +305,8 @@ fn open_file(path: &Path, writable: bool) -> Result<OpenFile> {
 impl OpenFile {
     fn data_file(self, path: &Path, writable: bool, cache: Cache) -> Result<DataFile> {
         if writable {
-            // Alone first, and then shared with our own second way in: the lock is kept by each open
-            // file, and by every operation that the kernel still has of it.
-            lock(&self.buffered, FlockOperation::NonBlockingLockExclusive)?;
+            // It was alone, and is shared with our own second way in: the lock is kept by each open file,
+            // and by every operation that the kernel still has of it.
             lock(&self.buffered, FlockOperation::NonBlockingLockShared)?;
         }
         let direct = match cache {

@@ -131,7 +131,7 @@ fn threads_that_share_tables_lose_nothing() {
     image.recycle();
     settle(&image);
     let storage: Arc<dyn Storage> = disk;
-    let found = check(&storage).expect("it can be walked");
+    let found = check(&*storage).expect("it can be walked");
     assert_eq!((found.leaks, found.corruptions), (0, 0), "{:#?}", found.problems);
 }
 

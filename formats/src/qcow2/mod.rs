@@ -46,7 +46,7 @@ mod state;
 mod table;
 mod zero;
 
-pub use check::{Check, check};
+pub use check::{Check, Repair, check, repair};
 pub use create::{Create, create};
 pub use geometry::Geometry;
 pub use header::{Backing, Compression, Header};
@@ -213,8 +213,8 @@ impl Header {
             compatible_features: self.compatible,
             autoclear_features: self.autoclear,
             lazy_refcounts: self.compatible & header::compatible::LAZY_REFCOUNTS != 0,
-            dirty: self.incompatible & header::incompatible::DIRTY != 0,
-            corrupt: self.incompatible & header::incompatible::CORRUPT != 0,
+            dirty: self.is_dirty(),
+            corrupt: self.is_corrupt(),
             snapshots: self.snapshots,
             bitmaps: self.bitmaps.map_or(0, |bitmaps| bitmaps.count),
         }

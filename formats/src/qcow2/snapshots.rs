@@ -35,7 +35,7 @@ pub struct Snapshot {
     pub disk_size: u64,
     /// The guest's instruction counter, where it was recorded.
     pub icount: Option<u64>,
-    /// Bytes of its entry in the table, padding included.
+    /// Bytes of its entry in the table, without the padding.
     pub entry_bytes: u64,
 }
 
@@ -47,10 +47,12 @@ pub fn read(storage: &dyn Storage, header: &Header) -> Result<Vec<Snapshot>> {
 
 /// Bytes of the table that these snapshots are in.
 pub fn table_bytes(snapshots: &[Snapshot]) -> u64 {
-    snapshots.iter().map(|snapshot| snapshot.entry_bytes).sum()
+    snapshots.iter().fold(0, |at: u64, snapshot| at.next_multiple_of(8) + snapshot.entry_bytes)
 }
 
 fn read_one(records: &mut Records<'_>, header: &Header) -> Result<Snapshot> {
+    // The last one may be without its padding.
+    records.skip(records.at().next_multiple_of(8) - records.at())?;
     let start = records.at();
     let (l1_offset, l1_entries) = (records.u64()?, records.u32()?);
     let (id_len, name_len) = (records.u16()?, records.u16()?);
@@ -74,9 +76,8 @@ fn read_one(records: &mut Records<'_>, header: &Header) -> Result<Snapshot> {
         icount: extra(2).filter(|count| *count != u64::MAX),
         id: records.text(usize::from(id_len))?,
         name: records.text(usize::from(name_len))?,
-        entry_bytes: (records.at() - start).next_multiple_of(8),
+        entry_bytes: records.at() - start,
     };
-    records.skip(start + snapshot.entry_bytes - records.at())?;
     header.geometry.check_l1(&format!("snapshot {}: l1_table_offset", snapshot.id), l1_offset, l1_entries)?;
     Ok(snapshot)
 }

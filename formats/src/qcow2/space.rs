@@ -373,7 +373,7 @@ impl Space {
         for (what, table) in tables {
             if run.start < table.start + table.count && table.start < run.start + run.count {
                 return Err(Error::malformed(format!(
-                    "the refcount of {what} is 0 in the clusters from {} on: repair the image with `qemu-img check -r all`",
+                    "the refcount of {what} is 0 in the clusters from {} on: mend the image with `blkmirror check --repair all FILE`",
                     table.start.max(run.start)
                 )));
             }

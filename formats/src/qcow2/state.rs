@@ -148,7 +148,7 @@ impl State {
             let count = self.space()?.refs.get(cluster)?;
             if count != 1 {
                 return Err(Error::malformed(format!(
-                    "the L2 table of L1 entry {index} has refcount {count}, and there is no internal snapshot: repair the image with `qemu-img check -r all`"
+                    "the L2 table of L1 entry {index} has refcount {count}, and there is no internal snapshot: mend the image with `blkmirror check --repair all FILE`"
                 )));
             }
         }

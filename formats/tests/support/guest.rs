@@ -415,7 +415,7 @@ impl Guest {
     pub fn assert_survives_power_cut(&mut self) {
         let disk = Arc::new(self.disk.after_power_cut(&mut self.random));
         let storage: Arc<dyn Storage> = disk.clone();
-        let found = check(&storage).expect("an image that can be walked");
+        let found = check(&*storage).expect("an image that can be walked");
         assert_eq!(found.corruptions, 0, "{:#?}", found.problems);
         let image = Qcow2::open(storage, Arc::new(Notes::new(0)), self.open).expect("a valid image");
         for (sector, (found, versions)) in self.all_tags(&image, &disk).iter().zip(&self.versions).enumerate() {
@@ -433,7 +433,7 @@ impl Guest {
         self.image.trim_end().expect("memory");
         self.disk.flush();
         let storage: Arc<dyn Storage> = self.disk.clone();
-        check(&storage).expect("an image that can be walked")
+        check(&*storage).expect("an image that can be walked")
     }
 }
 

@@ -134,7 +134,7 @@ fn is_whole(disk: &Arc<Disk>) -> bool {
 /// What a check finds wrong, leaks apart.
 fn corruptions(disk: &Arc<Disk>) -> Result<Vec<String>, Error> {
     let storage: Arc<dyn Storage> = disk.clone();
-    let mut found = check(&storage).inspect_err(in_words)?;
+    let mut found = check(&*storage).inspect_err(in_words)?;
     assert!(found.compressed_clusters <= found.allocated_clusters);
     found.problems.retain(|problem| !problem.starts_with("leak:"));
     assert!(found.problems.len() as u64 <= found.corruptions);

@@ -41,7 +41,6 @@ fn entry(id: &str, name: &str, extra: &[u8]) -> Vec<u8> {
     bytes.extend(extra);
     bytes.extend(id.as_bytes());
     bytes.extend(name.as_bytes());
-    bytes.resize(bytes.len().next_multiple_of(8), 0);
     bytes
 }
 
@@ -58,7 +57,11 @@ fn read_table(count: u32, entries: &[u8]) -> crate::error::Result<Vec<Snapshot>>
 #[test]
 fn extra_data_says_what_the_short_fields_cannot() {
     let extra: Vec<u8> = [5 << 32, 6 << 32, u64::MAX, 3].into_iter().flat_map(u64::to_be_bytes).collect();
-    let table = [entry("1", "old", &[]), entry("22", "new", &extra[..16]), entry("3", "", &extra)].concat();
+    let mut table = Vec::new();
+    for one in [entry("1", "old", &[]), entry("22", "new", &extra[..16]), entry("3", "", &extra)] {
+        table.resize(table.len().next_multiple_of(8), 0);
+        table.extend(one);
+    }
     let found = read_table(3, &table).expect("valid");
     let facts: Vec<_> = found
         .iter()
