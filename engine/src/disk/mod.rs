@@ -30,6 +30,7 @@ pub struct Disk {
     bell: Bell,
     grace: Grace,
     poisoned: AtomicBool,
+    damage_told: AtomicBool,
     /// The file system said that it cannot make holes, or cannot zero in place.
     no_unmap: AtomicBool,
     no_zero_range: AtomicBool,
@@ -44,6 +45,7 @@ impl Disk {
             bell: Bell::default(),
             grace: Grace::default(),
             poisoned: AtomicBool::new(false),
+            damage_told: AtomicBool::new(false),
             no_unmap: AtomicBool::new(false),
             no_zero_range: AtomicBool::new(false),
         }
@@ -86,6 +88,24 @@ impl Disk {
                 format!("{}: an earlier flush of this image failed, so it is not written any more", self.name()),
                 rustix::io::Errno::IO.into(),
             )),
+        }
+    }
+
+    /// What was found wrong with the top image while it was in use; it is not written any more.
+    pub fn damage(&self) -> Option<String> {
+        let top = self.chain.top();
+        top.image.damage().map(|what| {
+            let name = self.name();
+            format!("{name} is corrupt ({what}) and not written any more: mend it with `blkmirror check --repair all {name}`")
+        })
+    }
+
+    /// Logs it, once.
+    fn tell_damage(&self) {
+        if let Some(damage) = self.damage()
+            && !self.damage_told.swap(true, Ordering::Relaxed)
+        {
+            tracing::error!("{damage}");
         }
     }
 

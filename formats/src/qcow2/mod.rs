@@ -12,6 +12,7 @@
 //! settle      brings the tables into the file, in order
 //! replay      takes back what the journal kept through a kill
 //! snapshots, bitmaps     what else the file keeps: older views, and what was written since
+//! damage      a corruption that is found while the image is in use ends all writing
 //! create      makes an empty image
 //! check       finds leaks and corruptions
 //! ```
@@ -29,6 +30,7 @@
 pub mod bitmaps;
 pub mod check;
 pub mod create;
+mod damage;
 mod entry;
 mod geometry;
 pub mod header;
@@ -57,7 +59,7 @@ use crate::journal::{Change, Journal};
 use crate::range::ByteRange;
 use crate::storage::Storage;
 use state::State;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 /// How to open an image.
 #[derive(Clone, Copy, Debug)]
@@ -118,6 +120,9 @@ struct Shared {
     journal: Arc<dyn Journal>,
     writable: bool,
     has_backing: bool,
+    /// The incompatible features of the header.
+    incompatible: u64,
+    damage: OnceLock<String>,
     state: Mutex<State>,
 }
 
@@ -138,6 +143,8 @@ impl Qcow2 {
             journal,
             writable: open.writable,
             has_backing: open.has_backing,
+            incompatible: header.incompatible,
+            damage: OnceLock::new(),
             state: Mutex::new(state),
         };
         Ok(Self { header, flush_first, shared: Arc::new(shared) })
@@ -167,7 +174,7 @@ impl Qcow2 {
     /// Cuts off what the file was grown by and nothing uses. For a clean close: settle, `recycle`,
     /// settle, then this.
     pub fn trim_end(&self) -> Result<()> {
-        match self.shared.writable {
+        match self.shared.writable && self.shared.damage.get().is_none() {
             true => self.shared.lock().space()?.trim_end(),
             false => Ok(()),
         }
@@ -251,7 +258,7 @@ impl Shared {
 
     fn check_writable(&self) -> Result<()> {
         match self.writable {
-            true => Ok(()),
+            true => self.refuse_damaged(),
             false => Err(Error::invalid("the image was opened for reading only")),
         }
     }
@@ -263,23 +270,27 @@ impl Image for Qcow2 {
     }
 
     fn map(&self, at: u64, len_max: u64) -> Result<Extent> {
-        self.shared.map(at, len_max)
+        self.shared.watch(self.shared.map(at, len_max))
     }
 
     fn reserve(&self, guest: ByteRange) -> Result<Reserve> {
-        Shared::reserve(&self.shared, guest)
+        self.shared.watch(Shared::reserve(&self.shared, guest))
     }
 
     fn commit(&self, reservation: Reservation) -> Result<()> {
-        self.shared.commit(reservation)
+        self.shared.watch(self.shared.commit(reservation))
     }
 
     fn zero(&self, guest: ByteRange, zeroing: Zeroing) -> Result<Zeroed> {
-        self.shared.zero(guest, zeroing)
+        self.shared.watch(self.shared.zero(guest, zeroing))
     }
 
     fn settle(&self, progress: &mut Progress) -> Result<Settle> {
-        Shared::settle(&self.shared, progress)
+        self.shared.watch(Shared::settle(&self.shared, progress))
+    }
+
+    fn damage(&self) -> Option<&str> {
+        self.shared.damage.get().map(String::as_str)
     }
 
     fn close(&self) -> Result<()> {

@@ -80,6 +80,11 @@ impl Refcounts {
         self.block(cluster) != 0
     }
 
+    /// Where the blocks are.
+    pub fn blocks(&self) -> impl Iterator<Item = u64> {
+        self.table.iter().copied().filter(|at| *at != 0)
+    }
+
     fn block(&self, cluster: u64) -> u64 {
         let index = usize::try_from(cluster >> self.geometry.block_bits()).unwrap_or(usize::MAX);
         self.table.get(index).copied().unwrap_or(0)

@@ -98,6 +98,7 @@ impl Shared {
     /// Makes the payload of a reservation the content of its clusters.
     pub(super) fn commit(&self, reservation: Reservation) -> Result<()> {
         let Some(hold) = &reservation.hold else { return Ok(()) };
+        self.refuse_damaged()?;
         let mut state = self.lock();
         let reserved = state.take_reservation(hold.id());
         let reserved = reserved.ok_or_else(|| Error::invalid("the reservation is of another image"))?;

@@ -59,6 +59,8 @@ pub struct Space {
     forgot: bool,
     /// Clusters that hold what a wrong refcount must not let us overwrite.
     l1: Run,
+    /// Other clusters that hold tables since before the image was opened, in order.
+    tables: Vec<u64>,
     /// Where refcount tables were: in use until the header that names the new place is durable.
     pub retired: Vec<Run>,
 }
@@ -80,10 +82,20 @@ impl Space {
             cursor: 0,
             forgot: false,
             l1,
+            tables: Vec::new(),
             retired: Vec::new(),
         };
         space.frontier = space.last_used(0)?;
         Ok(space)
+    }
+
+    /// Sees to it that the L2 tables at `l2` (offsets in the file) and the refcount blocks are never given
+    /// out, whatever their refcounts say. Takes as much memory as the tables that name them, at most 40 MiB.
+    pub fn protect(&mut self, l2: impl Iterator<Item = u64>) {
+        let clusters = l2.chain(self.refs.blocks()).map(|at| self.geometry.host_cluster(at));
+        self.tables = clusters.collect();
+        self.tables.sort_unstable();
+        self.tables.dedup();
     }
 
     /// One past the last cluster in use from `floor` on, or a little more.
@@ -295,6 +307,9 @@ impl Space {
                 1 => {
                     self.refs.set(cluster, 0)?;
                     self.remember_free(cluster, 1);
+                    if let Ok(at) = self.tables.binary_search(&cluster) {
+                        self.tables.remove(at);
+                    }
                 }
                 more => self.refs.set(cluster, more - 1)?,
             }
@@ -370,15 +385,21 @@ impl Space {
             ("the L1 table", self.l1),
             ("the refcount table", self.refs.place()),
         ];
-        for (what, table) in tables {
-            if run.start < table.start + table.count && table.start < run.start + run.count {
-                return Err(Error::malformed(format!(
-                    "the refcount of {what} is 0 in the clusters from {} on: mend the image with `blkmirror check --repair all FILE`",
-                    table.start.max(run.start)
-                )));
-            }
+        let meets = |table: Run| run.start < table.start + table.count && table.start < run.start + run.count;
+        let met = tables.into_iter().find(|(_, table)| meets(*table));
+        let met = met.map(|(what, table)| (what, table.start.max(run.start)));
+        match met.or(self.table_in(run).map(|table| ("an L2 table or a refcount block", table))) {
+            None => Ok(()),
+            Some((what, cluster)) => Err(Error::malformed(format!(
+                "the refcount of {what} is 0 in the clusters from {cluster} on: mend the image with `blkmirror check --repair all FILE`"
+            ))),
         }
-        Ok(())
+    }
+
+    /// A table that starts in `run`, which was to be given out.
+    fn table_in(&self, run: Run) -> Option<u64> {
+        let next = self.tables.partition_point(|table| *table < run.start);
+        self.tables.get(next).copied().filter(|table| *table < run.start + run.count)
     }
 
     /// Cuts off what the file was grown by and nothing uses.

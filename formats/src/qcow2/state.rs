@@ -4,7 +4,7 @@
 //! settle under way must not write yet it takes from `undo`: the old values of the entries of its
 //! slices that were changed since it began.
 use super::Open;
-use super::entry::{COPIED, Entry, l2_table};
+use super::entry::{COPIED, Entry, OFFSET, l2_table};
 use super::geometry::Geometry;
 use super::header::Header;
 use super::refcounts::{FrozenRefcounts, Refcounts, Run};
@@ -131,6 +131,9 @@ impl State {
             let l1_clusters = (u64::from(header.l1_entries) * 8).div_ceil(geometry.cluster_size());
             state.space = Some(Space::open(storage.clone(), geometry, refs, clusters(header.l1_offset, l1_clusters))?);
             state.own_tables()?;
+            let l1 = std::mem::take(&mut state.l1);
+            state.space()?.protect(l1.iter().map(|raw| raw & OFFSET).filter(|host| *host != 0));
+            state.l1 = l1;
         }
         Ok(state)
     }
