@@ -174,7 +174,6 @@ impl Opened {
     }
 
     /// Locks the file first, for opening may change it: a header's bits, or what a dirty bit says of its tables.
-
     fn from_file(path: &Path, file: OpenFile, format: Option<TargetFormat>, access: &Access) -> Result<Self> {
         if access.writable {
             lock(&file.buffered, FlockOperation::NonBlockingLockExclusive)?;
