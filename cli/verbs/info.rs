@@ -1,4 +1,6 @@
 //! `info`: what an image file is, by its header.
+mod kept;
+
 use crate::args::Info;
 use crate::failure::Failure;
 use crate::image;
@@ -10,6 +12,7 @@ use formats::error::{Context, Error, Result};
 use formats::probe::Probed;
 use formats::qcow2;
 use formats::storage::Storage;
+use kept::{Bitmap, Snapshot};
 use serde::Serialize;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -40,6 +43,8 @@ struct Facts {
     full_backing_filename: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     backing_filename_format: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    snapshots: Vec<Snapshot>,
     #[serde(skip_serializing_if = "Option::is_none")]
     format_specific: Option<Specific>,
 }
@@ -59,9 +64,8 @@ struct Qcow2 {
     lazy_refcounts: bool,
     refcount_bits: u32,
     corrupt: bool,
-    /// Internal snapshots and persistent bitmaps, which qemu-img lists one by one.
-    snapshot_count: u32,
-    bitmap_count: u32,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    bitmaps: Vec<Bitmap>,
 }
 
 fn facts(path: &Path) -> Result<Facts> {
@@ -79,29 +83,33 @@ fn facts(path: &Path) -> Result<Facts> {
         backing_filename: None,
         full_backing_filename: None,
         backing_filename_format: None,
+        snapshots: Vec::new(),
         format_specific: None,
     };
     match image::probe_storage(&storage)? {
         Probed::Unknown => Ok(raw),
         Probed::Unsupported(format) => Err(Error::unsupported(format!("a {format} image, which is not supported"))),
-        Probed::Qcow2 => Ok(with_header(raw, path, qcow2::read_header(&storage)?.info())),
+        Probed::Qcow2 => with_header(raw, path, &storage),
     }
 }
 
-fn with_header(raw: Facts, path: &Path, info: qcow2::Info) -> Facts {
+fn with_header(raw: Facts, path: &Path, storage: &FileStorage) -> Result<Facts> {
+    let header = qcow2::read_header(storage)?;
+    let snapshots = qcow2::snapshots::read(storage, &header)?;
+    let bitmaps = qcow2::bitmaps::read(storage, &header)?;
+    let info = header.info();
     let data = Qcow2 {
         compat: if info.version == 2 { "0.10" } else { "1.1" },
         compression_type: info.compression.to_string(),
         lazy_refcounts: info.lazy_refcounts,
         refcount_bits: info.refcount_bits,
         corrupt: info.corrupt,
-        snapshot_count: info.snapshots,
-        bitmap_count: info.bitmaps,
+        bitmaps: bitmaps.into_iter().map(Bitmap::from).collect(),
     };
     let backing = info.backing.as_ref();
     // A name that cannot be followed is still a name to show.
     let full = backing.and_then(|backing| BackingName::parse(&backing.name).ok());
-    Facts {
+    Ok(Facts {
         format: "qcow2",
         virtual_size: info.virtual_size,
         dirty_flag: info.dirty,
@@ -109,9 +117,10 @@ fn with_header(raw: Facts, path: &Path, info: qcow2::Info) -> Facts {
         backing_filename: backing.map(|backing| backing.name.clone()),
         full_backing_filename: full.map(|name| name.resolve(path).display().to_string()),
         backing_filename_format: backing.and_then(|backing| backing.format.clone()),
+        snapshots: snapshots.into_iter().map(Snapshot::from).collect(),
         format_specific: Some(Specific { format: "qcow2", data }),
         ..raw
-    }
+    })
 }
 
 impl Facts {
@@ -135,6 +144,8 @@ impl Facts {
             facts.push(("refcounts", format!("{} bits", data.refcount_bits)));
             facts.push(("compression", data.compression_type.clone()));
             facts.extend(data.marks(self.dirty_flag).map(|mark| ("marked", mark)));
+            facts.extend(self.snapshots.iter().map(|one| ("snapshot", one.line())));
+            facts.extend(data.bitmaps.iter().map(|one| ("bitmap", one.line())));
         }
         facts.into_iter().map(|(name, fact)| format!("{name:<11} {fact}")).collect()
     }
@@ -147,8 +158,6 @@ impl Qcow2 {
             (dirty, "dirty".to_string()),
             (self.corrupt, "corrupt".to_string()),
             (self.lazy_refcounts, "lazy refcounts".to_string()),
-            (self.snapshot_count > 0, format!("{} internal snapshots", self.snapshot_count)),
-            (self.bitmap_count > 0, format!("{} persistent bitmaps", self.bitmap_count)),
         ];
         marks.into_iter().filter(|(is_set, _)| *is_set).map(|(_, mark)| mark)
     }

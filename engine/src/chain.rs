@@ -146,7 +146,7 @@ impl Layer {
             // What was given up is free now that nobody is inside, and its tables say so next.
             self.image.recycle();
             self.settle_by(flush)?;
-            self.image.close()?;
+            self.image.close(flush)?;
             flush()
         });
         closed.map_err(|error| error.at(self.path.display()))

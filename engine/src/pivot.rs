@@ -317,6 +317,7 @@ impl Pivot {
         if let Some(error) = self.failed.take() {
             return self.undo(error);
         }
+        self.carry_bitmaps();
         let disk = if planted(Fault::SourceAfterRecord) { &self.mirror.source } else { &self.mirror.target };
         self.open(Route { disk: Arc::clone(disk), mirror: None });
         let (End::Switch { record, .. }, Some(file)) = (&self.end, &mut self.record_file) else {
@@ -331,6 +332,19 @@ impl Pivot {
                 Step::Busy
             }
             Err(error) => unconfirmed(&error),
+        }
+    }
+
+    /// The target goes on with the source's bitmaps, which have all writes up to now. Where it cannot, they are
+    /// lost, which is no reason to go back.
+    fn carry_bitmaps(&self) {
+        let (source, target) = (self.mirror.source.chain().top(), self.mirror.target.chain().top());
+        let carried = source.image.bitmaps().and_then(|bitmaps| match bitmaps.is_empty() {
+            true => Ok(()),
+            false => target.image.adopt_bitmaps(bitmaps),
+        });
+        if let Err(error) = carried {
+            tracing::warn!("{}: the source's bitmaps: {}", target.path.display(), error.one_line());
         }
     }
 

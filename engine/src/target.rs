@@ -19,7 +19,8 @@ use crate::io::FileStorage;
 use crate::open::{Access, Identity, identity, lasting_name, open_disk, open_on, probe_format, sync_folder};
 use formats::error::{Context, Error, Result};
 use formats::journal::Journal;
-use formats::qcow2::{Backing, Create, create, read_header};
+use formats::qcow2::header::autoclear;
+use formats::qcow2::{Backing, Create, Header, create, read_header};
 use formats::storage::Storage;
 use std::fs;
 use std::os::unix::fs::FileTypeExt;
@@ -88,6 +89,9 @@ pub fn plan(request: &MirrorRequest, source: &Disk) -> std::result::Result<Plan,
         true => (found.reuse(&path, request.format)?, false),
         false => (found.create(&path, request.format, layers)?, true),
     };
+    if let Some(header) = top_header(source).map_err(|error| failed(&error))? {
+        notes.extend(what_stays(&header, format));
+    }
     let plan = Plan { path, format, shallow, create, found, chunk_bits, notes };
     if !create || found == Found::Device {
         plan.check_size(source)?;
@@ -160,10 +164,7 @@ impl Plan {
     fn creation(&self, source: &Disk) -> Result<Create> {
         let layers = source.chain().layers();
         let mut creation = Create::new(source.size().next_multiple_of(SECTOR));
-        if layers[0].format == "qcow2" {
-            let path = &layers[0].path;
-            let file = fs::File::open(path).context(|| format!("{}: open", path.display()))?;
-            let header = read_header(&FileStorage::new(file)).map_err(|error| error.at(path.display()))?;
+        if let Some(header) = top_header(source)? {
             creation.cluster_bits = header.geometry.cluster_bits;
         }
         if let (true, Some(backing)) = (self.shallow, layers.get(1)) {
@@ -198,6 +199,33 @@ impl Plan {
             self.path.display()
         )))
     }
+}
+
+/// The header of the source's top layer, where that is a qcow2 image.
+fn top_header(source: &Disk) -> Result<Option<Header>> {
+    let top = source.chain().top();
+    if top.format != "qcow2" {
+        return Ok(None);
+    }
+    let file = fs::File::open(&top.path).context(|| format!("{}: open", top.path.display()))?;
+    read_header(&FileStorage::new(file)).map(Some).map_err(|error| error.at(top.path.display()))
+}
+
+/// What the source keeps beside its contents, and what becomes of that.
+fn what_stays(header: &Header, target: TargetFormat) -> Vec<String> {
+    let mut notes = Vec::new();
+    if header.snapshots > 0 {
+        let count = header.snapshots;
+        notes.push(format!("the source's internal snapshots ({count}) stay with it: the target gets none"));
+    }
+    if let Some(bitmaps) = header.bitmaps.filter(|_| header.autoclear & autoclear::BITMAPS != 0) {
+        let what = format!("the source's persistent bitmaps ({})", bitmaps.count);
+        notes.push(match target {
+            TargetFormat::Raw => format!("{what} are dropped at a pivot: raw has no place for them"),
+            TargetFormat::Qcow2 => format!("{what} go on in the target after a pivot, where they are consistent"),
+        });
+    }
+    notes
 }
 
 /// What is at a path.

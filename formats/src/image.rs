@@ -8,6 +8,7 @@
 //! ```
 use crate::error::{Error, Result};
 use crate::journal::Change;
+use crate::qcow2::bitmaps::Carried;
 use crate::range::ByteRange;
 use std::sync::Arc;
 
@@ -198,13 +199,25 @@ pub trait Image: Send + Sync {
     /// Makes metadata durable, one stage a call, in an order that a power cut survives.
     fn settle(&self, progress: &mut Progress) -> Result<Settle>;
 
+    /// The consistent bitmaps of what was written, as they are now. Nobody writes meanwhile.
+    fn bitmaps(&self) -> Result<Vec<Carried>> {
+        Ok(Vec::new())
+    }
+
+    /// Goes on with the bitmaps of another image that has the same contents: they are stored at the
+    /// close. Nobody writes meanwhile.
+    fn adopt_bitmaps(&self, _bitmaps: Vec<Carried>) -> Result<()> {
+        Err(Error::unsupported("this format has no bitmaps: they are dropped"))
+    }
+
     /// Space that was given up and that no operation begun before the last settle can still be
     /// using: it may be used again. Called when the caller knows that.
     fn recycle(&self) {}
 
-    /// Leaves the file no longer than it has to be. Called when everything is settled and nobody
-    /// will use the image any more.
-    fn close(&self) -> Result<()> {
+    /// Stores what is kept in memory up to the end, and leaves the file no longer than it has to be.
+    /// Called when everything is settled and nobody will use the image any more; `flush` makes the
+    /// file durable.
+    fn close(&self, _flush: &dyn Fn() -> Result<()>) -> Result<()> {
         Ok(())
     }
 

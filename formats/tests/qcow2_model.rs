@@ -12,6 +12,8 @@ use support::random::Random;
 struct World {
     guest: Guest,
     killed: bool,
+    /// A cluster can be in several snapshots.
+    counts_to_15: bool,
 }
 
 impl World {
@@ -25,14 +27,14 @@ impl World {
         let size = (clusters << cluster_bits) - (random.below(1 << cluster_bits) & !511);
         let disk = Arc::new(Disk::default());
         create(&*disk, &Create { version, cluster_bits, refcount_order, ..Create::new(size) }).expect("valid options");
-        if cluster_bits == 9 && refcount_order >= 4 {
+        if cluster_bits == 9 && refcount_order >= 4 && seed < 4000 {
             use_up_reftable(&disk, refcount_order);
         }
         disk.flush();
         let metadata_bytes_max = if random.one_in(2) { 0 } else { 1 << 20 };
         let open = Open { writable: true, has_backing: random.one_in(2), metadata_bytes_max };
         let notes = if random.one_in(2) { 8 } else { 4096 };
-        Self { guest: Guest::new(disk, notes, open, seed), killed: false }
+        Self { guest: Guest::new(disk, notes, open, seed), killed: false, counts_to_15: refcount_order >= 2 }
     }
 }
 
@@ -109,4 +111,32 @@ fn a_kill_loses_nothing_that_was_committed() {
         }
     });
     assert!(stats.kills > 1000, "{stats:?}");
+}
+
+/// QEMU takes snapshots in between: they share L2 tables and clusters with the guest's view.
+fn with_snapshots(seeds: std::ops::Range<u64>, kills: bool) {
+    run(seeds, 300, |world, step| {
+        if step % 100 == 60 && world.counts_to_15 {
+            world.guest.take_snapshot();
+        }
+        // Each look is one of qemu-img's.
+        world.guest.cut_at_flushes = (160..200).contains(&step);
+        if kills && step % 17 == 16 {
+            world.guest.kill();
+            world.killed = true;
+        }
+        if step % 50 == 49 {
+            world.guest.assert_survives_power_cut();
+        }
+    });
+}
+
+#[test]
+fn a_snapshot_never_changes() {
+    with_snapshots(4000..4024, false);
+}
+
+#[test]
+fn a_snapshot_never_changes_by_a_kill() {
+    with_snapshots(5000..5024, true);
 }

@@ -17,6 +17,9 @@ use crate::storage::Storage;
 /// QEMU's length of a version 3 header: up to the padding behind the compression type.
 const V3_LEN: usize = 112;
 
+/// Bytes between the extensions and the backing name: as many as the extension of bitmaps has.
+const LATER_LEN: usize = 32;
+
 /// Names for programs that do not know a bit: type, bit, name, as QEMU writes them.
 const FEATURES: [(u8, u8, &str); 8] = [
     (0, 0, "dirty bit"),
@@ -148,7 +151,7 @@ fn header(create: &Create, geometry: Geometry, layout: &Layout) -> Result<Vec<u8
     let cluster = geometry.cluster_size() as usize;
     let features = features();
     // A small cluster may have no room for the names, and does not need them.
-    if create.version >= 3 && bytes.len() + 8 + features.len() + 8 + name.len() <= cluster {
+    if create.version >= 3 && bytes.len() + 8 + features.len() + 8 + LATER_LEN + name.len() <= cluster {
         extension(EXTENSION_FEATURES, &features, &mut bytes);
     }
     extension(EXTENSION_END, &[], &mut bytes);
@@ -161,6 +164,10 @@ fn header(create: &Create, geometry: Geometry, layout: &Layout) -> Result<Vec<u8
             name.len(),
             BACKING_NAME_MAX.min(cluster.saturating_sub(bytes.len()))
         )));
+    }
+    // Room for the extension of bitmaps that come later, where there is some.
+    if create.version >= 3 && bytes.len() + LATER_LEN + name.len() <= cluster {
+        bytes.resize(bytes.len() + LATER_LEN, 0);
     }
     let at = bytes.len() as u64;
     bytes[8..16].copy_from_slice(&at.to_be_bytes());

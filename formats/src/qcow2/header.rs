@@ -232,11 +232,6 @@ impl Header {
                 "incompatible feature bit 0 (dirty) is set: mend it with `blkmirror check --repair all FILE`",
             );
         }
-        if self.snapshots > 0 {
-            return refused(
-                "internal snapshots are not supported for writing: delete them with `qemu-img snapshot -d`",
-            );
-        }
         Ok(())
     }
 }
@@ -360,6 +355,26 @@ struct Extensions {
     backing_format: Option<String>,
     incompatible_names: Vec<(u8, String)>,
     bitmaps: Option<BitmapsExtension>,
+    places: ExtensionPlaces,
+}
+
+/// Where the extensions are in the file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct ExtensionPlaces {
+    /// Where the one of the bitmaps begins.
+    pub bitmaps: Option<u64>,
+    /// Where the mark of the end is.
+    pub end: usize,
+    /// Nothing may reach past this.
+    pub limit: usize,
+}
+
+/// Where the extensions are in the first cluster of an image with this header.
+pub(super) fn extension_places(bytes: &[u8], header: &Header) -> Result<ExtensionPlaces> {
+    let bytes = Bytes(bytes);
+    let start = if header.geometry.version == 2 { V2_LEN } else { bytes.u32(100)? as usize };
+    let end = extensions_end(header.geometry, bytes.u64(8)?);
+    Ok(Extensions::parse(bytes, start, end)?.places)
 }
 
 impl Extensions {
@@ -378,9 +393,13 @@ impl Extensions {
                     at - 8
                 )));
             }
+            if kind == EXTENSION_BITMAPS {
+                extensions.places.bitmaps = Some(at as u64 - 8);
+            }
             extensions.take(kind, bytes.get(at, len)?)?;
             at += len.next_multiple_of(8);
         }
+        (extensions.places.end, extensions.places.limit) = (at, end.min(bytes.0.len()));
         Ok(extensions)
     }
 

@@ -5,6 +5,7 @@
 //! geometry    the numbers that follow from it
 //! entry       what an L1 or L2 entry means
 //! state       the tables as they are now, under one lock
+//!   tables      L2 tables as wholes, and those that snapshots share
 //!   slices      the part of them that is in memory
 //!   refcounts   how often each host cluster is used
 //!   space       which of them are free
@@ -21,8 +22,8 @@
 //!
 //! 1. Payload and refcounts are durable before an L2 entry that points at them is written. The other
 //!    way round, a power cut leaves an entry that shows what was there before, or that two share.
-//! 2. A table is durable, as zeroes at least, before what points at it is written: an L2 table before
-//!    its L1 entry, a refcount block before its entry, a moved refcount table before the header.
+//! 2. A table is durable, as zeroes or as a copy at least, before what points at it is written: an L2
+//!    table before its L1 entry, a refcount block before its entry, a moved refcount table before the header.
 //! 3. A cluster that an entry let go of is counted down, and used again, only after the changed entry
 //!    is durable and nobody can still be reading the old place (`Image::recycle`).
 //! 4. What is committed while a settle is under way is not written by it: its payload was perhaps
@@ -36,6 +37,7 @@ mod geometry;
 pub mod header;
 mod inflate;
 mod map;
+mod protected;
 mod records;
 mod refcounts;
 mod replay;
@@ -58,6 +60,7 @@ use crate::image::{Extent, Holder, Image, Progress, Reservation, Reserve, Settle
 use crate::journal::{Change, Journal};
 use crate::range::ByteRange;
 use crate::storage::Storage;
+use bitmaps::{Carried, Live};
 use state::State;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
@@ -123,6 +126,7 @@ struct Shared {
     /// The incompatible features of the header.
     incompatible: u64,
     damage: OnceLock<String>,
+    bitmaps: Live,
     state: Mutex<State>,
 }
 
@@ -132,11 +136,17 @@ impl Qcow2 {
     /// # Errors
     ///
     /// `Unsupported` names what is not handled and what to do, `Malformed` the field that is wrong.
-    /// Images with the dirty or corrupt bit or with internal snapshots can be read, not written.
+    /// Images with the dirty or corrupt bit can be read, not written.
     pub fn open(storage: Arc<dyn Storage>, journal: Arc<dyn Journal>, open: Open) -> Result<Self> {
         let header = read_header(&*storage)?;
-        let flush_first = open.writable && prepare_writing(&*storage, &header)?;
+        let mut flush_first = open.writable && prepare_writing(&*storage, &header)?;
         let state = State::open(&storage, &header, open)?;
+        // Last of all that can fail: from here on they are in use.
+        let (bitmaps, in_use) = match open.writable {
+            true => Live::open(storage.clone(), &header)?,
+            false => (Live::none(storage.clone()), false),
+        };
+        flush_first |= in_use;
         let shared = Shared {
             geometry: header.geometry,
             storage,
@@ -145,6 +155,7 @@ impl Qcow2 {
             has_backing: open.has_backing,
             incompatible: header.incompatible,
             damage: OnceLock::new(),
+            bitmaps,
             state: Mutex::new(state),
         };
         Ok(Self { header, flush_first, shared: Arc::new(shared) })
@@ -166,7 +177,7 @@ impl Qcow2 {
     }
 
     /// True where the file has to be flushed before the first write of payload: opening cleared
-    /// autoclear bits, and what they vouched for is about to become wrong.
+    /// autoclear bits or marked bitmaps as in use: what they vouched for is about to become wrong.
     pub fn flush_first(&self) -> bool {
         self.flush_first
     }
@@ -196,11 +207,12 @@ pub fn read_header(storage: &dyn Storage) -> Result<Header> {
 /// Refuses what must not be written; says whether it changed the header.
 fn prepare_writing(storage: &dyn Storage, header: &Header) -> Result<bool> {
     header.check_writable()?;
-    if header.autoclear == 0 {
+    // What another bit vouches for is not kept up by us.
+    let kept = header.autoclear & header::autoclear::BITMAPS;
+    if header.autoclear == kept {
         return Ok(false);
     }
-    // Nothing that a bit vouches for is kept up by us, persistent bitmaps included.
-    let cleared = storage.write_at(header::AUTOCLEAR_AT, &0_u64.to_be_bytes());
+    let cleared = storage.write_at(header::AUTOCLEAR_AT, &kept.to_be_bytes());
     cleared.context(|| "clearing the autoclear features in the header")?;
     Ok(true)
 }
@@ -274,7 +286,11 @@ impl Image for Qcow2 {
     }
 
     fn reserve(&self, guest: ByteRange) -> Result<Reserve> {
-        self.shared.watch(Shared::reserve(&self.shared, guest))
+        let reserve = self.shared.watch(Shared::reserve(&self.shared, guest))?;
+        if let Reserve::Room(reservation) = &reserve {
+            self.shared.bitmaps.mark(reservation.guest);
+        }
+        Ok(reserve)
     }
 
     fn commit(&self, reservation: Reservation) -> Result<()> {
@@ -282,7 +298,11 @@ impl Image for Qcow2 {
     }
 
     fn zero(&self, guest: ByteRange, zeroing: Zeroing) -> Result<Zeroed> {
-        self.shared.watch(self.shared.zero(guest, zeroing))
+        let zeroed = self.shared.watch(self.shared.zero(guest, zeroing))?;
+        if let Zeroed::Done(guest) | Zeroed::Host { guest, .. } = zeroed {
+            self.shared.bitmaps.mark(guest);
+        }
+        Ok(zeroed)
     }
 
     fn settle(&self, progress: &mut Progress) -> Result<Settle> {
@@ -293,8 +313,19 @@ impl Image for Qcow2 {
         self.shared.damage.get().map(String::as_str)
     }
 
-    fn close(&self) -> Result<()> {
+    fn close(&self, flush: &dyn Fn() -> Result<()>) -> Result<()> {
+        if self.damage().is_none() {
+            Shared::store_bitmaps(&self.shared, flush)?;
+        }
         self.trim_end()
+    }
+
+    fn bitmaps(&self) -> Result<Vec<Carried>> {
+        self.shared.bitmaps.carry(&self.header)
+    }
+
+    fn adopt_bitmaps(&self, bitmaps: Vec<Carried>) -> Result<()> {
+        self.shared.bitmaps.adopt(&self.header, bitmaps)
     }
 
     fn recycle(&self) {

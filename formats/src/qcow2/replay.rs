@@ -31,13 +31,13 @@ impl Shared {
         self.check_replay(&tables, &entries)?;
         self.count_replayed(&tables, &entries)?;
         for (index, raw) in &tables {
-            self.replay_table(*index, *raw)?;
+            self.lock().replay_table(*index, *raw & !COPIED)?;
         }
         for (cluster, raw) in &entries {
             let mut state = self.lock_with(*cluster)?;
-            if state.table_at(*cluster)?.is_none() {
+            if state.needs_table(*cluster) {
                 return Err(Error::malformed(format!(
-                    "the journal has an entry for guest cluster {cluster}, which has no L2 table"
+                    "the journal has an entry for guest cluster {cluster}, which has no L2 table of its own"
                 )));
             }
             state.put_entry(*cluster, *raw);
@@ -90,23 +90,5 @@ impl Shared {
         // We note what we point at alone, always. A cluster that several shared before, compressed ones
         // for instance, may still be counted for all of them in the file.
         clusters.into_iter().try_for_each(|cluster| space.mark_used_alone(cluster))
-    }
-
-    /// Puts back an L2 table that was new when it was noted.
-    fn replay_table(&self, index: u64, raw: u64) -> Result<()> {
-        let mut state = self.lock();
-        let host = raw & !COPIED;
-        match state.l1_entry(index) {
-            // The file has it: as zeroes at least, and with some of its entries perhaps.
-            Some(now) if now & !COPIED == host => return Ok(()),
-            Some(0) => {}
-            _ => {
-                return Err(Error::malformed(format!("the journal and the file have different L2 tables for {index}")));
-            }
-        }
-        // Nothing in the file points at it, so it can be made anew from zeroes and its notes.
-        state.space()?.clear(self.geometry.host_cluster(host), false)?;
-        state.set_table(index as usize, host);
-        Ok(())
     }
 }

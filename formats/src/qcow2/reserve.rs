@@ -70,7 +70,7 @@ impl Shared {
     ) -> Result<Option<(Reserved, bool)>> {
         let (geometry, bits) = (self.geometry, self.geometry.cluster_bits);
         let in_slice = (1 << geometry.l2_slice_bits()) - (first & ((1 << geometry.l2_slice_bits()) - 1));
-        let tables = usize::from(state.table_at(first)?.is_none());
+        let tables = usize::from(state.needs_table(first));
         let notes = state.notes_left(&*self.journal).saturating_sub(tables);
         let clusters = clusters.min(in_slice).min(notes as u64);
         if clusters == 0 || state.is_full() {
@@ -79,6 +79,7 @@ impl Shared {
         if let Entry::Zero { kept: Some((host, copied)) } = entry
             && state.is_exclusive(host, copied)?
         {
+            state.ensure_table(first, &*self.journal)?;
             let kept = |nth, raw: u64| raw == (host + (nth << bits)) | COPIED | ZERO;
             let count = state.run(first, clusters, kept)?.max(1);
             return Ok(Some((Reserved { first, count, host, taken: false }, false)));

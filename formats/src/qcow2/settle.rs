@@ -17,7 +17,8 @@
 //! had at the start (`State::frozen_bytes`), and stay dirty where they have newer ones. New
 //! refcounts go out as they are; they are too high at worst.
 //!
-//! A new table needs no writing of its own: its cluster reads as zeroes from the moment it is taken.
+//! A new table needs no writing of its own: its cluster reads as zeroes, or as the shared table that it
+//! is a copy of, from the moment it is taken.
 //! A settle that is dropped before its end leaves everything dirty; the next one writes it again.
 use super::Shared;
 use super::header::REFTABLE_AT;

@@ -9,6 +9,7 @@
 //! frontier. Free runs that nobody gave back in this process (another program left them) are found
 //! by a cursor: one slice of refcounts each time that the file would have to grow.
 use super::geometry::Geometry;
+use super::protected::Protected;
 use super::refcounts::{Refcounts, Run};
 use crate::error::{Context, Error, Result};
 use crate::storage::Storage;
@@ -57,8 +58,7 @@ pub struct Space {
     cursor: u64,
     /// Some free runs were more than can be remembered: the cursor has to go round again.
     forgot: bool,
-    /// Clusters that hold what a wrong refcount must not let us overwrite.
-    l1: Run,
+    protected: Protected,
     /// Other clusters that hold tables since before the image was opened, in order.
     tables: Vec<u64>,
     /// Where refcount tables were: in use until the header that names the new place is durable.
@@ -66,8 +66,8 @@ pub struct Space {
 }
 
 impl Space {
-    /// The space of a file with these refcounts, whose L1 table is in `l1`.
-    pub fn open(storage: Arc<dyn Storage>, geometry: Geometry, refs: Refcounts, l1: Run) -> Result<Self> {
+    /// The space of a file with these refcounts.
+    pub fn open(storage: Arc<dyn Storage>, geometry: Geometry, refs: Refcounts, protected: Protected) -> Result<Self> {
         let file_len = storage.len().context(|| "asking for the file's length")?;
         let mut space = Self {
             refs,
@@ -81,7 +81,7 @@ impl Space {
             next_fit: 0,
             cursor: 0,
             forgot: false,
-            l1,
+            protected,
             tables: Vec::new(),
             retired: Vec::new(),
         };
@@ -147,6 +147,13 @@ impl Space {
         Ok(taken.run.start)
     }
 
+    /// Takes `count` clusters in one run.
+    pub fn take_run(&mut self, count: u64) -> Result<Run> {
+        let run = self.advance(count, count)?;
+        (run.start..run.start + count).try_for_each(|cluster| self.mark_used(cluster))?;
+        Ok(run)
+    }
+
     /// Zeroes a cluster, unless it is `zeroed`. Nothing in the file may point at it.
     pub fn clear(&mut self, cluster: u64, zeroed: bool) -> Result<()> {
         if zeroed {
@@ -155,6 +162,14 @@ impl Space {
         let at = cluster << self.geometry.cluster_bits;
         let zeroes = vec![0; self.geometry.cluster_size() as usize];
         self.storage.write_at(at, &zeroes).context(|| format!("clearing a new table at {at}"))
+    }
+
+    /// Copies a cluster to one that nothing in the file points at.
+    pub fn copy(&mut self, from: u64, to: u64) -> Result<()> {
+        let (from, to) = (from << self.geometry.cluster_bits, to << self.geometry.cluster_bits);
+        let mut bytes = vec![0; self.geometry.cluster_size() as usize];
+        self.storage.read_at(from, &mut bytes).context(|| format!("reading the shared L2 table at {from}"))?;
+        self.storage.write_at(to, &bytes).context(|| format!("writing the copy of an L2 table at {to}"))
     }
 
     fn take_free(&mut self, wanted: u64, wanted_min: u64) -> Result<Option<Run>> {
@@ -380,18 +395,11 @@ impl Space {
     }
 
     fn check_unprotected(&self, run: Run) -> Result<()> {
-        let tables = [
-            ("the header", Run { start: 0, count: 1 }),
-            ("the L1 table", self.l1),
-            ("the refcount table", self.refs.place()),
-        ];
-        let meets = |table: Run| run.start < table.start + table.count && table.start < run.start + run.count;
-        let met = tables.into_iter().find(|(_, table)| meets(*table));
-        let met = met.map(|(what, table)| (what, table.start.max(run.start)));
-        match met.or(self.table_in(run).map(|table| ("an L2 table or a refcount block", table))) {
+        let reftable = Protected::new(vec![self.refs.place()]);
+        match self.protected.first_in(run).or_else(|| reftable.first_in(run)).or_else(|| self.table_in(run)) {
             None => Ok(()),
-            Some((what, cluster)) => Err(Error::malformed(format!(
-                "the refcount of {what} is 0 in the clusters from {cluster} on: mend the image with `blkmirror check --repair all FILE`"
+            Some(cluster) => Err(Error::malformed(format!(
+                "the refcount of the header or of a table is 0 in the clusters from {cluster} on: mend the image with `blkmirror check --repair all FILE`"
             ))),
         }
     }

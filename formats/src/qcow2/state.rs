@@ -3,10 +3,13 @@
 //! A slice in memory always has the newest entries, so that looking one up is one look. What a
 //! settle under way must not write yet it takes from `undo`: the old values of the entries of its
 //! slices that were changed since it began.
+mod tables;
+
 use super::Open;
-use super::entry::{COPIED, Entry, OFFSET, l2_table};
+use super::entry::{Entry, OFFSET, l2_table};
 use super::geometry::Geometry;
 use super::header::Header;
+use super::protected::Protected;
 use super::refcounts::{FrozenRefcounts, Refcounts, Run};
 use super::slices::Slices;
 use super::space::Space;
@@ -128,34 +131,14 @@ impl State {
             let clusters = |at, count| Run { start: geometry.host_cluster(at), count };
             let place = clusters(header.reftable_offset, u64::from(header.reftable_clusters));
             let refs = Refcounts::open(storage.clone(), geometry, place, slices / 4)?;
-            let l1_clusters = (u64::from(header.l1_entries) * 8).div_ceil(geometry.cluster_size());
-            state.space = Some(Space::open(storage.clone(), geometry, refs, clusters(header.l1_offset, l1_clusters))?);
-            state.own_tables()?;
+            let protected = Protected::read(&**storage, header)?;
+            state.space = Some(Space::open(storage.clone(), geometry, refs, protected)?);
+            state.own_tables(header.snapshots > 0)?;
             let l1 = std::mem::take(&mut state.l1);
             state.space()?.protect(l1.iter().map(|raw| raw & OFFSET).filter(|host| *host != 0));
             state.l1 = l1;
         }
         Ok(state)
-    }
-
-    /// Sees to it that no other entry shares an L2 table with ours: without internal snapshots
-    /// nobody should.
-    fn own_tables(&mut self) -> Result<()> {
-        for index in 0..self.l1.len() {
-            let raw = self.l1[index];
-            if raw & COPIED != 0 {
-                continue;
-            }
-            let Some(host) = l2_table(self.geometry, index as u64, raw)? else { continue };
-            let cluster = self.geometry.host_cluster(host);
-            let count = self.space()?.refs.get(cluster)?;
-            if count != 1 {
-                return Err(Error::malformed(format!(
-                    "the L2 table of L1 entry {index} has refcount {count}, and there is no internal snapshot: mend the image with `blkmirror check --repair all FILE`"
-                )));
-            }
-        }
-        Ok(())
     }
 
     /// The space of the file.
@@ -263,26 +246,6 @@ impl State {
         Ok(copied || self.space()?.refs.get(cluster)? == 1)
     }
 
-    /// Sees to it that `cluster` has an L2 table; its slice is in memory.
-    pub fn ensure_table(&mut self, cluster: u64, journal: &dyn Journal) -> Result<()> {
-        if self.table_at(cluster)?.is_some() {
-            return Ok(());
-        }
-        let host = self.space()?.take_table()? << self.geometry.cluster_bits;
-        self.set_table(self.l1_index(cluster), host);
-        journal.note(Change { table: TABLE_L1, index: self.l1_index(cluster) as u64, value: host | COPIED });
-        let slice = vec![0; self.geometry.slice_bytes() / 8];
-        self.l2.insert(self.slice_key(cluster), slice.into_boxed_slice());
-        Ok(())
-    }
-
-    /// Puts a new L2 table in place. It has no entries yet, neither in memory nor in the file.
-    pub fn set_table(&mut self, index: usize, host: u64) {
-        self.l1[index] = host | COPIED;
-        self.l1_dirty.insert(index as u64);
-        self.epoch += 1;
-    }
-
     /// Changes the entry of `cluster`, whose slice is in memory, and notes it. What the old one had
     /// is let go of.
     pub fn change_entry(&mut self, cluster: u64, raw: u64, journal: &dyn Journal) -> Result<()> {
@@ -361,6 +324,13 @@ impl State {
         if let Some(space) = &mut self.space {
             // What cannot be counted down leaks; nothing worse, and nobody is there to hear of it.
             let _ = space.release(run);
+        }
+    }
+
+    /// The clusters at these places are not needed any more, and nothing in the file points at them.
+    pub fn let_go(&mut self, places: &[u64]) {
+        for place in places {
+            push_run(&mut self.freed, Run { start: self.geometry.host_cluster(*place), count: 1 });
         }
     }
 
@@ -453,11 +423,6 @@ impl State {
     /// Where entry `index` of the L1 table is in the file.
     pub fn l1_entry_at(&self, index: u64) -> u64 {
         self.l1_at + index * 8
-    }
-
-    /// The entry `index` of the L1 table, `None` past its end.
-    pub fn l1_entry(&self, index: u64) -> Option<u64> {
-        self.l1.get(usize::try_from(index).ok()?).copied()
     }
 }
 

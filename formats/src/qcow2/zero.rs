@@ -92,7 +92,7 @@ impl Shared {
             match self.action(state, first + nth, zeroing)? {
                 Action::Leave => {}
                 Action::Set(raw) => {
-                    let table = usize::from(state.table_at(first)?.is_none());
+                    let table = usize::from(state.needs_table(first));
                     if state.is_full() || state.notes_left(&*self.journal) <= table {
                         return Ok(nth);
                     }

@@ -3,6 +3,7 @@ use super::random::Random;
 use formats::storage::Storage;
 use std::collections::HashMap;
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::sync::{Mutex, MutexGuard};
 
 pub const SECTOR: usize = 512;
@@ -28,7 +29,10 @@ impl Disk {
     /// A file with these bytes, all of them durable.
     pub fn with(bytes: &[u8]) -> Self {
         let disk = Self::default();
-        disk.write_at(0, bytes).expect("memory");
+        disk.set_len(bytes.len() as u64).expect("memory");
+        for (nth, sector) in bytes.chunks(SECTOR).enumerate().filter(|(_, sector)| **sector != [0; SECTOR]) {
+            disk.write_at((nth * SECTOR) as u64, sector).expect("memory");
+        }
         disk.flush();
         disk
     }
@@ -82,6 +86,18 @@ impl Disk {
         let mut bytes = vec![0; len as usize];
         self.read_at(0, &mut bytes).expect("all of it");
         bytes
+    }
+
+    /// Fills an empty file of the system with the same bytes, and leaves holes where nothing was written.
+    pub fn copy_to(&self, file: &std::fs::File) -> io::Result<()> {
+        let bytes = self.lock();
+        file.set_len(bytes.len)?;
+        for (sector, now) in &bytes.sectors {
+            let at = sector * SECTOR as u64;
+            let len = SECTOR.min(bytes.len.saturating_sub(at) as usize);
+            file.write_all_at(&now[..len], at)?;
+        }
+        Ok(())
     }
 
     fn lock(&self) -> MutexGuard<'_, Bytes> {

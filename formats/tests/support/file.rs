@@ -178,4 +178,11 @@ impl Layer {
         }
         self.image.recycle();
     }
+
+    /// Closes the image as a clean end does.
+    pub fn close(self) {
+        self.settle();
+        self.settle();
+        self.image.close(&|| Ok(())).expect("a valid image");
+    }
 }

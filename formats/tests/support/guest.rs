@@ -4,9 +4,10 @@
 //! Sectors are filled with a tag that no other write has, so a stale or misplaced one is seen.
 use super::disk::{Disk, SECTOR};
 use super::notes::Notes;
+use super::qemu::{check_of_qemu, with_snapshot};
 use super::random::Random;
 use formats::image::{Image, Place, Progress, Reservation, Reserve, Settle, Zeroed, Zeroing};
-use formats::qcow2::{Check, Open, Qcow2, check};
+use formats::qcow2::{Check, Open, Qcow2, check, read_header, snapshots};
 use formats::range::ByteRange;
 use formats::storage::Storage;
 use std::collections::HashMap;
@@ -60,6 +61,8 @@ pub struct Guest {
     settle: Option<(Progress, u64)>,
     time: u64,
     last_settled: u64,
+    /// What internal snapshots hold, by the place of their L1 table and its entries: a tag a sector.
+    snapshots: Vec<(u64, u32, Vec<u64>)>,
     /// The power is cut, in a copy of the world, in front of every flush.
     pub cut_at_flushes: bool,
     pub stats: Stats,
@@ -100,6 +103,7 @@ impl Guest {
             settle: None,
             time: 0,
             last_settled: 0,
+            snapshots: Vec::new(),
             cut_at_flushes: false,
             stats: Stats::default(),
         }
@@ -415,8 +419,9 @@ impl Guest {
     pub fn assert_survives_power_cut(&mut self) {
         let disk = Arc::new(self.disk.after_power_cut(&mut self.random));
         let storage: Arc<dyn Storage> = disk.clone();
-        let found = check(&*storage).expect("an image that can be walked");
+        let found = self.check(&disk);
         assert_eq!(found.corruptions, 0, "{:#?}", found.problems);
+        self.assert_snapshots(&disk);
         let image = Qcow2::open(storage, Arc::new(Notes::new(0)), self.open).expect("a valid image");
         for (sector, (found, versions)) in self.all_tags(&image, &disk).iter().zip(&self.versions).enumerate() {
             let possible = versions.iter().any(|version| version.tag == *found);
@@ -432,8 +437,43 @@ impl Guest {
         self.settle_all();
         self.image.trim_end().expect("memory");
         self.disk.flush();
-        let storage: Arc<dyn Storage> = self.disk.clone();
-        check(&*storage).expect("an image that can be walked")
+        self.assert_snapshots(&self.disk);
+        self.check(&self.disk)
+    }
+
+    fn check(&self, disk: &Arc<Disk>) -> Check {
+        if self.snapshots.is_empty() {
+            let storage: Arc<dyn Storage> = disk.clone();
+            return check(&*storage).expect("an image that can be walked");
+        }
+        check_of_qemu(disk)
+    }
+
+    /// Closes the image, has QEMU take a snapshot of it, and goes on with what that left.
+    pub fn take_snapshot(&mut self) {
+        let found = self.close();
+        assert_eq!(found.corruptions, 0, "{:#?}", found.problems);
+        let bytes = with_snapshot(&self.disk, self.snapshots.len());
+        self.disk = Arc::new(Disk::with(&bytes));
+        self.notes = Arc::new(Notes::new(self.notes.capacity()));
+        self.image = Qcow2::open(self.disk.clone(), self.notes.clone(), self.open).expect("a valid image");
+        let header = read_header(&*self.disk).expect("a valid header");
+        let newest = snapshots::read(&*self.disk, &header).expect("a valid table").pop().expect("the new one");
+        let tags = self.versions.iter().map(|versions| versions.last().expect("never empty").tag).collect();
+        self.snapshots.push((newest.l1_offset, newest.l1_entries, tags));
+        self.assert_all_there();
+    }
+
+    /// Each snapshot holds what it did: its L1 table, put in the header's place, shows it.
+    fn assert_snapshots(&self, disk: &Disk) {
+        for (l1_offset, l1_entries, tags) in &self.snapshots {
+            let view = Arc::new(disk.copy());
+            view.write_at(36, &l1_entries.to_be_bytes()).expect("memory");
+            view.write_at(40, &l1_offset.to_be_bytes()).expect("memory");
+            let open = Open { writable: false, ..self.open };
+            let image = Qcow2::open(view, Arc::new(Notes::new(0)), open).expect("a valid image");
+            assert!(self.all_tags(&image, disk) == *tags, "the snapshot with its L1 table at {l1_offset} has changed");
+        }
     }
 }
 

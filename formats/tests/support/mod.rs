@@ -2,6 +2,7 @@
 //! images in files beside those of QEMU.
 #![allow(dead_code, reason = "each test crate uses its part")]
 
+pub mod act;
 pub mod damage;
 pub mod disk;
 pub mod file;

@@ -13,6 +13,11 @@ impl Notes {
         Self { capacity, generations: Mutex::default() }
     }
 
+    /// How many notes fit.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
     /// What a kill leaves: everything, in order.
     pub fn kept(&self) -> Vec<Change> {
         self.generations.lock().expect("one thread").concat()

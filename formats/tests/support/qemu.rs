@@ -1,5 +1,7 @@
 //! qemu-img and qemu-io, and random images that they make.
+use super::disk::Disk;
 use super::random::Random;
+use formats::qcow2::Check;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -19,6 +21,37 @@ pub fn contents(folder: &Path, image: &str) -> Vec<u8> {
     let bytes = std::fs::read(&raw).expect("just made");
     std::fs::remove_file(raw).expect("just made");
     bytes
+}
+
+/// What `qemu-img check` finds in the image on `disk`.
+pub fn check_of_qemu(disk: &Disk) -> Check {
+    let file = file_of(disk);
+    let arguments = ["check", "-f", "qcow2", "--output=json"];
+    let output = Command::new("qemu-img").args(arguments).arg(file.path()).output().expect("qemu-img");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let count = |field: &str| {
+        let (_, value) = text.split_once(&format!("\"{field}\": "))?;
+        value.split(|byte: char| !byte.is_ascii_digit()).next()?.parse().ok()
+    };
+    assert_eq!(count("check-errors"), Some(0), "{text}");
+    let (leaks, corruptions) = (count("leaks").unwrap_or(0), count("corruptions").unwrap_or(0));
+    assert_eq!(output.status.success(), leaks + corruptions == 0, "{text}");
+    let problems = String::from_utf8_lossy(&output.stderr).lines().map(str::to_owned).collect();
+    Check { leaks, corruptions, problems, ..Check::default() }
+}
+
+/// The image on `disk` with one more internal snapshot.
+pub fn with_snapshot(disk: &Disk, nth: usize) -> Vec<u8> {
+    let file = file_of(disk);
+    let path = file.path().display().to_string();
+    run(Path::new("/"), "qemu-img", &["snapshot", "-c", &format!("snapshot {nth}"), &path]);
+    std::fs::read(file.path()).expect("just made")
+}
+
+fn file_of(disk: &Disk) -> tempfile::NamedTempFile {
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    disk.copy_to(file.as_file()).expect("room");
+    file
 }
 
 /// A random image of QEMU's, with zero to two images below.

@@ -211,5 +211,5 @@ fn use_it(image: &Qcow2, acts: &[Act]) {
             }
         }
     }
-    let _ = image.close();
+    let _ = image.close(&|| Ok(()));
 }

@@ -16,14 +16,16 @@ const TABLE_ENTRIES_MAX: u32 = (128 << 20) / 8;
 const GRANULARITY_BITS: std::ops::RangeInclusive<u8> = 9..=31;
 
 /// Flags of an entry.
-const IN_USE: u32 = 1;
-const AUTO: u32 = 1 << 1;
+pub(super) const IN_USE: u32 = 1;
+/// Where they are in an entry.
+pub(super) const FLAGS_AT: u64 = 12;
+pub(super) const AUTO: u32 = 1 << 1;
 const EXTRA_COMPATIBLE: u32 = 1 << 2;
 /// The only type there is: bits of what was written.
-const DIRTY_TRACKING: u8 = 1;
+pub(super) const DIRTY_TRACKING: u8 = 1;
 
 /// A table's entry of a cluster of bits that are all set; one of zero says that none is.
-const ALL_ONES: u64 = 1;
+pub(super) const ALL_ONES: u64 = 1;
 const TABLE_OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 
 /// What the header says of the bitmaps.

@@ -7,6 +7,14 @@
 //!
 //! Their autoclear bit vouches for all of them: a program that does not know them clears it when it
 //! writes, and then none of them is right.
+mod adopt;
+mod bits;
 mod directory;
+mod live;
+mod store;
 
+pub(super) use live::Live;
+
+pub use adopt::Carried;
+pub use bits::Bits;
 pub use directory::{Bitmap, Extension, read, read_table};

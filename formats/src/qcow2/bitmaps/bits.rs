@@ -1,0 +1,105 @@
+//! The bits of one bitmap in memory, in the order in which the file has them.
+use crate::range::ByteRange;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A bit for each piece of a disk. Set from several threads at once.
+#[derive(Debug)]
+pub struct Bits {
+    granularity_bits: u32,
+    words: Vec<AtomicU64>,
+}
+
+impl Bits {
+    /// None is set.
+    pub fn new(size: u64, granularity_bits: u32) -> Self {
+        let words = Self::len_bytes(size, granularity_bits).div_ceil(8);
+        Self { granularity_bits, words: (0..words).map(|_| AtomicU64::new(0)).collect() }
+    }
+
+    /// Bytes that the bits of a disk of `size` bytes take in the file.
+    pub fn len_bytes(size: u64, granularity_bits: u32) -> u64 {
+        size.div_ceil(1 << granularity_bits).div_ceil(8)
+    }
+
+    /// Bits of their own that are the same.
+    pub fn copy(&self) -> Self {
+        let words = self.words.iter().map(|word| AtomicU64::new(word.load(Ordering::Relaxed)));
+        Self { granularity_bits: self.granularity_bits, words: words.collect() }
+    }
+
+    /// Sets the bits of all pieces that `range` touches.
+    pub fn set(&self, range: ByteRange) {
+        if range.is_empty() {
+            return;
+        }
+        let (first, last) = (range.start >> self.granularity_bits, (range.end - 1) >> self.granularity_bits);
+        for word in first / 64..=last / 64 {
+            let from = first.saturating_sub(word * 64);
+            let to = (last - word * 64).min(63);
+            let mask = u64::MAX >> (63 - to) & u64::MAX << from;
+            let here = &self.words[word as usize];
+            // Most writes are where others were: a look is cheaper than a change.
+            if here.load(Ordering::Relaxed) & mask != mask {
+                here.fetch_or(mask, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Sets what is set in `bytes`, which are the file's from `at` on; `at` is a multiple of 8.
+    pub fn add_bytes(&self, at: u64, bytes: &[u8]) {
+        for (word, piece) in self.words[(at / 8) as usize..].iter().zip(bytes.chunks(8)) {
+            let mut padded = [0; 8];
+            padded[..piece.len()].copy_from_slice(piece);
+            word.fetch_or(u64::from_le_bytes(padded), Ordering::Relaxed);
+        }
+    }
+
+    /// The file's bytes from `at` on, a multiple of 8; zeroes past the end. True where any bit is set.
+    pub fn to_bytes(&self, at: u64, bytes: &mut [u8]) -> bool {
+        let words = self.words.get((at / 8) as usize..).unwrap_or_default().iter();
+        let words = words.map(|word| word.load(Ordering::Relaxed)).chain(std::iter::repeat(0));
+        let mut any = false;
+        for (piece, word) in bytes.chunks_mut(8).zip(words) {
+            piece.copy_from_slice(&word.to_le_bytes()[..piece.len()]);
+            any |= word != 0;
+        }
+        any
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Bits;
+    use crate::range::ByteRange;
+
+    #[test]
+    fn every_piece_that_is_touched_is_set() {
+        let size = 300 * 512 + 1;
+        for start in [0, 1, 511, 512, 63 * 512, 64 * 512 + 5, 200 * 512, 300 * 512] {
+            for len in [1, 512, 513, 64 * 512, 128 * 512 + 1] {
+                let range = ByteRange { start, end: (start + len).min(size) };
+                let bits = Bits::new(size, 9);
+                bits.set(range);
+                let mut bytes = [0; 48];
+                bits.to_bytes(0, &mut bytes);
+                for piece in 0..384_u64 {
+                    let expected = piece * 512 < range.end && range.start < (piece + 1) * 512;
+                    let found = bytes[piece as usize / 8] >> (piece % 8) & 1 == 1;
+                    assert_eq!(found, expected, "piece {piece} of {range}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn bytes_come_back() {
+        let bits = Bits::new(100 * 512, 9);
+        assert_eq!(Bits::len_bytes(100 * 512, 9), 13);
+        bits.add_bytes(0, &[1, 2, 3]);
+        bits.add_bytes(8, &[0, 0, 0x80]);
+        let mut bytes = [0xff; 24];
+        assert!(bits.to_bytes(0, &mut bytes));
+        assert_eq!(bytes[..12], [1, 2, 3, 0, 0, 0, 0, 0, 0, 0, 0x80, 0]);
+        assert!(!bits.to_bytes(16, &mut bytes), "past the end");
+    }
+}
