@@ -45,7 +45,7 @@ fn a_corrupt_image_is_not_written_and_says_so() {
 
     let status = daemon.status("vda");
     let told = status["error"].as_str().expect("what is wrong").to_owned();
-    for words in ["is corrupt (the refcount of an L2 table", "blkmirror check --repair all", "a.qcow2"] {
+    for words in ["is corrupt (the refcount of", "blkmirror check --repair all", "a.qcow2"] {
         assert!(told.contains(words), "{told}");
     }
     assert_eq!(daemon.log().matches("is corrupt (").count(), 1, "{}", daemon.log());

@@ -399,7 +399,7 @@ impl Space {
         match self.protected.first_in(run).or_else(|| reftable.first_in(run)).or_else(|| self.table_in(run)) {
             None => Ok(()),
             Some(cluster) => Err(Error::malformed(format!(
-                "the refcount of the header or of a table is 0 in the clusters from {cluster} on: mend the image with `blkmirror check --repair all FILE`"
+                "the refcount of the header or of a table is 0 in the clusters from {cluster} on"
             ))),
         }
     }
