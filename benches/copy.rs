@@ -42,6 +42,7 @@ fn memory(c: &mut Criterion) {
             file: DataFile::buffered(File::simulated(number)),
             path: PathBuf::from("memory"),
             format: "raw",
+            apart: None,
         };
         Arc::new(Disk::new(Chain::new(vec![Arc::new(layer)]), number == 0))
     };

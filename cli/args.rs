@@ -1,8 +1,8 @@
 //! What can be said on the command line. Help and manual come from here.
-use crate::{export, size};
+use crate::{export, listener, size};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgGroup, Args as Arguments, Parser, Subcommand};
-use engine::control::options::{Cache, ExportOptions};
+use engine::control::options::{Cache, ExportOptions, Listener};
 use engine::control::{Mode, OnError, TargetFormat};
 use formats::qcow2::Repair;
 use serde::de::DeserializeOwned;
@@ -53,6 +53,8 @@ pub enum Verb {
     Info(Info),
     /// Say what is wrong with an image that nobody uses, and mend it when told to
     Check(Check),
+    /// Say where a disk's bytes live, run by run
+    Map(Map),
     /// Move a disk under a guest, with nothing but this program, and prove that nothing was lost
     Demo(Demo),
 }
@@ -75,17 +77,24 @@ pub struct Job {
 }
 
 #[derive(Debug, Arguments)]
-#[command(group = ArgGroup::new("listeners").args(["socket", "listen"]).required(true).multiple(true))]
 pub struct Serve {
     /// A disk to serve; may be given several times. A comma in FILE is written twice
     #[arg(long = "export", required = true, value_name = "NAME=FILE[,format=qcow2|raw][,readonly]", value_parser = export::parse)]
     pub exports: Vec<ExportOptions>,
-    /// Where NBD clients come in: a Unix socket
-    #[arg(long, value_name = "PATH")]
-    pub socket: Option<PathBuf>,
-    /// Where NBD clients come in: a TCP address
-    #[arg(long, value_name = "HOST:PORT")]
-    pub listen: Option<String>,
+    /// Where NBD clients come in: a Unix socket; may be given several times. Not needed where systemd
+    /// hands sockets over
+    #[arg(long = "socket", value_name = "PATH")]
+    pub sockets: Vec<PathBuf>,
+    /// Permissions of the Unix sockets for NBD clients, in octal
+    #[arg(long, value_name = "MODE", value_parser = listener::mode)]
+    pub socket_mode: Option<u32>,
+    /// Owner of the Unix sockets for NBD clients, by names or numbers
+    #[arg(long, value_name = "USER[:GROUP]", value_parser = listener::owner)]
+    pub socket_owner: Option<listener::Owner>,
+    /// Where NBD clients come in: a TCP address, IPv6 in brackets, or `vsock:CID:PORT` (CID `*` for any guest);
+    /// may be given several times
+    #[arg(long = "listen", value_name = "HOST:PORT", value_parser = listener::parse)]
+    pub addresses: Vec<Listener>,
     /// The control socket
     #[arg(long, value_name = "PATH")]
     pub control: PathBuf,
@@ -132,6 +141,9 @@ pub struct Compare {
     /// The other one's
     #[arg(long, value_name = "FORMAT", value_parser = formats())]
     pub b_format: Option<TargetFormat>,
+    /// They also have to be equally long and to have payload, zeroes and nothing at the same places
+    #[arg(long)]
+    pub strict: bool,
 }
 
 #[derive(Debug, Arguments)]
@@ -141,6 +153,21 @@ pub struct Info {
     /// As an object, with the names that qemu-img has
     #[arg(long)]
     pub json: bool,
+    /// And what is below it; in JSON as an array, the top first
+    #[arg(long)]
+    pub backing_chain: bool,
+}
+
+#[derive(Debug, Arguments)]
+pub struct Map {
+    /// The image, the top layer of its chain
+    pub file: PathBuf,
+    /// As an array of runs, as qemu-img has it
+    #[arg(long)]
+    pub json: bool,
+    /// The image's format; by its header where it is not given
+    #[arg(long, value_name = "FORMAT", value_parser = formats())]
+    pub format: Option<TargetFormat>,
 }
 
 /// Exit status: 0 nothing is wrong, 1 it could not be checked, 2 corruptions (or misused), 3 leaks only,

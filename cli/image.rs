@@ -1,5 +1,9 @@
 //! Looks at the first bytes of what may be an image.
+use engine::chain::Chain;
+use engine::control::TargetFormat;
+use engine::control::options::Cache;
 use engine::io::FileStorage;
+use engine::open::{self, Access};
 use formats::error::{Context, Error, Result};
 use formats::probe::{self, Probed};
 use formats::storage::Storage;
@@ -9,6 +13,19 @@ use std::path::Path;
 
 /// How much of a file is looked at to know its format, in bytes.
 const PROBE_LEN: u64 = 512;
+
+/// Opens the chain of a disk to look at. A header that is not known leaves only raw, and as raw no
+/// other file is followed.
+///
+/// # Errors
+/// The engine's, with the path.
+pub fn open_chain(path: &Path, named: Option<TargetFormat>) -> Result<Chain> {
+    let format = match (named, probe(path)?) {
+        (None, Probed::Unknown) => Some(TargetFormat::Raw),
+        (named, _) => named,
+    };
+    open::open_chain(path, format, Access::read_only(Cache::None))
+}
 
 /// What the first bytes of the file at `path` say.
 ///

@@ -14,6 +14,7 @@ mod demo;
 mod export;
 mod failure;
 mod image;
+mod listener;
 mod output;
 mod size;
 mod text;
@@ -50,6 +51,7 @@ fn run(verb: Verb) -> Result<(), Failure> {
         Verb::Compare(compare) => verbs::compare::run(&compare),
         Verb::Info(info) => verbs::info::run(&info),
         Verb::Check(check) => verbs::check::run(&check),
+        Verb::Map(map) => verbs::map::run(&map),
         Verb::Quit(daemon) => verbs::job::quit(&daemon),
     }
 }

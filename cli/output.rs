@@ -1,7 +1,11 @@
 //! Results on stdout, everything else on stderr.
 use crate::failure::Failure;
-use std::io::{self, ErrorKind, IsTerminal, Write};
+use std::fmt;
+use std::io::{self, BufWriter, ErrorKind, IsTerminal, StdoutLock, Write};
 use tracing::Level;
+
+/// How much of a long result is written at a time, in bytes.
+const RESULTS_LEN: usize = 64 << 10;
 
 /// Writes one line of a result.
 ///
@@ -9,10 +13,40 @@ use tracing::Level;
 /// `Unheard` where the reader has gone, the system's words otherwise.
 pub fn say(line: impl AsRef<str>) -> Result<(), Failure> {
     let mut stdout = io::stdout().lock();
-    writeln!(stdout, "{}", line.as_ref()).and_then(|()| stdout.flush()).map_err(|error| match error.kind() {
+    writeln!(stdout, "{}", line.as_ref()).and_then(|()| stdout.flush()).map_err(unheard)
+}
+
+/// A long result, written piece by piece: what was written is there at the latest when it ends.
+pub struct Results(BufWriter<StdoutLock<'static>>);
+
+impl Results {
+    /// The beginning of one.
+    pub fn new() -> Self {
+        Self(BufWriter::with_capacity(RESULTS_LEN, io::stdout().lock()))
+    }
+
+    /// Writes a piece.
+    ///
+    /// # Errors
+    /// As `say`.
+    pub fn write(&mut self, piece: fmt::Arguments<'_>) -> Result<(), Failure> {
+        self.0.write_fmt(piece).map_err(unheard)
+    }
+
+    /// Ends it.
+    ///
+    /// # Errors
+    /// As `say`.
+    pub fn end(mut self) -> Result<(), Failure> {
+        self.0.flush().map_err(unheard)
+    }
+}
+
+fn unheard(error: io::Error) -> Failure {
+    match error.kind() {
         ErrorKind::BrokenPipe => Failure::Unheard,
         _ => Failure::new(format!("writing to stdout: {error}")),
-    })
+    }
 }
 
 /// Writes a remark that is no result.

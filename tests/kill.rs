@@ -86,6 +86,27 @@ fn acknowledged_writes_into_new_clusters_are_there_after_a_kill() {
 }
 
 #[test]
+fn acknowledged_writes_into_a_data_file_are_there_after_a_kill() {
+    for raw in [false, true] {
+        let folder = folder();
+        let (option, data) = images::data_file(&folder.path().join("disk.qcow2"), raw);
+        let chain = empty(folder.path(), &["-o", &option]);
+        let mut random = Random::new(10);
+        let mut at = || random.below(DISK_LEN / 512 - 512) * 512;
+        let places: Vec<u64> = (0..300).map(|_| at()).collect();
+        let request = |(index, at)| match index % 4 {
+            0 => Request::Zero { at, len: 100 * 512, keep: index % 8 == 0 },
+            _ => Request::Write { at, bytes: random.bytes(9 * 512) },
+        };
+        let requests: Vec<Request> = (0..).zip(places).map(request).collect();
+        survives(&chain, folder.path(), &requests, 1);
+        if raw {
+            assert_same("the data file alone", &content(&data, "raw"), &chain.content());
+        }
+    }
+}
+
+#[test]
 fn acknowledged_writes_into_parts_of_clusters_with_backing_are_there_after_a_kill() {
     let folder = folder();
     let chain = three_layers(folder.path(), DISK_LEN, 3);

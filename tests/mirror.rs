@@ -11,7 +11,7 @@ use support::daemon::Daemon;
 use support::images::{self, Chain, overlay, probed, random_chain, three_layers};
 use support::nbd::{Client, Replies, Request};
 use support::random::Random;
-use support::tools::{allocated, check, content, info};
+use support::tools::{self, allocated, check, content, info};
 use support::writer::{Habits, Writer};
 use support::{assert_same, folder};
 
@@ -168,6 +168,34 @@ fn a_shallow_copy_holds_the_top_layer_alone_and_keeps_its_backing() {
 }
 
 #[test]
+fn a_shallow_copy_of_subclusters_has_those_and_no_whole_clusters() {
+    let folder = folder();
+    let (base, top) = (folder.path().join("base.qcow2"), folder.path().join("top.qcow2"));
+    images::holding(&base, "qcow2", &vec![0xba; 4 << 20], &[]);
+    overlay(&top, "base.qcow2", "qcow2", None, &["-o", "extended_l2=on"]);
+    // Subclusters have 2 KiB: whole ones, parts, zeroes, and two clusters in a row.
+    let orders =
+        ["write -P 1 2k 2k", "write -P 2 70k 1k", "write -z 72k 4k", "write -P 3 190k 4k", "write -P 4 1m 100k"];
+    tools::run("qemu-io", &[&orders.map(|order| ["-c", order]).concat()[..], &[top.to_str().expect("text")]].concat());
+    let daemon = Daemon::serve(folder.path(), &[format!("vda={},format=qcow2", top.display())]);
+    let target = folder.path().join("target");
+    daemon.ok("mirror", &["vda", &target.display().to_string(), "--shallow", "--wait", "--finish"]);
+    daemon.wait_for("vda", "cancelled");
+    check(&target, "qcow2");
+    assert_same("the copy", &content(&target, "qcow2"), &content(&top, "qcow2"));
+    assert_eq!(own_runs(&target), own_runs(&top));
+}
+
+/// The runs of an image that are its own, not its backing's: start, length, whether there is data.
+fn own_runs(image: &Path) -> Vec<(u64, u64, bool)> {
+    let map = tools::run("qemu-img", &["map", "--output=json", image.to_str().expect("text")]);
+    let runs: Vec<Value> = serde_json::from_str(&map).expect("JSON of qemu-img");
+    let number = |run: &Value, name: &str| run[name].as_u64().expect("a number");
+    let own = runs.iter().filter(|run| run["depth"] == 0);
+    own.map(|run| (number(run, "start"), number(run, "length"), run["data"] == true)).collect()
+}
+
+#[test]
 fn a_shallow_copy_of_a_disk_without_backing_is_full_and_says_so() {
     let folder = folder();
     let top = folder.path().join("disk.qcow2");
@@ -247,6 +275,58 @@ fn disks_of_every_kind_move() {
         };
         eprintln!("seed {seed}, {options:?}\n{}", chain.told);
         Scene::of(folder, chain, seed).moves(&options, format);
+    }
+}
+
+// External data files.
+
+/// A disk in two files, with something in it.
+#[track_caller]
+fn disk_with_data_file(folder: &Path, raw: bool, seed: u64) -> Chain {
+    let top = folder.join("disk.qcow2");
+    let (option, data) = images::data_file(&top, raw);
+    images::create(&top, "qcow2", DISK_LEN, &["-o", &option]);
+    images::fill_plain(&top, "qcow2", DISK_LEN, &mut Random::new(seed));
+    Chain { top: top.clone(), format: "qcow2", layers: vec![(top, "qcow2"), (data, "raw")], told: String::new() }
+}
+
+#[test]
+fn a_disk_with_a_data_file_moves_to_one_without() {
+    for raw in [false, true] {
+        let folder = folder();
+        let chain = disk_with_data_file(folder.path(), raw, 40);
+        let scene = Scene::of(folder, chain, 40).moves(&[], "qcow2");
+        assert_eq!(info(&scene.target)["format-specific"]["data"]["data-file"], Value::Null);
+    }
+}
+
+#[test]
+fn a_shallow_copy_of_an_overlay_with_a_data_file_holds_the_overlay() {
+    let folder = folder();
+    let base = folder.path().join("base.qcow2");
+    images::create(&base, "qcow2", DISK_LEN, &[]);
+    images::fill(&base, "qcow2", DISK_LEN, 1 << 16, &mut Random::new(41));
+    let top = folder.path().join("disk.qcow2");
+    let (option, data) = images::data_file(&top, false);
+    overlay(&top, "base.qcow2", "qcow2", None, &["-o", &option]);
+    let layers = vec![(base, "qcow2"), (top.clone(), "qcow2"), (data, "raw")];
+    let chain = Chain { top, format: "qcow2", layers, told: String::new() };
+    let scene = Scene::of(folder, chain, 41).moves(&["--shallow"], "qcow2");
+    assert!(backing(&scene.target).is_some());
+}
+
+#[test]
+fn a_reused_target_with_a_data_file_has_the_disk_in_it() {
+    for raw in [false, true] {
+        let scene = Scene::new(42);
+        let (option, data) = images::data_file(&scene.target, raw);
+        images::holding(&scene.target, "qcow2", &vec![0xdd; DISK_LEN as usize], &["-o", &option]);
+        let scene = scene.moves(&["--reuse-external"], "qcow2");
+        let named = &info(&scene.target)["format-specific"]["data"];
+        assert_eq!((&named["data-file-raw"], &named["corrupt"]), (&raw.into(), &false.into()));
+        if raw {
+            assert_same("the data file alone", &content(&data, "raw"), &content(&scene.target, "qcow2"));
+        }
     }
 }
 
@@ -529,7 +609,7 @@ fn the_programs_words_for_misuse_are_no_refusals() {
     for args in [&["mirror"][..], &["mirror", "vda"], &["mirror", "vda", "x", "--mode", "fast"], &["no-such-verb"]] {
         let mut command = Command::new(support::daemon::program());
         command.arg(args[0]).arg("--control").arg(scene.daemon.control_socket()).args(&args[1..]);
-        assert_eq!(support::tools::output(&mut command).status.code(), Some(2), "{args:?}");
+        assert_eq!(tools::output(&mut command).status.code(), Some(2), "{args:?}");
     }
 }
 
@@ -539,7 +619,7 @@ fn the_programs_words_for_misuse_are_no_refusals() {
 fn thin_disk(folder: &Path) -> Chain {
     let top = folder.join("disk.qcow2");
     images::create(&top, "qcow2", DISK_LEN, &[]);
-    support::tools::ran(
+    tools::ran(
         Command::new("qemu-io")
             .args(["-f", "qcow2", "-c", "write -P 1 1M 256k", "-c", "write -P 2 20M 256k"])
             .args(["-c", "write -P 0 2M 16M", "-c", "write -z 28M 1M"])

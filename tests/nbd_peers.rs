@@ -213,13 +213,16 @@ fn the_export_says_what_it_is() {
     let export = &listed["exports"][0];
     assert_eq!(listed["structured"], true, "{listed}");
     assert_eq!(export["export-size"], DISK_LEN + 512);
-    assert_eq!(export["contexts"], serde_json::json!(["base:allocation"]));
+    assert_eq!(export["contexts"], serde_json::json!(["base:allocation", "qemu:allocation-depth"]));
     for (field, truth) in [
         ("is_read_only", false),
         ("can_flush", true),
         ("can_fua", true),
         ("can_trim", true),
         ("can_zero", true),
+        ("can_fast_zero", true),
+        ("can_cache", true),
+        ("can_df", true),
         ("can_multi_conn", true),
     ] {
         assert_eq!(export[field], truth, "{field}: {export}");
@@ -234,6 +237,60 @@ fn the_export_says_what_it_is() {
     let names: Vec<&str> =
         all["exports"].as_array().expect("a list").iter().filter_map(|e| e["export-name"].as_str()).collect();
     assert!(names.contains(&"vda") && names.contains(&"ro"), "{names:?}");
+}
+
+#[test]
+fn the_depth_of_each_extent_is_that_of_the_layer_that_has_it() {
+    let folder = folder();
+    let [base, middle, top] = ["base.raw", "middle.qcow2", "top.qcow2"].map(|name| folder.path().join(name));
+    images::create(&base, "raw", DISK_LEN / 2, &[]);
+    for (path, below, format) in [(&middle, &base, "raw"), (&top, &middle, "qcow2")] {
+        let below = format!("backing_file={},backing_fmt={format}", below.display());
+        images::create(path, "qcow2", DISK_LEN, &["-o", &below]);
+    }
+    let write = |path: &Path, orders: &[&str]| {
+        let path = path.display().to_string();
+        let orders: Vec<&str> = orders.iter().flat_map(|order| ["-c", order]).collect();
+        run("qemu-io", &[&["-f", "qcow2"][..], &orders, &[&path]].concat());
+    };
+    write(&middle, &["write 0 64k", "write -z 1M 64k"]);
+    write(&top, &["write 64k 64k"]);
+    let daemon = Daemon::serve(folder.path(), &[format!("vda={},format=qcow2", top.display())]);
+    let map = run("nbdinfo", &["--json", "--map=qemu:allocation-depth", &daemon.uri("vda")]);
+    let map: Value = serde_json::from_str(&map).expect("JSON of nbdinfo");
+    let found: Vec<[u64; 3]> = map.as_array().expect("a list").iter().map(extent).collect();
+    let (k, m) = (64 << 10, 1 << 20);
+    let half = DISK_LEN / 2;
+    let want = [[0, k, 2], [k, k, 1], [2 * k, m - 2 * k, 3], [m, k, 2], [m + k, DISK_LEN - m - k, 3]];
+    assert!(half > m + k, "past its end too the base is the layer that decides");
+    assert_eq!(found, want);
+}
+
+fn extent(entry: &Value) -> [u64; 3] {
+    ["offset", "length", "type"].map(|field| entry[field].as_u64().expect("a number"))
+}
+
+/// QEMU's client asks for 64-bit headers, and zeroes and discards with one request what is longer than
+/// 32 bits can say.
+#[test]
+fn requests_of_more_than_4_gib_are_done() {
+    const LEN: u64 = 6 << 30;
+    let folder = folder();
+    let disk = folder.path().join("disk.qcow2");
+    images::create(&disk, "qcow2", LEN, &[]);
+    let mut daemon = Daemon::serve(folder.path(), &[format!("vda={},format=qcow2", disk.display())]);
+    let uri = daemon.uri("vda");
+    let orders =
+        ["write -P 7 0 64k", "write -P 7 5G 64k", "write -z -u -n 0 6G", "read -P 0 0 64k", "read -P 0 5G 64k"];
+    let orders: Vec<&str> = orders.iter().flat_map(|order| ["-c", order]).collect();
+    let said = run("qemu-io", &[&["-f", "raw", "-d", "unmap"][..], &orders, &[&uri]].concat());
+    assert!(!said.contains("failed"), "{said}");
+    let map = run("qemu-img", &["map", "--output=json", &uri]);
+    let map: Value = serde_json::from_str(&map).expect("JSON of qemu-img");
+    assert_eq!(map.as_array().map(Vec::len), Some(1), "{map}");
+    assert_eq!(map[0]["length"], LEN);
+    daemon.stop();
+    check(&disk, "qcow2");
 }
 
 /// The error number that a request is answered with.

@@ -98,7 +98,7 @@ fn settle(image: &Qcow2, file: &File) -> Result<()> {
     let mut progress = Progress::default();
     loop {
         match image.settle(&mut progress)? {
-            Settle::Flush => file.sync_data().context(|| "flush")?,
+            Settle::Flush | Settle::FlushPayload => file.sync_data().context(|| "flush")?,
             Settle::Done => return Ok(()),
             Settle::Busy => return Err(Error::invalid("somebody else settles this image")),
         }

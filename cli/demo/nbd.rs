@@ -1,8 +1,9 @@
 //! A minimal NBD client that waits: one request at a time, simple replies.
 use crate::failure::Failure;
+use formats::nbd::reply::SIMPLE_REPLY_LEN;
 use formats::nbd::wire::{
-    Command, NBD_MAGIC, OPTION_MAGIC, OPTION_REPLY_MAGIC, REQUEST_MAGIC, SIMPLE_REPLY_LEN, SIMPLE_REPLY_MAGIC,
-    handshake_flag, info, opt, rep,
+    Command, NBD_MAGIC, OPTION_MAGIC, OPTION_REPLY_MAGIC, REQUEST_MAGIC, SIMPLE_REPLY_MAGIC, handshake_flag, info, opt,
+    rep,
 };
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -79,7 +80,7 @@ impl Nbd {
         let mut message = Vec::with_capacity(28 + payload.len());
         message.extend_from_slice(&REQUEST_MAGIC.to_be_bytes());
         message.extend_from_slice(&[0, 0]);
-        message.extend_from_slice(&number(command).to_be_bytes());
+        message.extend_from_slice(&(command as u16).to_be_bytes());
         message.extend_from_slice(&self.cookie.to_be_bytes());
         message.extend_from_slice(&offset.to_be_bytes());
         message.extend_from_slice(&(len as u32).to_be_bytes());
@@ -102,18 +103,6 @@ impl Nbd {
 
 fn failed(command: Command, offset: u64, error: &io::Error) -> Failure {
     Failure::new(format!("the guest's {command:?} at {offset}: {error}"))
-}
-
-fn number(command: Command) -> u16 {
-    match command {
-        Command::Read => 0,
-        Command::Write => 1,
-        Command::Disconnect => 2,
-        Command::Flush => 3,
-        Command::Trim => 4,
-        Command::WriteZeroes => 6,
-        Command::BlockStatus => 7,
-    }
 }
 
 /// Fixed newstyle, GO. Returns the disk's length.

@@ -1,40 +1,49 @@
-//! `compare`: whether two images read alike, whatever their formats.
+//! `compare`: whether two images read alike, whatever their formats. Ends as `qemu-img compare` does.
 use crate::args::Compare;
 use crate::bar::Bar;
 use crate::failure::Failure;
 use crate::image;
 use crate::output::say;
 use engine::control::TargetFormat;
-use engine::control::options::Cache;
-use engine::daemon::{Comparison, compare};
+use engine::daemon::{Comparison, Incomparable, compare};
 use engine::disk::Disk;
-use engine::open::{Access, open_disk};
-use formats::probe::Probed;
+use formats::error::Error;
 use std::path::Path;
+
+/// Exit statuses for what is worse than a difference, which is 1.
+const NOT_OPENED: u8 = 2;
+const NOT_MAPPED: u8 = 3;
+const NOT_READ: u8 = 4;
 
 /// Compares two images.
 pub fn run(args: &Compare) -> Result<(), Failure> {
-    let disks = [open(&args.a, args.a_format)?, open(&args.b, args.b_format)?];
-    let len = disks.iter().map(Disk::size).max().unwrap_or(0);
-    let [a, b] = disks;
+    let [a, b] = [open(&args.a, args.a_format)?, open(&args.b, args.b_format)?];
+    let len = a.size().max(b.size());
     let bar = Bar::new("compare");
-    let compared = compare(a, b, |bytes| bar.set(bytes, len));
+    let compared = compare(a, b, args.strict, |bytes| bar.set(bytes, len));
     drop(bar);
-    match compared.map_err(|error| Failure::new(error.one_line()))? {
-        Comparison::Same => say("the images read alike"),
-        Comparison::DifferAt(offset) => {
-            say(format!("the images differ at byte {offset}"))?;
-            Err(Failure::Told)
-        }
-    }
+    let differs = match compared.map_err(in_words)? {
+        Comparison::Same => return say("the images read alike"),
+        Comparison::DifferAt(offset) => format!("the images differ at byte {offset}"),
+        Comparison::SizesDiffer([a, b]) => format!("the images differ in size: {a} and {b} bytes"),
+        Comparison::MappedOtherwiseAt(offset) => format!("the images are mapped otherwise at byte {offset}"),
+    };
+    say(differs)?;
+    Err(Failure::Told)
 }
 
 fn open(path: &Path, named: Option<TargetFormat>) -> Result<Disk, Failure> {
-    let in_words = |error: formats::error::Error| Failure::new(error.one_line());
-    // A header that is not known leaves only raw, and as raw no other file is followed.
-    let format = match (named, image::probe(path).map_err(in_words)?) {
-        (None, Probed::Unknown) => Some(TargetFormat::Raw),
-        (named, _) => named,
-    };
-    open_disk(path, format, Access::read_only(Cache::None)).map_err(in_words)
+    let chain = image::open_chain(path, named).map_err(|error| failed(NOT_OPENED, &error))?;
+    Ok(Disk::new(chain, true))
+}
+
+fn in_words(why: Incomparable) -> Failure {
+    match why {
+        Incomparable::Mapping(error) => failed(NOT_MAPPED, &error),
+        Incomparable::Reading(error) => failed(NOT_READ, &error),
+    }
+}
+
+fn failed(status: u8, error: &Error) -> Failure {
+    Failure::FailedWith { status, message: error.one_line() }
 }

@@ -7,6 +7,7 @@ use crate::image;
 use crate::output::say;
 use crate::size;
 use engine::io::FileStorage;
+use engine::open::{LAYERS_MAX, identity};
 use formats::backing::BackingName;
 use formats::error::{Context, Error, Result};
 use formats::probe::Probed;
@@ -15,15 +16,24 @@ use formats::storage::Storage;
 use kept::{Bitmap, Snapshot};
 use serde::Serialize;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-/// Says what an image is.
+/// Says what an image is, or each of its chain.
 pub fn run(args: &Info) -> std::result::Result<(), Failure> {
-    let facts = facts(&args.file).map_err(|error| Failure::new(error.at(args.file.display()).one_line()))?;
-    if args.json {
-        return say(serde_json::to_string_pretty(&facts).map_err(|error| Failure::new(error.to_string()))?);
+    let layers = if args.backing_chain { chain(&args.file) } else { facts(&args.file, None).map(|only| vec![only]) };
+    let layers = layers.map_err(|error| Failure::new(error.one_line()))?;
+    match (args.json, &layers[..]) {
+        (true, [only]) if !args.backing_chain => say_json(only),
+        (true, all) => say_json(&all),
+        (false, all) => {
+            let blocks: Vec<String> = all.iter().map(|facts| facts.lines().join("\n")).collect();
+            say(blocks.join("\n\n"))
+        }
     }
-    facts.lines().iter().try_for_each(say)
+}
+
+fn say_json(value: &impl Serialize) -> std::result::Result<(), Failure> {
+    say(serde_json::to_string_pretty(value).map_err(|error| Failure::new(error.to_string()))?)
 }
 
 /// What there is to say, by the names that `qemu-img info --output=json` has.
@@ -47,6 +57,25 @@ struct Facts {
     snapshots: Vec<Snapshot>,
     #[serde(skip_serializing_if = "Option::is_none")]
     format_specific: Option<Specific>,
+    children: [Child; 1],
+}
+
+/// The node below the format, which is the file itself.
+#[derive(Debug, Serialize)]
+struct Child {
+    name: &'static str,
+    info: FileFacts,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct FileFacts {
+    filename: String,
+    format: &'static str,
+    /// The file's length.
+    virtual_size: u64,
+    actual_size: u64,
+    dirty_flag: bool,
 }
 
 #[derive(Debug, Serialize)]
@@ -61,20 +90,62 @@ struct Specific {
 struct Qcow2 {
     compat: &'static str,
     compression_type: String,
+    extended_l2: bool,
     lazy_refcounts: bool,
     refcount_bits: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data_file: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data_file_raw: Option<bool>,
     corrupt: bool,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     bitmaps: Vec<Bitmap>,
 }
 
-fn facts(path: &Path) -> Result<Facts> {
+/// The facts of each layer, the top first.
+fn chain(top: &Path) -> Result<Vec<Facts>> {
+    let mut layers = vec![facts(top, None)?];
+    let mut seen = vec![identity(top)?];
+    loop {
+        let above = &layers[layers.len() - 1];
+        let (Some((path, format)), parent) = (above.below()?, above.filename.clone()) else { return Ok(layers) };
+        let below = facts(&path, format.as_deref()).and_then(|facts| Ok((facts, identity(&path)?)));
+        let (below, identity) = below.map_err(|error| error.at(format!("backing of {parent}")))?;
+        if seen.contains(&identity) {
+            return Err(Error::malformed(format!(
+                "{parent}: its backing {} is a layer above it: the chain is a loop",
+                path.display()
+            )));
+        }
+        if layers.len() == LAYERS_MAX {
+            return Err(Error::unsupported(format!("{parent}: the chain has more than {LAYERS_MAX} layers")));
+        }
+        seen.push(identity);
+        layers.push(below);
+    }
+}
+
+/// The facts of one image: of `format` where the layer above names it, or by its header.
+fn facts(path: &Path, format: Option<&str>) -> Result<Facts> {
+    look(path, format).map_err(|error| error.at(path.display()))
+}
+
+fn look(path: &Path, format: Option<&str>) -> Result<Facts> {
     let file = image::open(path)?;
-    let actual_size = file.metadata().context(|| "stat")?.blocks() * 512;
+    let metadata = file.metadata().context(|| "stat")?;
+    let actual_size = metadata.blocks() * 512;
     let storage = FileStorage::new(file);
     let len = storage.len().context(|| "asking for the file's length")?;
+    let filename = path.display().to_string();
+    let child = FileFacts {
+        filename: filename.clone(),
+        format: if metadata.is_file() { "file" } else { "host_device" },
+        virtual_size: len,
+        actual_size,
+        dirty_flag: false,
+    };
     let raw = Facts {
-        filename: path.display().to_string(),
+        filename,
         format: "raw",
         virtual_size: len,
         actual_size,
@@ -85,7 +156,11 @@ fn facts(path: &Path) -> Result<Facts> {
         backing_filename_format: None,
         snapshots: Vec::new(),
         format_specific: None,
+        children: [Child { name: "file", info: child }],
     };
+    if format == Some("raw") {
+        return Ok(raw);
+    }
     match image::probe_storage(&storage)? {
         Probed::Unknown => Ok(raw),
         Probed::Unsupported(format) => Err(Error::unsupported(format!("a {format} image, which is not supported"))),
@@ -101,8 +176,11 @@ fn with_header(raw: Facts, path: &Path, storage: &FileStorage) -> Result<Facts> 
     let data = Qcow2 {
         compat: if info.version == 2 { "0.10" } else { "1.1" },
         compression_type: info.compression.to_string(),
+        extended_l2: info.extended_l2,
         lazy_refcounts: info.lazy_refcounts,
         refcount_bits: info.refcount_bits,
+        data_file: info.data_file.as_ref().map(|data_file| data_file.name.clone()),
+        data_file_raw: info.data_file.as_ref().map(|data_file| data_file.raw),
         corrupt: info.corrupt,
         bitmaps: bitmaps.into_iter().map(Bitmap::from).collect(),
     };
@@ -124,6 +202,14 @@ fn with_header(raw: Facts, path: &Path, storage: &FileStorage) -> Result<Facts> 
 }
 
 impl Facts {
+    /// The image below, and its format where that is recorded.
+    fn below(&self) -> Result<Option<(PathBuf, Option<String>)>> {
+        let Some(name) = &self.backing_filename else { return Ok(None) };
+        let path =
+            BackingName::parse(name).map_err(|error| error.at(&self.filename))?.resolve(Path::new(&self.filename));
+        Ok(Some((path, self.backing_filename_format.clone())))
+    }
+
     fn lines(&self) -> Vec<String> {
         let mut facts = vec![
             ("image", self.filename.clone()),
@@ -139,7 +225,12 @@ impl Facts {
             facts.push(("backing", format!("{name} ({format})")));
         }
         if let (Some(cluster_size), Some(Specific { data, .. })) = (self.cluster_size, &self.format_specific) {
-            facts.push(("clusters", size::format(cluster_size)));
+            if let Some(name) = &data.data_file {
+                let raw = if data.data_file_raw == Some(true) { " (raw)" } else { "" };
+                facts.push(("data file", format!("{name}{raw}")));
+            }
+            let extended = if data.extended_l2 { ", with subclusters" } else { "" };
+            facts.push(("clusters", format!("{}{extended}", size::format(cluster_size))));
             facts.push(("compat", data.compat.into()));
             facts.push(("refcounts", format!("{} bits", data.refcount_bits)));
             facts.push(("compression", data.compression_type.clone()));

@@ -2,7 +2,7 @@
 use crate::args::Serve;
 use crate::failure::Failure;
 use crate::output::{remark, say};
-use engine::control::options::{Listener, ServeOptions};
+use engine::control::options::{Access, Listener, ServeOptions};
 use std::ffi::OsStr;
 use std::io;
 use std::os::linux::net::SocketAddrExt;
@@ -15,11 +15,12 @@ pub fn run(args: Serve) -> Result<(), Failure> {
 }
 
 fn options(args: Serve) -> ServeOptions {
-    let unix = args.socket.map(Listener::Unix);
-    let tcp = args.listen.map(Listener::Tcp);
+    let owner = args.socket_owner.unwrap_or_default();
+    let access = Access { mode: args.socket_mode, user: owner.user, group: owner.group };
+    let unix = args.sockets.into_iter().map(|path| Listener::Unix(path, access));
     ServeOptions {
         exports: args.exports,
-        listeners: unix.into_iter().chain(tcp).collect(),
+        listeners: unix.chain(args.addresses).collect(),
         control: args.control,
         state: args.state,
         cache: args.cache,

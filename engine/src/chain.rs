@@ -1,9 +1,10 @@
 //! Layers, top first, seen as one disk: the first layer that has a byte decides.
 use crate::data_file::DataFile;
+use crate::io::File;
 use formats::error::{Context, Error, Result};
 use formats::image::{Extent, Image, Place, Progress, Settle};
 use formats::range::ByteRange;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// One image of a chain, with the file that its payload is in.
@@ -16,6 +17,16 @@ pub struct Layer {
     pub path: PathBuf,
     /// The format's name: `raw`, `qcow2`.
     pub format: &'static str,
+    /// Present where the bytes are not in the image's own file.
+    pub apart: Option<Apart>,
+}
+
+/// An image whose payload is in an external data file.
+pub struct Apart {
+    /// The image's own file, which has its tables.
+    pub tables: File,
+    /// Where the data file lies.
+    pub data_path: PathBuf,
 }
 
 /// A backing chain: the top layer first, the base last.
@@ -104,6 +115,24 @@ impl Chain {
         Ok((guest, Source::Zero))
     }
 
+    /// The run from `at` on, cut to `len_max`, and the number of the layer that decides what it holds,
+    /// counted from one at the top; 0 where none does.
+    pub fn depth(&self, at: u64, len_max: u64) -> Result<(ByteRange, usize)> {
+        let mut guest = ByteRange { start: at, end: self.size().min(at.saturating_add(len_max)) };
+        for (number, layer) in (1..).zip(&self.layers) {
+            // What a shorter backing image leaves to nobody is its own zeroes.
+            if at >= layer.image.size() {
+                return Ok((guest, number));
+            }
+            let extent = layer.map(guest, Look::Images)?;
+            guest = extent.guest;
+            if extent.place != Place::Absent {
+                return Ok((guest, number));
+            }
+        }
+        Ok((guest, 0))
+    }
+
     /// The run from `at` on, cut to `len_max`, and whether the top layer itself has it (zeroes
     /// included): what a shallow copy has to bring.
     pub fn map_top(&self, at: u64, len_max: u64) -> Result<(ByteRange, bool)> {
@@ -116,37 +145,57 @@ impl Layer {
     /// Makes durable what was done to the image. Waits, and nobody else may be using it: for
     /// starting and stopping.
     pub fn settle_now(&self) -> Result<()> {
-        self.settle_by(&|| self.file.file().flush_now().context(|| "flush"))
+        self.settle_by(&|file| file.flush_now().context(|| "flush"))
     }
 
     /// Leaves the image as tidy as it can be: durable, and no longer than it has to be. As
     /// `settle_now`.
     pub fn close(&self) -> Result<()> {
-        self.close_by(&|| self.file.file().flush_now().context(|| "flush"))
+        self.close_by(&|file| file.flush_now().context(|| "flush"))
     }
 
     /// The same, leaving it to the system when the bytes become durable.
     pub fn close_unsafely(&self) -> Result<()> {
-        self.close_by(&|| Ok(()))
+        self.close_by(&|_| Ok(()))
     }
 
-    fn settle_by(&self, flush: &dyn Fn() -> Result<()>) -> Result<()> {
+    /// The image's own file.
+    pub fn tables(&self) -> &File {
+        self.apart.as_ref().map_or_else(|| self.file.file(), |apart| &apart.tables)
+    }
+
+    /// Where its bytes lie.
+    pub fn data_path(&self) -> &Path {
+        self.apart.as_ref().map_or(&self.path, |apart| &apart.data_path)
+    }
+
+    /// All its files.
+    pub fn paths(&self) -> impl Iterator<Item = &Path> {
+        let apart = self.apart.as_ref().map(|apart| apart.data_path.as_path());
+        std::iter::once(self.path.as_path()).chain(apart)
+    }
+
+    fn settle_by(&self, flush: &dyn Fn(&File) -> Result<()>) -> Result<()> {
         let mut progress = Progress::default();
         loop {
             match self.image.settle(&mut progress)? {
                 Settle::Done => return Ok(()),
-                Settle::Flush => flush()?,
+                Settle::Flush => flush(self.tables())?,
+                Settle::FlushPayload => {
+                    flush(self.file.file()).map_err(|error| error.at(self.data_path().display()))?;
+                }
                 Settle::Busy => return Err(Error::invalid("somebody else is settling the image")),
             }
         }
     }
 
-    fn close_by(&self, flush: &dyn Fn() -> Result<()>) -> Result<()> {
+    fn close_by(&self, flush: &dyn Fn(&File) -> Result<()>) -> Result<()> {
         let closed = self.settle_by(flush).and_then(|()| {
             // What was given up is free now that nobody is inside, and its tables say so next.
             self.image.recycle();
             self.settle_by(flush)?;
-            self.image.close(flush)?;
+            let flush = || flush(self.tables());
+            self.image.close(&flush)?;
             flush()
         });
         closed.map_err(|error| error.at(self.path.display()))

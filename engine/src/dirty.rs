@@ -26,6 +26,9 @@ pub struct Claim {
     end: u64,
 }
 
+/// How many words one look for a run takes: 4 GiB of the disk with the usual chunks.
+const RUN_WORDS_MAX: usize = 1 << 10;
+
 /// One mark and one claim for each chunk of a disk.
 pub struct DirtyBitmap {
     size: u64,
@@ -116,6 +119,25 @@ impl DirtyBitmap {
     pub fn is_marked(&self, range: ByteRange) -> bool {
         let (first, end) = self.chunks(range);
         words(first, end).any(|(word, bits)| self.marks[word].load(Ordering::Acquire) & bits != 0)
+    }
+
+    /// The longest run from `range.start` on, inside `range`, of chunks that are all marked or all not, as
+    /// far as one look at `RUN_WORDS_MAX` words tells.
+    pub fn run(&self, range: ByteRange) -> (ByteRange, bool) {
+        let (first, end) = self.chunks(range);
+        let marked = self.is_marked(self.bytes(first, first + 1));
+        let mut chunk = first;
+        for (word, bits) in words(first, end).take(RUN_WORDS_MAX) {
+            let marks = self.marks[word].load(Ordering::Acquire);
+            let other = if marked { !marks & bits } else { marks & bits };
+            if other != 0 {
+                chunk = word as u64 * 64 + u64::from(other.trailing_zeros());
+                break;
+            }
+            chunk = ((word as u64 + 1) * 64).min(end);
+        }
+        // The first chunk may have changed since it was looked at.
+        (self.bytes(first, chunk.max(first + 1)).intersect(range), marked)
     }
 
     /// Splits `range` at chunk borders into runs of chunks that are all marked, or all not.

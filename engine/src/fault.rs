@@ -28,6 +28,8 @@ pub enum Fault {
     OverwriteTheNewestSlot,
     /// 8: the target is not flushed before the record.
     RecordBeforeFlush,
+    /// 8: an external data file is not flushed before the mappings of what is in it.
+    MapBeforePayload,
     /// 8: a new mapping is not kept in the journal.
     ForgetInKill,
     /// 9: the gate opens on the source after the record.

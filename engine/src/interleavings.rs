@@ -163,7 +163,7 @@ fn nobody_waits_at_an_open_gate() {
 fn disk() -> Arc<Disk> {
     let image: Box<dyn Image> = Box::new(Raw::new(Arc::new(Nothing), 128 << CHUNK_BITS));
     let file = DataFile::buffered(File::simulated(0));
-    let layer = Layer { image, file, path: "nothing".into(), format: "raw" };
+    let layer = Layer { image, file, path: "nothing".into(), format: "raw", apart: None };
     Arc::new(Disk::new(Chain::new(vec![Arc::new(layer)]), false))
 }
 

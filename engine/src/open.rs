@@ -3,7 +3,7 @@
 //! Raw is never guessed: a guest can write another format's header into a raw disk, and would choose
 //! by that which of the host's files it reads. A file with no known magic number, and no format named
 //! for it, is an error that says how to name it.
-use crate::chain::{Chain, Layer};
+use crate::chain::{Apart, Chain, Layer};
 use crate::control::TargetFormat;
 use crate::control::options::Cache;
 use crate::disk::{DataFile, Disk};
@@ -65,7 +65,7 @@ pub fn open_disk(path: &Path, format: Option<TargetFormat>, access: Access) -> R
 pub fn open_chain(path: &Path, format: Option<TargetFormat>, access: Access) -> Result<Chain> {
     let cache = access.cache;
     let top = Opened::new(path, format, &access)?;
-    let mut seen = vec![top.identity];
+    let mut seen: Vec<Identity> = std::iter::once(top.identity).chain(top.data_identity).collect();
     let mut below = top.below;
     let mut layers = vec![Arc::new(top.layer)];
     while let Some((path, format)) = below {
@@ -78,12 +78,18 @@ pub fn open_chain(path: &Path, format: Option<TargetFormat>, access: Access) -> 
                 path.display()
             )));
         }
+        if opened.data_identity.is_some_and(|identity| seen.contains(&identity)) {
+            return Err(Error::malformed(format!(
+                "{parent}: its backing {} has a file of a layer above it for its data file",
+                path.display()
+            )));
+        }
         if layers.len() == LAYERS_MAX {
             return Err(Error::unsupported(format!(
                 "{parent}: the chain has more than {LAYERS_MAX} layers: commit or convert some"
             )));
         }
-        seen.push(opened.identity);
+        seen.extend(std::iter::once(opened.identity).chain(opened.data_identity));
         layers.push(Arc::new(opened.layer));
         below = opened.below;
     }
@@ -153,6 +159,15 @@ pub fn sync_folder(folder: &Path) -> Result<()> {
     opened.context(|| format!("{}: flush of the folder", folder.display()))
 }
 
+/// The files that the image at `path` is in, as far as can be seen: itself, and its external data file. A
+/// disk that is named raw has none, whatever its guest wrote into it.
+pub fn files_of(path: &Path, format: Option<TargetFormat>) -> Vec<PathBuf> {
+    let header = || open_file(path, false).and_then(|file| read_header(&FileStorage::new(file.buffered))).ok();
+    let header = if format == Some(TargetFormat::Raw) { None } else { header() };
+    let data_file = header.and_then(|header| header.data_file?.resolve(path).ok());
+    std::iter::once(path.to_owned()).chain(data_file).collect()
+}
+
 /// The format of the file at `path` by its magic number.
 pub fn probe_format(path: &Path) -> Result<TargetFormat> {
     let file = open_file(path, false)?;
@@ -164,6 +179,8 @@ pub fn probe_format(path: &Path) -> Result<TargetFormat> {
 struct Opened {
     layer: Layer,
     identity: Identity,
+    /// Of its external data file.
+    data_identity: Option<Identity>,
     below: Option<(PathBuf, Option<TargetFormat>)>,
 }
 
@@ -180,7 +197,7 @@ impl Opened {
         }
         let storage = Arc::new(FileStorage::new(file.buffered.try_clone().context(|| "open")?));
         let format = decide_format(&*storage, format)?;
-        let (image, name, grain, below) = match format {
+        let (image, name, grain, below, data) = match format {
             TargetFormat::Raw => {
                 let len = storage.len().context(|| "length")?;
                 let size = access.size.unwrap_or(len);
@@ -188,26 +205,39 @@ impl Opened {
                     return Err(Error::malformed(format!("the disk has {size} bytes, the file only {len}")));
                 }
                 let image: Box<dyn Image> = Box::new(Raw::new(storage, size));
-                (image, "raw", u64::MAX, None)
+                (image, "raw", u64::MAX, None, None)
             }
             TargetFormat::Qcow2 => {
-                let (image, below) = open_qcow2(path, storage, access)?;
+                let (image, below, data) = open_qcow2(path, storage, file.identity, access)?;
                 let grain = image.info().cluster_size;
-                (Box::new(image) as Box<dyn Image>, "qcow2", grain, below)
+                (Box::new(image) as Box<dyn Image>, "qcow2", grain, below, data)
             }
         };
         let identity = file.identity;
         // Metadata goes through the page cache: direct payload may not share a page with it.
         let cache = if grain < PAGE as u64 { Cache::Writeback } else { access.cache };
-        let file = file.data_file(path, access.writable, cache)?;
+        let (file, apart, data_identity) = match data {
+            None => (file.data_file(path, access.writable, cache)?, None, None),
+            Some(data) => {
+                let identity = data.file.identity;
+                let tables = file.data_file(path, access.writable, Cache::Writeback)?.file().clone();
+                let (data_path, file) = data.taken(access)?;
+                (file, Some(Apart { tables, data_path }), Some(identity))
+            }
+        };
         let path = lasting_name(path).context(|| "looking up its full name")?;
-        Ok(Self { layer: Layer { image, file, path, format: name }, identity, below })
+        Ok(Self { layer: Layer { image, file, path, format: name, apart }, identity, data_identity, below })
     }
 }
 
 type Below = Option<(PathBuf, Option<TargetFormat>)>;
 
-fn open_qcow2(path: &Path, storage: Arc<FileStorage>, access: &Access) -> Result<(Qcow2, Below)> {
+fn open_qcow2(
+    path: &Path,
+    storage: Arc<FileStorage>,
+    own: Identity,
+    access: &Access,
+) -> Result<(Qcow2, Below, Option<External>)> {
     let header = read_header(&*storage)?;
     let below = match &header.backing {
         None => None,
@@ -220,13 +250,53 @@ fn open_qcow2(path: &Path, storage: Arc<FileStorage>, access: &Access) -> Result
     if access.writable && header.is_dirty() && !header.is_corrupt() {
         mend_dirty(path, &storage)?;
     }
+    let data = match &header.data_file {
+        None => None,
+        Some(data_file) => Some(External::open(data_file.resolve(path)?, own, access)?),
+    };
     let journal = access.journal.clone().unwrap_or_else(|| Arc::new(Forgetful));
     let open = Open { writable: access.writable, has_backing: below.is_some(), metadata_bytes_max: METADATA_MAX };
     let image = Qcow2::open(Arc::clone(&storage) as Arc<dyn Storage>, journal, open)?;
     if image.flush_first() {
         storage.flush().context(|| "flush")?;
     }
-    Ok((image, below))
+    let image = match &data {
+        None => image,
+        Some(data) => image.with_data_file(Arc::new(data.storage()?)),
+    };
+    Ok((image, below, data))
+}
+
+/// The external data file of an image, before anything is known to be its alone.
+struct External {
+    path: PathBuf,
+    file: OpenFile,
+}
+
+impl External {
+    /// The file at `path`; `own` is the image's.
+    fn open(path: PathBuf, own: Identity, access: &Access) -> Result<Self> {
+        // QEMU takes a relative name from the folder that it runs in, so the file may be there.
+        let named = "its data file (a relative name counts from the image's folder)";
+        let file = open_file(&path, access.writable).map_err(|error| error.at(named))?;
+        if file.identity == own {
+            return Err(Error::malformed(format!("its data file {} is the image itself", path.display())));
+        }
+        Ok(Self { path, file })
+    }
+
+    fn storage(&self) -> Result<FileStorage> {
+        let file = self.file.buffered.try_clone();
+        file.map(FileStorage::new).context(|| format!("its data file {}: open", self.path.display()))
+    }
+
+    /// Its full name and the ways to it, locked where it is written to.
+    fn taken(self, access: &Access) -> Result<(PathBuf, DataFile)> {
+        let named = format!("its data file {}", self.path.display());
+        let path = lasting_name(&self.path).context(|| format!("{named}: looking up its full name"))?;
+        let file = self.file.data_file(&self.path, access.writable, access.cache);
+        Ok((path, file.map_err(|error| error.at(named))?))
+    }
 }
 
 /// Makes the refcounts right of an image that its last writer left with the dirty bit.

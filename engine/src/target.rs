@@ -16,7 +16,7 @@ use crate::control::options::Cache;
 use crate::control::{Code, MirrorRequest, Refusal, TargetFormat};
 use crate::disk::Disk;
 use crate::io::FileStorage;
-use crate::open::{Access, Identity, identity, lasting_name, open_disk, open_on, probe_format, sync_folder};
+use crate::open::{Access, files_of, identity, lasting_name, open_disk, open_on, probe_format, sync_folder};
 use formats::error::{Context, Error, Result};
 use formats::journal::Journal;
 use formats::qcow2::header::autoclear;
@@ -83,7 +83,7 @@ pub fn plan(request: &MirrorRequest, source: &Disk) -> std::result::Result<Plan,
     if request.shallow && !shallow {
         notes.push("the source has no backing, so the shallow copy is a full one".to_owned());
     }
-    refuse_own_layers(&path, layers)?;
+    refuse_own_layers(&path, request.format, layers)?;
     let found = Found::look(&path)?;
     let (format, create) = match request.reuse_external {
         true => (found.reuse(&path, request.format)?, false),
@@ -166,6 +166,8 @@ impl Plan {
         let mut creation = Create::new(source.size().next_multiple_of(SECTOR));
         if let Some(header) = top_header(source)? {
             creation.cluster_bits = header.geometry.cluster_bits;
+            // A copy of few subclusters must not become one of whole clusters.
+            creation.extended_l2 = header.geometry.extended_l2;
         }
         if let (true, Some(backing)) = (self.shallow, layers.get(1)) {
             let name = backing.path.to_str().ok_or_else(|| {
@@ -312,16 +314,22 @@ fn full_path(path: &Path) -> std::result::Result<PathBuf, Refusal> {
     }
 }
 
-/// A target that is a layer of the source, by any name, would be read and written at once.
-fn refuse_own_layers(path: &Path, layers: &[Arc<Layer>]) -> std::result::Result<(), Refusal> {
-    let Ok(target) = identity(path) else { return Ok(()) };
-    let same = |layer: &&Arc<Layer>| identity(&layer.path).is_ok_and(|layer: Identity| layer == target);
-    match layers.iter().find(same) {
+/// A target that is a layer of the source, by any name, would be read and written at once; so would one
+/// whose data file is.
+fn refuse_own_layers(
+    path: &Path,
+    format: Option<TargetFormat>,
+    layers: &[Arc<Layer>],
+) -> std::result::Result<(), Refusal> {
+    let files = files_of(path, format);
+    let targets: Vec<_> = files.iter().filter_map(|file| identity(file).ok()).collect();
+    let is_target = |path: &&Path| identity(path).is_ok_and(|layer| targets.contains(&layer));
+    match layers.iter().flat_map(|layer| layer.paths()).find(is_target) {
         None => Ok(()),
         Some(layer) => Err(invalid(format!(
-            "{}: the target is a layer of the source ({}): name another file",
+            "{}: the target, or its data file, is a layer of the source ({}): name another file",
             path.display(),
-            layer.path.display()
+            layer.display()
         ))),
     }
 }

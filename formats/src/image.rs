@@ -5,6 +5,8 @@
 //! write   reserve ─► (fill around the payload) ─► the caller writes there ─► commit
 //! zero    zero ─► done, or a place to punch, or "write zeroes yourself"
 //! flush   settle ─► Flush ─► the caller flushes the file ─► settle ─► … ─► Done
+//!
+//! *The file* is the one that has the image's payload, and its tables too unless the two are apart.
 //! ```
 use crate::error::{Error, Result};
 use crate::journal::Change;
@@ -24,9 +26,9 @@ pub struct Extent {
 /// Where a run of guest bytes lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
-    /// As they are, from `host` on in the image's file. May reach past the file's end: zeroes.
+    /// As they are, from `host` on in the file that has the payload. May reach past its end: zeroes.
     Data {
-        /// Offset in the file.
+        /// Offset in the file that has the payload.
         host: u64,
     },
     /// They read as zeroes, whatever the layers below have.
@@ -46,6 +48,34 @@ pub enum Place {
     },
 }
 
+/// One run of guest bytes in the words of block status: what this image alone says of it, and what
+/// the file system adds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Description {
+    /// The guest bytes that it is about: from the asked byte on, never empty.
+    pub guest: ByteRange,
+    /// They have payload in the image's file.
+    pub data: bool,
+    /// They are known to read as zeroes. With neither this nor `data`, the layer below decides.
+    pub zero: bool,
+    /// They are compressed.
+    pub compressed: bool,
+    /// Offset in the file of the place that they have, one that is only set aside included.
+    pub host: Option<u64>,
+}
+
+impl From<Extent> for Description {
+    fn from(extent: Extent) -> Self {
+        let nothing = Self { guest: extent.guest, data: false, zero: false, compressed: false, host: None };
+        match extent.place {
+            Place::Data { host } => Self { data: true, host: Some(host), ..nothing },
+            Place::Zero => Self { zero: true, ..nothing },
+            Place::Absent => nothing,
+            Place::Compressed { .. } => Self { data: true, compressed: true, ..nothing },
+        }
+    }
+}
+
 /// Where a guest write goes, before the image says so.
 ///
 /// Dropped without `Image::commit`, it leaves the image as it was.
@@ -54,7 +84,7 @@ pub enum Place {
 pub struct Reservation {
     /// The guest bytes it covers: a prefix of what was asked for, never empty.
     pub guest: ByteRange,
-    /// Where the payload goes in the image's file.
+    /// Where the payload goes in the file that has it.
     pub host: u64,
     /// Guest bytes before and behind the payload that have to be brought to the new place as the
     /// whole chain reads them now. Their place is at the same distance from `host` as their guest
@@ -121,7 +151,8 @@ pub enum Zeroing {
     Unmap,
     /// They read as zeroes; space that is allocated stays so.
     Keep,
-    /// A discard: whole clusters read as zeroes, what cannot be given back may stay as it is.
+    /// A discard: whole clusters, or subclusters, read as zeroes; what cannot be given back may stay
+    /// as it is.
     Discard,
 }
 
@@ -148,8 +179,10 @@ pub enum Zeroed {
 /// What a settle needs next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Settle {
-    /// Flush the file, then call `settle` again with the same progress.
+    /// Flush the image's file, then call `settle` again with the same progress.
     Flush,
+    /// The same with the file that has the payload, where that is another one.
+    FlushPayload,
     /// Everything that was committed before the first call is durable.
     Done,
     /// Somebody else is settling: ask again when they are done.
@@ -182,6 +215,11 @@ pub trait Image: Send + Sync {
     /// Like `map`, and also asks the file system where data is a hole. Slower.
     fn map_thin(&self, at: u64, len_max: u64) -> Result<Extent> {
         self.map(at, len_max)
+    }
+
+    /// Like `map_thin`, with all that is known: for telling, not for reading.
+    fn describe(&self, at: u64, len_max: u64) -> Result<Description> {
+        self.map_thin(at, len_max).map(Description::from)
     }
 
     /// Room for a write of `guest`; may cover less than asked, never nothing.

@@ -1,6 +1,6 @@
 //! Raw images: guest offset and file offset are the same number.
 use crate::error::{Context, Error, Result};
-use crate::image::{Extent, Image, Place, Progress, Reservation, Reserve, Settle, Zeroed, Zeroing};
+use crate::image::{Description, Extent, Image, Place, Progress, Reservation, Reserve, Settle, Zeroed, Zeroing};
 use crate::range::ByteRange;
 use crate::storage::Storage;
 use std::sync::Arc;
@@ -25,6 +25,19 @@ impl Raw {
     }
 }
 
+/// The first part of `guest`, whose bytes are in `storage` from `host` on: a hole, or data.
+pub(crate) fn thin(storage: &dyn Storage, guest: ByteRange, host: u64) -> Result<Extent> {
+    let data = storage.next_data(host).context(|| format!("looking for data from {host} on"))?;
+    let data = data.unwrap_or(u64::MAX);
+    if data > host {
+        return Ok(Extent { guest: guest.prefix(data - host), place: Place::Zero });
+    }
+    let hole = storage.next_hole(host).context(|| format!("looking for a hole from {host} on"))?;
+    // A file that was cut just now may answer with an end before `host`.
+    let len = hole.saturating_sub(host).max(1);
+    Ok(Extent { guest: guest.prefix(len), place: Place::Data { host } })
+}
+
 impl Image for Raw {
     fn size(&self) -> u64 {
         self.size
@@ -35,16 +48,12 @@ impl Image for Raw {
     }
 
     fn map_thin(&self, at: u64, len_max: u64) -> Result<Extent> {
-        let guest = self.clip(at, len_max)?;
-        let data = self.storage.next_data(at).context(|| format!("looking for data from {at} on"))?;
-        let data = data.unwrap_or(u64::MAX);
-        if data > at {
-            return Ok(Extent { guest: guest.prefix(data - at), place: Place::Zero });
-        }
-        let hole = self.storage.next_hole(at).context(|| format!("looking for a hole from {at} on"))?;
-        // A file that was cut just now may answer with an end before `at`.
-        let len = hole.saturating_sub(at).max(1);
-        Ok(Extent { guest: guest.prefix(len), place: Place::Data { host: at } })
+        thin(&*self.storage, self.clip(at, len_max)?, at)
+    }
+
+    fn describe(&self, at: u64, len_max: u64) -> Result<Description> {
+        // A hole in the file is a place too.
+        self.map_thin(at, len_max).map(|extent| Description { host: Some(at), ..Description::from(extent) })
     }
 
     fn reserve(&self, guest: ByteRange) -> Result<Reserve> {

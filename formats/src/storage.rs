@@ -17,6 +17,11 @@ pub trait Storage: Send + Sync {
     /// The file's length in bytes.
     fn len(&self) -> io::Result<u64>;
 
+    /// How many bytes the file takes on its file system; its length where that is not known.
+    fn allocated(&self) -> io::Result<u64> {
+        self.len()
+    }
+
     /// Cuts or grows the file; what is new reads as zeroes and takes no space.
     fn set_len(&self, len: u64) -> io::Result<()>;
 

@@ -3,7 +3,7 @@ mod support;
 
 use formats::image::{Image, Place, Progress, Reserve, Settle, Zeroing};
 use formats::journal::Change;
-use formats::qcow2::{Create, Open, Qcow2, Repair, check, create, repair};
+use formats::qcow2::{Create, DataFile, Open, Qcow2, Repair, check, create, repair};
 use formats::range::ByteRange;
 use formats::storage::Storage;
 use std::sync::Arc;
@@ -18,7 +18,8 @@ fn image(random: &mut Random) -> (Disk, u64) {
     let cluster_bits = [9, 12, 16][random.below(3) as usize];
     let size = 60 << cluster_bits;
     let disk = Arc::new(Disk::default());
-    let asked = Create { cluster_bits, refcount_order: random.below(7) as u32, ..Create::new(size) };
+    let data_file = random.one_in(3).then(|| DataFile { name: "data".into(), raw: random.one_in(2) });
+    let asked = Create { cluster_bits, refcount_order: random.below(7) as u32, data_file, ..Create::new(size) };
     create(&*disk, &asked).expect("valid options");
     let image = Qcow2::open(disk.clone(), Arc::new(Notes::new(1000)), OPEN).expect("a valid image");
     use_it(&image, random);
@@ -45,7 +46,7 @@ fn use_it(image: &Qcow2, random: &mut Random) {
         }
     }
     let mut progress = Progress::default();
-    while let Ok(Settle::Flush) = image.settle(&mut progress) {}
+    while let Ok(Settle::Flush | Settle::FlushPayload) = image.settle(&mut progress) {}
     image.recycle();
 }
 

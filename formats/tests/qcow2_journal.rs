@@ -8,11 +8,11 @@ use std::sync::Arc;
 use support::disk::Disk;
 use support::notes::Notes;
 
-const CLUSTER: u64 = 512;
+const CLUSTER: u64 = 16 << 10;
 
-fn image(notes: usize) -> Qcow2 {
+fn image(notes: usize, extended_l2: bool) -> Qcow2 {
     let disk = Arc::new(Disk::default());
-    create(&*disk, &Create { cluster_bits: 9, ..Create::new(64 * CLUSTER) }).expect("valid options");
+    create(&*disk, &Create { cluster_bits: 14, extended_l2, ..Create::new(64 * CLUSTER) }).expect("valid options");
     let open = Open { writable: true, has_backing: false, metadata_bytes_max: 1 << 20 };
     Qcow2::open(disk, Arc::new(Notes::new(notes)), open).expect("a valid image")
 }
@@ -37,16 +37,19 @@ fn settle(image: &Qcow2) {
 /// settle made room any more, and a guest's write asked for one without end.
 #[test]
 fn a_journal_that_filled_up_behind_a_failed_settle_gets_room_again() {
-    let image = image(4);
-    assert!(write(&image, 0));
-    let mut progress = Progress::default();
-    assert_eq!(image.settle(&mut progress).expect("its first stage"), Settle::Flush);
-    drop(progress);
-    let full = (1..64).find(|number| !write(&image, *number)).expect("four notes are few");
-    let mut settles = 0;
-    while !write(&image, full) {
-        settles += 1;
-        assert!(settles < 4, "no settle makes room");
-        settle(&image);
+    // An extended entry takes two notes: with five, one is left that is of no use.
+    for (notes, extended_l2) in [(4, false), (4, true), (5, true)] {
+        let image = image(notes, extended_l2);
+        assert!(write(&image, 0));
+        let mut progress = Progress::default();
+        assert_eq!(image.settle(&mut progress).expect("its first stage"), Settle::Flush);
+        drop(progress);
+        let full = (1..64).find(|number| !write(&image, *number)).expect("so many notes are few");
+        let mut settles = 0;
+        while !write(&image, full) {
+            settles += 1;
+            assert!(settles < 4, "no settle makes room");
+            settle(&image);
+        }
     }
 }

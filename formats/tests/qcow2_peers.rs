@@ -1,13 +1,14 @@
 //! qcow2 against QEMU's own tools: theirs read by us, ours read and checked by them.
 mod support;
 
+use formats::image::Place;
 use formats::qcow2::{Backing, Compression, Create, create};
 use formats::storage::Storage;
 use std::path::Path;
 use std::sync::Arc;
 use support::act::{act, assert_same};
 use support::file::{FileStorage, Layer};
-use support::qemu::{contents, make_chain, run};
+use support::qemu::{Kind, contents, make_chain, map, push_run, run};
 use support::random::Random;
 
 /// How many random images each test makes.
@@ -23,8 +24,27 @@ fn images_of_qemu_read_as_qemu_reads_them() {
             let theirs = contents(folder.path(), &made.name);
             let ours = Layer::open(&made.path, "qcow2", false).to_vec();
             assert_same(&ours, &theirs, &what);
+            assert_eq!(runs(&Layer::open(&made.path, "qcow2", false)), map(folder.path(), &made.name), "{what}");
         }
     }
+}
+
+/// The runs of a layer as `qemu-img map` tells them.
+fn runs(layer: &Layer) -> Vec<(u64, Kind)> {
+    let mut runs = Vec::new();
+    let mut at = 0;
+    while at < layer.image.size() {
+        let extent = layer.image.map(at, u64::MAX).expect("a valid image");
+        let kind = match extent.place {
+            Place::Data { host } => Kind::Data { host },
+            Place::Zero => Kind::Zero,
+            Place::Absent => Kind::Absent,
+            Place::Compressed { .. } => Kind::Compressed,
+        };
+        push_run(&mut runs, extent.guest.start, extent.guest.end, kind);
+        at = extent.guest.end;
+    }
+    runs
 }
 
 #[test]
@@ -53,6 +73,7 @@ fn images_of_ours_are_right() {
             asked.refcount_order = random.below(7) as u32;
             asked.lazy_refcounts = random.one_in(2);
             asked.compression = [Compression::Zlib, Compression::Zstd][random.below(2) as usize];
+            asked.extended_l2 = asked.cluster_bits >= 14 && random.one_in(2);
         }
         let mut model = vec![0; size as usize];
         if random.one_in(2) {
@@ -89,5 +110,6 @@ fn write_and_check(folder: &Path, path: &Path, mut model: Vec<u8>, random: &mut 
         assert_eq!((found.leaks, found.corruptions), (0, 0), "{what}: {:#?}", found.problems);
         run(folder, "qemu-img", &["check", "-q", name]);
         assert_same(&contents(folder, name), &model, what);
+        assert_eq!(runs(&Layer::open(path, "qcow2", false)), map(folder, name), "{what}");
     }
 }

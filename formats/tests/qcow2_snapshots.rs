@@ -16,7 +16,11 @@ fn make(folder: &Path, random: &mut Random, what: &mut String) -> Vec<Vec<u8>> {
     let cluster_bits = 9 + random.below(9);
     let version_2 = random.one_in(4);
     let bits = if version_2 { 16 } else { 4 << random.below(5) };
-    let compat = if version_2 { "compat=0.10".to_owned() } else { format!("refcount_bits={bits}") };
+    let extended = if cluster_bits >= 14 && random.one_in(2) { "on" } else { "off" };
+    let compat = match version_2 {
+        true => "compat=0.10".to_owned(),
+        false => format!("refcount_bits={bits},extended_l2={extended}"),
+    };
     let options = format!("{compat},cluster_size={}", 1 << cluster_bits);
     // Up to three L2 tables where clusters are small.
     let size = 512 * (1 + random.below(6000));

@@ -3,7 +3,7 @@
 //! The right answer is known for every input: which options get which reply, where it ends and how,
 //! and how many bytes are left for what follows.
 use arbitrary::{Arbitrary, Unstructured};
-use formats::nbd::{BlockSizes, ExportInfo, Handshake, Outcome};
+use formats::nbd::{BlockSizes, ExportInfo, Handshake, Outcome, Style};
 
 const MAGIC: &[u8] = b"IHAVEOPT";
 const LOOKED_AT_MAX: usize = 64 << 10;
@@ -14,15 +14,15 @@ const SKIPPED_MAX: usize = 1 << 20;
 enum End {
     More,
     Closed,
-    /// Export, structured replies, context, sizes asked for; bytes left.
-    Transmission(String, bool, bool, bool, usize),
+    /// Export, style of replies, context, sizes asked for; bytes left.
+    Transmission(String, Style, bool, bool, usize),
 }
 
 #[derive(Default)]
 struct Model {
     fixed: bool,
     zeroes: bool,
-    structured: bool,
+    style: Style,
     /// The export that has the context.
     context: Option<String>,
     /// The last reply to each option: what was asked and what was said.
@@ -40,6 +40,7 @@ fn exports() -> Vec<ExportInfo> {
         multi_conn: false,
         fast_zero: false,
         block_sizes: BlockSizes { minimum, ..BlockSizes::default() },
+        bitmaps: Vec::new(),
     };
     vec![export("a", 1), export("bc", 512)]
 }
@@ -76,6 +77,7 @@ const INVALID: u32 = 0x8000_0003;
 const UNKNOWN: u32 = 0x8000_0006;
 const SIZES_FIRST: u32 = 0x8000_0008;
 const TOO_BIG: u32 = 0x8000_0009;
+const EXTENDED_CHOSEN: u32 = 0x8000_000a;
 
 impl Model {
     fn converse(&mut self, mut said: &[u8]) -> End {
@@ -124,9 +126,17 @@ impl Model {
                     }
                     Err(kind) => self.replies.push((option, kind)),
                 },
-                3 | 8 => {
-                    let kind = if data.is_empty() { ACK } else { INVALID };
-                    self.structured |= option == 8 && kind == ACK;
+                3 | 8 | 11 => {
+                    let kind = match option {
+                        _ if !data.is_empty() => INVALID,
+                        8 if self.style == Style::Extended => EXTENDED_CHOSEN,
+                        _ => ACK,
+                    };
+                    match (option, kind) {
+                        (8, ACK) => self.style = Style::Structured,
+                        (11, ACK) => self.style = Style::Extended,
+                        _ => {}
+                    }
                     self.replies.push((option, kind));
                 }
                 9 | 10 => {
@@ -150,7 +160,7 @@ impl Model {
 
     fn transmission(&self, name: String, told: bool, left: usize) -> End {
         let context = self.context.as_ref() == Some(&name);
-        End::Transmission(name, self.structured, context, told, left)
+        End::Transmission(name, self.style, context, told, left)
     }
 
     fn info(&self, data: &[u8]) -> Result<(String, bool), u32> {
@@ -167,7 +177,7 @@ impl Model {
     }
 
     fn contexts(&mut self, option: u32, data: &[u8]) -> u32 {
-        if option == 10 && !self.structured {
+        if option == 10 && self.style == Style::Simple {
             return INVALID;
         }
         let queries = |data| -> Result<(&[u8], bool), u32> {
@@ -218,11 +228,8 @@ fn real(said: &[u8], cuts: &[u8]) -> (Vec<u8>, End) {
             Outcome::Closed(_) => return (out, End::Closed),
             Outcome::Transmission(n) => {
                 let left = piece.len() + said.len();
-                let context = n.base_allocation.is_some();
-                return (
-                    out,
-                    End::Transmission(n.export.name, n.structured_replies, context, n.block_sizes_told, left),
-                );
+                let context = !n.contexts.is_empty();
+                return (out, End::Transmission(n.export.name, n.style, context, n.block_sizes_told, left));
             }
         }
     }

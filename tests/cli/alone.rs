@@ -50,6 +50,38 @@ fn a_copy_compares_as_the_same_and_a_changed_one_does_not() {
 }
 
 #[test]
+fn a_comparison_tells_a_difference_from_a_failure() {
+    let folder = tempfile::tempdir().unwrap();
+    let (a, none) = (raw(folder.path(), "a.raw"), path(folder.path(), "none"));
+    fs::write(folder.path().join("longer.raw"), [&fs::read(&a).unwrap()[..], &[0; 4096]].concat()).unwrap();
+    let longer = path(folder.path(), "longer.raw");
+    assert_eq!(blkmirror(&["compare", &a, &longer]).code, Some(0));
+    let run = blkmirror(&["compare", "--strict", &a, &longer]);
+    let expected = (Some(1), "the images differ in size: 1048576 and 1052672 bytes\n");
+    assert_eq!((run.code, run.stdout.as_str()), expected);
+    let run = blkmirror(&["compare", &a, &none]);
+    assert!(run.code == Some(2) && run.stdout.is_empty() && run.stderr.contains(&none), "{run:?}");
+}
+
+#[test]
+fn map_tells_of_each_run() {
+    let folder = tempfile::tempdir().unwrap();
+    let a = raw(folder.path(), "a.raw");
+    let run = blkmirror(&["map", &a, "--json"]);
+    let whole = r#"[{"start":0,"length":1048576,"depth":0,"present":true,"zero":false,"data":true,"compressed":false,"offset":0}]"#;
+    assert_eq!((run.code, run.stdout.trim_end()), (Some(0), whole), "{run:?}");
+    let run = blkmirror(&["map", &a]);
+    let table =
+        format!("{:16}{:16}{:16}File\n{:16}{:16}{:16}{a}\n", "Offset", "Length", "Mapped to", "0", "0x100000", "0");
+    assert_eq!((run.code, run.stdout), (Some(0), table));
+    fs::write(&a, "").unwrap();
+    assert_eq!(blkmirror(&["map", &a, "--json"]).stdout, "[]\n");
+    fs::write(&a, b"QFI\xfb\0\0\0\x03short").unwrap();
+    let run = blkmirror(&["map", &a, "--json"]);
+    assert!(run.code == Some(1) && run.stdout.is_empty() && run.stderr.contains(&a), "{run:?}");
+}
+
+#[test]
 fn a_refused_convert_leaves_what_was_there() {
     let folder = tempfile::tempdir().unwrap();
     let (a, b) = (raw(folder.path(), "a.raw"), raw(folder.path(), "b.raw"));

@@ -55,6 +55,13 @@ pub fn holding(file: &Path, format: &str, bytes: &[u8], options: &[&str]) {
     std::fs::remove_file(&flat).expect("removing a file of ours");
 }
 
+/// The option that gives `file` an external data file, and where that is. Its full name, for QEMU takes a
+/// relative one from where it runs.
+pub fn data_file(file: &Path, raw: bool) -> (String, PathBuf) {
+    let data = file.with_extension("data");
+    (format!("data_file={},data_file_raw={}", data.display(), if raw { "on" } else { "off" }), data)
+}
+
 /// A qcow2 overlay of `backing`, named as `name` in its header.
 #[track_caller]
 pub fn overlay(file: &Path, name: &str, backing_format: &str, size: Option<u64>, options: &[&str]) {
@@ -135,8 +142,9 @@ fn random_options(cluster: u64, random: &mut Random) -> String {
     let width = 1 << random.below(7);
     let compression = random.pick(&["zlib", "zstd"]);
     let lazy = random.pick(&["on", "off"]);
+    let extended = if cluster >= 16384 { random.pick(&["on", "off"]) } else { "off" };
     format!(
-        "compat=1.1,cluster_size={cluster},refcount_bits={width},compression_type={compression},lazy_refcounts={lazy}"
+        "compat=1.1,cluster_size={cluster},extended_l2={extended},refcount_bits={width},compression_type={compression},lazy_refcounts={lazy}"
     )
 }
 
@@ -157,25 +165,46 @@ fn backing_name(home: &Path, backing: &Path, random: &mut Random) -> String {
 /// Compressed clusters (qcow2), then writes, zeroes and discards all over an image of `size` bytes.
 #[track_caller]
 pub fn fill(file: &Path, format: &str, size: u64, cluster: u64, random: &mut Random) {
+    let noise = noise(file, random);
+    let compressed = match format {
+        "qcow2" => compressed_orders(size, cluster, &noise, random),
+        _ => Vec::new(),
+    };
+    fill_with(file, format, size, &noise, compressed, random);
+}
+
+/// The same without compressed clusters, which an image with an external data file cannot have.
+#[track_caller]
+pub fn fill_plain(file: &Path, format: &str, size: u64, random: &mut Random) {
+    let noise = noise(file, random);
+    fill_with(file, format, size, &noise, Vec::new(), random);
+}
+
+/// A file of random bytes, beside `file`.
+fn noise(file: &Path, random: &mut Random) -> PathBuf {
     let noise = file.with_extension("noise");
     std::fs::write(&noise, random.bytes(64 << 10)).expect("a file of ours");
+    noise
+}
+
+/// These orders, then random ones; `noise` goes.
+#[track_caller]
+fn fill_with(file: &Path, format: &str, size: u64, noise: &Path, first: Vec<String>, random: &mut Random) {
     let mut command = Command::new("qemu-io");
     command.args(["-f", format, "-d", "unmap"]);
-    if format == "qcow2" {
-        for order in compressed_orders(size, cluster, &noise, random) {
-            command.args(["-c", &order]);
-        }
+    for order in first {
+        command.args(["-c", &order]);
     }
     for _ in 0..random.within(2..16) {
-        command.args(["-c", &random_order(size, &noise, random)]);
+        command.args(["-c", &random_order(size, noise, random)]);
     }
     command.arg(file);
     ran(&mut command);
-    std::fs::remove_file(&noise).expect("removing a file of ours");
+    std::fs::remove_file(noise).expect("removing a file of ours");
 }
 
 /// QEMU compresses whole clusters, into places that hold nothing yet: so each at most once, and first of all.
-fn compressed_orders(size: u64, cluster: u64, noise: &Path, random: &mut Random) -> Vec<String> {
+pub fn compressed_orders(size: u64, cluster: u64, noise: &Path, random: &mut Random) -> Vec<String> {
     let clusters = size.div_ceil(cluster);
     let chosen: BTreeSet<u64> = (0..random.below(12)).map(|_| random.below(clusters)).collect();
     let order = |index| {
@@ -189,7 +218,7 @@ fn compressed_orders(size: u64, cluster: u64, noise: &Path, random: &mut Random)
 }
 
 /// One command of qemu-io for a disk of `size` bytes.
-fn random_order(size: u64, noise: &Path, random: &mut Random) -> String {
+pub fn random_order(size: u64, noise: &Path, random: &mut Random) -> String {
     let at = random.below(size / 512) * 512;
     let len = (random.within(1..512) * 512).min(size - at);
     match random.below(8) {

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 pub struct ServeOptions {
     /// The disks, each with a name of its own. Never empty.
     pub exports: Vec<ExportOptions>,
-    /// Where NBD clients come in. Never empty.
+    /// Where NBD clients come in, beside the sockets that systemd may hand over (`LISTEN_FDS`).
     pub listeners: Vec<Listener>,
     /// Path of the control socket.
     pub control: PathBuf,
@@ -37,10 +37,28 @@ pub struct ExportOptions {
 /// One address that NBD clients come in by.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Listener {
-    /// A Unix socket's path.
-    Unix(PathBuf),
+    /// A Unix socket's path, and who may use it.
+    Unix(PathBuf, Access),
     /// A TCP address, `host:port`; an IPv6 host is in brackets.
     Tcp(String),
+    /// A vsock address: for guests of this host.
+    Vsock {
+        /// Who may come; `None` for everybody.
+        cid: Option<u32>,
+        /// Where.
+        port: u32,
+    },
+}
+
+/// Who may use a Unix socket; what is not said is as the system makes it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Access {
+    /// Permission bits.
+    pub mode: Option<u32>,
+    /// Number of the user that it belongs to.
+    pub user: Option<u32>,
+    /// Number of its group.
+    pub group: Option<u32>,
 }
 
 /// Whether images go through the page cache.

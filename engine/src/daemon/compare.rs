@@ -1,5 +1,6 @@
 //! `compare`: whether two disks read alike.
-use crate::chain::{Look, Source};
+use super::map::{Run, Runs};
+use crate::chain::{Chain, Look, Source};
 use crate::disk::{Disk, Status, Task, Tools};
 use crate::io::{Arena, Buffer, Completion, Io, Op, Ring, Token, Wait, Waker};
 use crate::zero::is_zero;
@@ -19,13 +20,69 @@ pub enum Comparison {
     Same,
     /// The first byte that differs, as an offset.
     DifferAt(u64),
+    /// One is longer; only a strict comparison says so.
+    SizesDiffer([u64; 2]),
+    /// The first byte that is payload, a zero or nothing in one of them and not in the other; only a
+    /// strict comparison says so.
+    MappedOtherwiseAt(u64),
 }
 
-/// Compares two disks; `progress` is told how many bytes were compared.
-pub fn compare(first: Disk, second: Disk, mut progress: impl FnMut(u64)) -> Result<Comparison> {
+/// Why two disks could not be compared.
+#[derive(Debug)]
+pub enum Incomparable {
+    /// An image does not say where its bytes are.
+    Mapping(Error),
+    /// They are there and cannot be read.
+    Reading(Error),
+}
+
+/// Compares two disks, also in size and mapping where that is to be `strict`; `progress` is told how
+/// many bytes were compared.
+pub fn compare(
+    first: Disk,
+    second: Disk,
+    strict: bool,
+    progress: impl FnMut(u64),
+) -> std::result::Result<Comparison, Incomparable> {
+    let sizes = [first.size(), second.size()];
+    if strict && sizes[0] != sizes[1] {
+        return Ok(Comparison::SizesDiffer(sizes));
+    }
+    if strict && let Some(at) = mapped_otherwise(first.chain(), second.chain()).map_err(Incomparable::Mapping)? {
+        return Ok(Comparison::MappedOtherwiseAt(at));
+    }
+    contents(first, second, progress)
+}
+
+/// The first byte of which two equally long disks tell otherwise.
+fn mapped_otherwise(first: &Chain, second: &Chain) -> Result<Option<u64>> {
+    let kind = |run: &Run, chain: &Chain| {
+        // Past the end of a shorter layer below, it is that layer that has the zeroes.
+        let allocated = run.present || run.depth + 1 < chain.layers().len();
+        (allocated, run.zero, run.data, run.compressed, run.host.is_some())
+    };
+    let mut runs = [Runs::new(first), Runs::new(second)];
+    let mut next = |side: usize| runs[side].next().transpose();
+    let mut now = [next(0)?, next(1)?];
+    while let [Some(one), Some(other)] = now {
+        if kind(&one, first) != kind(&other, second) {
+            return Ok(Some(one.guest.start.max(other.guest.start)));
+        }
+        let (end, other_end) = (one.guest.end, other.guest.end);
+        if end <= other_end {
+            now[0] = next(0)?;
+        }
+        if other_end <= end {
+            now[1] = next(1)?;
+        }
+    }
+    Ok(None)
+}
+
+fn contents(first: Disk, second: Disk, mut progress: impl FnMut(u64)) -> std::result::Result<Comparison, Incomparable> {
     let disks = [Arc::new(first), Arc::new(second)];
     let size = disks.iter().map(|disk| disk.size()).max().unwrap_or(0);
-    let failed = |error| Error::io("the ring", error);
+    let failed = |error| Incomparable::Reading(Error::io("the ring", error));
     let arena = Arena::new((DEPTH * 2 + 1) * PIECE as usize);
     let waker = Waker::new().map_err(failed)?;
     let mut ring = Ring::new(64, &arena).map_err(failed)?;
@@ -37,12 +94,13 @@ pub fn compare(first: Disk, second: Disk, mut progress: impl FnMut(u64)) -> Resu
         for (number, slot) in slots.iter_mut().enumerate() {
             // Once a difference is known, only what lies before it matters.
             while slot.is_none() && at < found.unwrap_or(size) {
-                let (range, zeroes) = next(&disks, at, size)?;
+                let (range, zeroes) = next(&disks, at, size).map_err(Incomparable::Mapping)?;
                 at = range.end;
                 *slot = (!zeroes).then(|| Piece::new(&disks, range));
             }
             let Some(piece) = slot else { continue };
-            if piece.step(&mut Tools { io: &mut ring, arena: &arena, waker: &waker }, number)? {
+            let tools = &mut Tools { io: &mut ring, arena: &arena, waker: &waker };
+            if piece.step(tools, number).map_err(Incomparable::Reading)? {
                 let differs = piece.first_difference();
                 progress(piece.range.end);
                 found = found.into_iter().chain(differs).min();

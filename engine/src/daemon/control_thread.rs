@@ -6,11 +6,11 @@ use super::listen::Listening;
 use super::threads::Worker;
 use crate::control::options::Cache;
 use crate::control::qmp::Call;
-use crate::control::{Code, Event, Refusal, Reply, Request, Status};
+use crate::control::{Code, Event, MirrorRequest, Refusal, Reply, Request, Status};
 use crate::disk::Tools;
 use crate::io::{Arena, Buffer, Completion, File, Io, Op, Ring, Token, Wait, Waker};
 use crate::job::Phase;
-use crate::open::identity;
+use crate::open::{files_of, identity};
 use crate::state::StateFolder;
 use formats::error::Result;
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -114,7 +114,7 @@ impl ControlThread {
     /// Goes on with the jobs that a kill or a stop interrupted.
     pub fn resume_jobs(&mut self) {
         for number in 0..self.exports.len() {
-            let check = |target: &str| self.refuse_in_use(number, target);
+            let check = |request: &MirrorRequest| self.refuse_in_use(number, request);
             match Active::resume(&self.exports[number], self.cache, &self.state, &check) {
                 Ok(Some(active)) => {
                     tracing::info!(export = self.exports[number].name, "its job goes on");
@@ -348,13 +348,13 @@ impl ControlThread {
         Status { error: damage.or(status.error), ..status }
     }
 
-    fn mirror(&mut self, request: &crate::control::MirrorRequest) -> std::result::Result<Reply, Refusal> {
+    fn mirror(&mut self, request: &MirrorRequest) -> std::result::Result<Reply, Refusal> {
         let number = self.find(&request.export)?;
         if self.jobs.contains_key(&number) {
             let message = format!("export {} has a copy job already: cancel it first", request.export);
             return Err(refuse(Code::BlockCopyActive, message));
         }
-        let check = |target: &str| self.refuse_in_use(number, target);
+        let check = |request: &MirrorRequest| self.refuse_in_use(number, request);
         let (started, active) = Active::start(request, &self.exports[number], self.cache, &self.state, &check)?;
         if let Some(active) = active {
             self.jobs.insert(number, active);
@@ -364,13 +364,15 @@ impl ControlThread {
     }
 
     /// A target that another export serves or another job writes would be written by two.
-    fn refuse_in_use(&self, number: usize, target: &str) -> std::result::Result<(), Refusal> {
+    fn refuse_in_use(&self, number: usize, request: &MirrorRequest) -> std::result::Result<(), Refusal> {
+        let target = &request.target;
         // What is not there yet is nobody's.
-        let Ok(file) = identity(Path::new(target)) else { return Ok(()) };
+        let files = files_of(Path::new(target), request.format);
+        let files: Vec<_> = files.iter().filter_map(|file| identity(file).ok()).collect();
         for (other, export) in self.exports.iter().enumerate().filter(|(other, _)| *other != number) {
             let served = export.gate.route().disk;
             let followed = self.jobs.get(&other).map(|active| Arc::clone(&active.job.mirror().target));
-            if let Some(layer) = followed.iter().chain([&served]).find_map(|disk| layer_of(disk, file)) {
+            if let Some(layer) = followed.iter().chain([&served]).find_map(|disk| layer_of(disk, &files)) {
                 let message = format!("{target}: export {} uses it ({layer}): name another file", export.name);
                 return Err(refuse(Code::InvalidArg, message));
             }

@@ -1,5 +1,5 @@
 //! The disks that a daemon serves: what its command line names, or what a pivot put in its place.
-use super::wait::until_free;
+use super::wait::{until_free, until_image_is_free};
 use crate::control::options::{Cache, ExportOptions};
 use crate::control::{Status, TargetFormat};
 use crate::disk::Disk;
@@ -38,7 +38,10 @@ impl Export {
         let record = state.record(&options.name)?;
         let origin = lasting_name(&options.file).context(|| options.file.display().to_string())?;
         let truth = record.newest().filter(|record| Path::new(&record.origin) == origin);
-        until_free(truth.map_or(&origin, |record| Path::new(&record.truth)))
+        match truth {
+            None => until_image_is_free(&origin, options.format),
+            Some(record) => until_image_is_free(Path::new(&record.truth), Some(format_of(record))),
+        }
     }
 
     /// Opens what is the truth of an export.
@@ -80,8 +83,9 @@ impl Export {
             read_only: disk.read_only(),
             // A flush covers everything that was answered, whatever connection it came by.
             multi_conn: true,
-            fast_zero: false,
+            fast_zero: true,
             block_sizes: BlockSizes::default(),
+            bitmaps: Vec::new(),
         }
     }
 }
@@ -103,10 +107,10 @@ pub(super) fn refuse_twice(export: &ExportOptions, all: &[ExportOptions]) -> Res
 pub(super) fn refuse_shared(exports: &[Export]) -> Result<()> {
     for (number, export) in exports.iter().enumerate() {
         let disk = export.gate.route().disk;
-        let top = identity(&disk.chain().top().path)?;
+        let top = disk.chain().top().paths().map(identity).collect::<Result<Vec<_>>>()?;
         let others = exports.iter().enumerate().filter(|(other, _)| *other != number).map(|(_, other)| other);
         for other in others.filter(|_| !disk.read_only()) {
-            if layer_of(&other.gate.route().disk, top).is_some() {
+            if layer_of(&other.gate.route().disk, &top).is_some() {
                 return Err(shared(&disk.name(), &export.name, &other.name));
             }
         }
@@ -120,11 +124,16 @@ fn shared(file: &dyn std::fmt::Display, writer: &str, other: &str) -> Error {
     ))
 }
 
-/// The layer of `disk` that is this very file, by any name.
-pub(super) fn layer_of(disk: &Disk, file: Identity) -> Option<String> {
-    let same = |path: &Path| identity(path).is_ok_and(|found| found == file);
-    let paths = disk.chain().layers().iter().map(|layer| &layer.path);
-    paths.into_iter().find(|path| same(path)).map(|path| path.display().to_string())
+/// The file of a layer of `disk` that is one of these, by any name.
+pub(super) fn layer_of(disk: &Disk, files: &[Identity]) -> Option<String> {
+    let same = |path: &Path| identity(path).is_ok_and(|found| files.contains(&found));
+    let mut paths = disk.chain().layers().iter().flat_map(|layer| layer.paths());
+    paths.find(|path| same(path)).map(|path| path.display().to_string())
+}
+
+/// The format of the image that a record names.
+fn format_of(record: &Record) -> TargetFormat {
+    if record.format == "raw" { TargetFormat::Raw } else { TargetFormat::Qcow2 }
 }
 
 /// The image that has the guest's acknowledged writes.
@@ -145,7 +154,7 @@ impl Truth {
                     origin.display(),
                     record.truth
                 );
-                let format = if record.format == "raw" { TargetFormat::Raw } else { TargetFormat::Qcow2 };
+                let format = format_of(record);
                 let size = (format == TargetFormat::Raw).then_some(record.size);
                 Ok(Self { path: PathBuf::from(&record.truth), format, size })
             }
@@ -211,7 +220,7 @@ impl Exports for Table {
             "" => self.0.first(),
             name => self.0.iter().find(|(info, _)| info.name == name),
         }
-        .map(|(info, _)| info.clone())
+        .map(|(info, gate)| ExportInfo { bitmaps: gate.route().bitmaps(), ..info.clone() })
     }
 
     fn list(&self) -> Vec<ExportInfo> {

@@ -1,7 +1,7 @@
 //! A job with its threads: how it is started, how it stands, and what is tidied when it is over.
 use super::exports::Export;
 use super::threads::Worker;
-use super::wait::until_free;
+use super::wait::until_image_is_free;
 use crate::control::options::Cache;
 use crate::control::{Code, MirrorRequest, Refusal, Started, Status};
 use crate::copier::Depth;
@@ -57,9 +57,9 @@ impl Active {
         export: &Export,
         cache: Cache,
         state: &StateFolder,
-        check: &dyn Fn(&str) -> Result<(), Refusal>,
+        check: &dyn Fn(&MirrorRequest) -> Result<(), Refusal>,
     ) -> Result<(Started, Option<Self>), Refusal> {
-        check(&request.target)?;
+        check(request)?;
         let source = export.gate.route().disk;
         if source.read_only() {
             let message =
@@ -123,7 +123,7 @@ impl Active {
         export: &Export,
         cache: Cache,
         state: &StateFolder,
-        check: &dyn Fn(&str) -> Result<(), Refusal>,
+        check: &dyn Fn(&MirrorRequest) -> Result<(), Refusal>,
     ) -> Result<Option<Self>, Box<(MirrorRequest, Refusal)>> {
         let KeptJob { source, target_identity, request } = match state.kept_job(&export.name) {
             Ok(Some(kept)) => kept,
@@ -143,7 +143,7 @@ impl Active {
             );
             return Err(Box::new((request, Refusal::new(Code::OperationInvalid, message))));
         }
-        let resumed = until_free(Path::new(&request.target))
+        let resumed = until_image_is_free(Path::new(&request.target), request.format)
             .map_err(Refusal::from)
             .and_then(|()| Self::start(&request, export, cache, state, check));
         match resumed {

@@ -15,13 +15,15 @@ mod convert;
 mod exports;
 mod jobs;
 mod listen;
+mod map;
 mod threads;
 mod wait;
 
-pub use compare::{Comparison, compare};
+pub use compare::{Comparison, Incomparable, compare};
 pub use convert::{ConvertOptions, Copied, convert};
+pub use map::{Run, Runs};
 
-use crate::control::options::ServeOptions;
+use crate::control::options::{Access, ServeOptions};
 use crate::open::lasting_name;
 use crate::state::{StateFolder, is_volatile};
 use control_thread::ControlThread;
@@ -38,6 +40,10 @@ pub fn serve(options: &ServeOptions, ready: impl FnOnce(&str)) -> Result<()> {
     let mut names = HashSet::new();
     if let Some(twice) = options.exports.iter().find(|export| !names.insert(&export.name)) {
         return Err(Error::invalid(format!("two exports are named {}: give each a name of its own", twice.name)));
+    }
+    let inherited = Listening::inherited()?;
+    if options.listeners.is_empty() && inherited.is_empty() {
+        return Err(Error::invalid("nowhere to listen: name --socket or --listen, or start it by a systemd socket"));
     }
     let state = StateFolder::open(&state_folder(options))?;
     if is_volatile(state.path()) {
@@ -57,8 +63,9 @@ pub fn serve(options: &ServeOptions, ready: impl FnOnce(&str)) -> Result<()> {
     let mut thread = ControlThread::new(exports, table, options.cache, state).context(|| "starting")?;
     thread.resume_jobs();
     // Only now: who finds the sockets is served.
-    let listeners = options.listeners.iter().map(Listening::at).collect::<Result<Vec<_>>>()?;
-    let control = Listening::unix(&options.control)?;
+    let named = options.listeners.iter().map(Listening::at);
+    let listeners = inherited.into_iter().map(Ok).chain(named).collect::<Result<Vec<_>>>()?;
+    let control = Listening::unix(&options.control, Access::default())?;
     let places: Vec<&str> = listeners.iter().map(|listening| listening.name.as_str()).collect();
     ready(&format!("serving {} at {}", thread.names(), places.join(", ")));
     let served = thread.run(&listeners, &control).context(|| "the control thread");

@@ -1,6 +1,7 @@
 //! Making durable what was done to a disk: payload and metadata, in the order its image asks for.
 use super::Disk;
 use super::step::{Status, Tools};
+use crate::fault::{Fault, planted};
 use crate::io::{Io, Op, Token};
 use formats::error::{Error, Result};
 use formats::image::{Progress, Settle};
@@ -11,6 +12,8 @@ use std::io;
 pub(super) struct Flush {
     progress: Progress,
     in_kernel: bool,
+    /// What is being flushed is an external data file.
+    of_payload: bool,
     outcome: Option<Result<()>>,
 }
 
@@ -24,13 +27,18 @@ impl Flush {
         }
         let top = disk.chain().top();
         let next = disk.refuse_poisoned().and_then(|()| {
-            let settle = top.image.settle(&mut self.progress);
-            settle.map_err(|error| error.at(top.path.display()))
+            let mut settle = || top.image.settle(&mut self.progress);
+            let next = match settle() {
+                Ok(Settle::FlushPayload) if planted(Fault::MapBeforePayload) => settle(),
+                next => next,
+            };
+            next.map_err(|error| error.at(top.path.display()))
         });
         match next {
-            Ok(Settle::Flush) => {
-                self.in_kernel = true;
-                tools.io.submit(base, Op::Flush { file: top.file.file().clone() });
+            Ok(flush @ (Settle::Flush | Settle::FlushPayload)) => {
+                (self.in_kernel, self.of_payload) = (true, flush == Settle::FlushPayload);
+                let file = if self.of_payload { top.file.file() } else { top.tables() };
+                tools.io.submit(base, Op::Flush { file: file.clone() });
                 Status::Busy
             }
             Ok(Settle::Busy) => Status::Blocked,
@@ -60,7 +68,9 @@ impl Flush {
             disk.poison();
             self.progress = Progress::default();
             disk.bell.ring();
-            self.outcome = Some(Err(Error::io(format!("flush of {}", disk.name()), error)));
+            let top = disk.chain().top();
+            let path = if self.of_payload { top.data_path() } else { &top.path };
+            self.outcome = Some(Err(Error::io(format!("flush of {}", path.display()), error)));
         }
     }
 

@@ -5,6 +5,7 @@
 //! through the caller's queue and tells the top image when they are there.
 mod flush;
 mod grace;
+mod prefetch;
 mod read;
 mod step;
 mod task;

@@ -97,7 +97,7 @@ impl Read {
                 }
                 Moved::Failed(piece, error) => {
                     let layer = &disk.chain().layers()[layer];
-                    let what = format!("{}: read of {} bytes at {host}", layer.path.display(), piece.len());
+                    let what = format!("{}: read of {} bytes at {host}", layer.data_path().display(), piece.len());
                     keep(&mut self.error, Error::io(what, error));
                     self.loan.give_back(piece);
                 }

@@ -1,15 +1,16 @@
 //! One operation on a disk, stepped.
 //!
 //! ```text
-//! Task::read/write/zero/flush ─► step ─► Busy     its operations are under way: complete, step
-//!                                  │ ──► Blocked  on somebody else: step again when woken
-//!                                  └───► Done     end
+//! Task::read/write/zero/… ─► step ─► Busy     its operations are under way: complete, step
+//!                              │ ──► Blocked  on somebody else: step again when woken
+//!                              └───► Done     end
 //! ```
 //!
 //! A task numbers its operations from the token that its owner gives, below `Task::TOKENS`. It may
 //! be dropped only when nothing of it is under way.
 use super::Disk;
 use super::flush::Flush;
+use super::prefetch::Prefetch;
 use super::read::Read;
 use super::step::{Status, Tools};
 use super::write::Write;
@@ -33,6 +34,7 @@ enum Kind {
     Write(Write),
     Zero(Zero),
     Flush(Flush),
+    Prefetch(Prefetch),
 }
 
 impl Task {
@@ -53,7 +55,17 @@ impl Task {
 
     /// Makes `range` read as zeroes.
     pub fn zero(disk: Arc<Disk>, range: ByteRange, zeroing: Zeroing) -> Self {
-        Self::new(disk, Kind::Zero(Zero::new(range, zeroing)))
+        Self::new(disk, Kind::Zero(Zero::new(range, zeroing, false)))
+    }
+
+    /// The same, or an error (EOPNOTSUPP) where that would be no faster than writing zeroes.
+    pub fn zero_fast(disk: Arc<Disk>, range: ByteRange, zeroing: Zeroing) -> Self {
+        Self::new(disk, Kind::Zero(Zero::new(range, zeroing, true)))
+    }
+
+    /// Says that `range` will be read soon. Has no errors.
+    pub fn prefetch(disk: Arc<Disk>, range: ByteRange) -> Self {
+        Self::new(disk, Kind::Prefetch(Prefetch::new(range)))
     }
 
     /// Makes durable what was done before.
@@ -84,6 +96,7 @@ impl Task {
             Kind::Write(write) => write.step(&self.disk, tools, base),
             Kind::Zero(zero) => zero.step(&self.disk, tools, base),
             Kind::Flush(flush) => flush.step(&self.disk, tools, base),
+            Kind::Prefetch(prefetch) => prefetch.step(&self.disk, tools, base),
         }
     }
 
@@ -96,6 +109,7 @@ impl Task {
             Kind::Write(write) => write.complete(&self.disk, tools, base, local, done),
             Kind::Zero(zero) => zero.complete(&self.disk, tools, base, local, done),
             Kind::Flush(flush) => flush.complete(&self.disk, done.result),
+            Kind::Prefetch(prefetch) => prefetch.complete(),
         }
     }
 
@@ -107,6 +121,7 @@ impl Task {
             Kind::Write(write) => write.end(),
             Kind::Zero(zero) => (zero.end(), None),
             Kind::Flush(flush) => (flush.end(), None),
+            Kind::Prefetch(_) => (Ok(()), None),
         };
         if outcome.is_err() {
             self.disk.tell_damage();

@@ -313,8 +313,12 @@ impl Part {
     }
 
     fn failure(&self, top: &Layer, len: usize, error: std::io::Error) -> Error {
-        let what =
-            format!("{}: write of {len} bytes at {} (of the disk: {})", top.path.display(), self.host(), self.at);
+        let what = format!(
+            "{}: write of {len} bytes at {} (of the disk: {})",
+            top.data_path().display(),
+            self.host(),
+            self.at
+        );
         Error::io(what, error)
     }
 }

@@ -19,6 +19,8 @@ pub(super) struct Zero {
     /// Up to here it is done.
     at: u64,
     zeroing: Zeroing,
+    /// Nothing is written but at the range's ends.
+    fast: bool,
     stage: Stage,
     error: Option<Error>,
 }
@@ -33,8 +35,8 @@ enum Stage {
 }
 
 impl Zero {
-    pub fn new(range: ByteRange, zeroing: Zeroing) -> Self {
-        Self { range, at: range.start, zeroing, stage: Stage::Next, error: None }
+    pub fn new(range: ByteRange, zeroing: Zeroing, fast: bool) -> Self {
+        Self { range, at: range.start, zeroing, fast, stage: Stage::Next, error: None }
     }
 
     pub fn step<I: Io>(&mut self, disk: &Arc<Disk>, tools: &mut Tools<I>, base: Token) -> Status {
@@ -91,23 +93,29 @@ impl Zero {
                 let file = top.file.file().clone();
                 tools.io.submit(base, Op::Zero { file, at: host, len: guest.len(), unmap });
             }
-            Zeroed::Host { guest, .. } | Zeroed::Write(guest) => self.write(disk, tools, guest),
+            Zeroed::Host { guest, .. } | Zeroed::Write(guest) => self.write(disk, tools, guest)?,
             Zeroed::Busy => return Ok(true),
             Zeroed::Settle => self.stage = Stage::Settling(Flush::default()),
         }
         Ok(false)
     }
 
-    fn write<I: Io>(&mut self, disk: &Arc<Disk>, tools: &Tools<I>, range: ByteRange) {
+    fn write<I: Io>(&mut self, disk: &Arc<Disk>, tools: &Tools<I>, range: ByteRange) -> Result<()> {
         if self.zeroing == Zeroing::Discard {
             // A discard that gives nothing back is no reason to write.
             self.at = range.end;
-            return;
+            return Ok(());
+        }
+        let at_an_end = range.start == self.range.start || range.end == self.range.end;
+        if self.fast && !(at_an_end && range.len() <= PIECE_MAX) {
+            let what = format!("{}: zeroing {range} faster than by writing", disk.name());
+            return Err(Error::io(what, Errno::OPNOTSUPP.into()));
         }
         let piece = range.prefix(PIECE_MAX);
         let mut zeroes = scratch(tools, piece.len() as usize);
         zeroes.fill(0);
         self.stage = Stage::Writing(Box::new(Task::write(Arc::clone(disk), piece, zeroes)), piece);
+        Ok(())
     }
 
     pub fn complete<I: Io>(
@@ -128,7 +136,7 @@ impl Zero {
                     Ok(_) => self.at = range.end,
                     Err(error) if cannot_punch(&error) => disk.no_punching(self.zeroing),
                     Err(error) => {
-                        let what = format!("{}: zeroing {range}", disk.name());
+                        let what = format!("{}: zeroing {range}", disk.chain().top().data_path().display());
                         keep(&mut self.error, Error::io(what, error));
                     }
                 }

@@ -9,6 +9,7 @@
 //! opened again, and no more marks can come.
 use super::roll::Roll;
 use crate::bell::Bell;
+use crate::dirty::DirtyBitmap;
 use crate::disk::Disk;
 use crate::io::Waker;
 use crate::mirror::Mirror;
@@ -22,6 +23,21 @@ pub struct Route {
     pub disk: Arc<Disk>,
     /// The mirror that follows it, if any.
     pub mirror: Option<Arc<Mirror>>,
+}
+
+/// The name by which clients can ask for the bitmap of a job under way.
+const MIRROR_BITMAP: &str = "mirror";
+
+impl Route {
+    /// Names of the dirty bitmaps that can be looked at.
+    pub fn bitmaps(&self) -> Vec<String> {
+        self.mirror.iter().map(|_| MIRROR_BITMAP.to_owned()).collect()
+    }
+
+    /// The dirty bitmap of this name.
+    pub fn bitmap(&self, name: &str) -> Option<&DirtyBitmap> {
+        self.mirror.as_ref().filter(|_| name == MIRROR_BITMAP).map(|mirror| &mirror.dirty)
+    }
 }
 
 /// Lets requests in, or holds them.
@@ -188,7 +204,8 @@ mod tests {
     fn route() -> Route {
         let storage = Arc::new(FileStorage::new(tempfile::tempfile().expect("a temporary file")));
         let file = DataFile::buffered(File::simulated(0));
-        let layer = Layer { image: Box::new(Raw::new(storage, 512)), file, path: "disk".into(), format: "raw" };
+        let layer =
+            Layer { image: Box::new(Raw::new(storage, 512)), file, path: "disk".into(), format: "raw", apart: None };
         Route { disk: Arc::new(Disk::new(Chain::new(vec![Arc::new(layer)]), false)), mirror: None }
     }
 

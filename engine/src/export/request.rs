@@ -27,7 +27,14 @@ pub enum Action {
     /// Write the buffer.
     Write(Buffer),
     /// Make it read as zeroes.
-    Zero(Zeroing),
+    Zero {
+        /// What becomes of the space.
+        zeroing: Zeroing,
+        /// Only if that is faster than writing them.
+        fast: bool,
+    },
+    /// It will be read soon.
+    Prefetch,
     /// Make durable what was answered before.
     Flush,
 }
@@ -63,10 +70,10 @@ enum Stage {
 impl GuestRequest {
     /// A request for `range`, which is inside the disk; a flush has none.
     pub fn new(action: Action, range: ByteRange, fua: bool) -> Self {
-        let zeroing = if let Action::Zero(zeroing) = action { Some(zeroing) } else { None };
+        let zeroing = if let Action::Zero { zeroing, .. } = action { Some(zeroing) } else { None };
         Self {
             range,
-            changes: matches!(action, Action::Write(_) | Action::Zero(_)),
+            changes: matches!(action, Action::Write(_) | Action::Zero { .. }),
             stage: Stage::Waiting(action),
             pass: None,
             fua,
@@ -133,7 +140,9 @@ impl GuestRequest {
         self.stage = Stage::Source(match action {
             Action::Read(buf) => Task::read(disk, self.range, buf),
             Action::Write(buf) => Task::write(disk, self.range, buf),
-            Action::Zero(zeroing) => Task::zero(disk, self.range, zeroing),
+            Action::Zero { zeroing, fast: false } => Task::zero(disk, self.range, zeroing),
+            Action::Zero { zeroing, fast: true } => Task::zero_fast(disk, self.range, zeroing),
+            Action::Prefetch => Task::prefetch(disk, self.range),
             Action::Flush => Task::flush(disk),
         });
         true

@@ -64,6 +64,15 @@ pub enum Op {
         /// Which file.
         file: File,
     },
+    /// Bring bytes of a file into the page cache, if the system likes.
+    Prefetch {
+        /// Of which file.
+        file: File,
+        /// Offset in the file.
+        at: u64,
+        /// How many.
+        len: u64,
+    },
     /// Receive what is there into `buf`. The result is how many bytes came; 0 where the peer ended.
     Receive {
         /// From whom.

@@ -108,6 +108,11 @@ impl Ring {
                 opcode::Fallocate::new(fd(file), *len).offset(*at).mode(mode).build()
             }
             Op::Flush { file } => opcode::Fsync::new(fd(file)).flags(FsyncFlags::DATASYNC).build(),
+            Op::Prefetch { file, at, len } => {
+                // Its length has 32 bits; a wish is a wish.
+                let len = (*len).min(1 << 30) as libc::off_t;
+                opcode::Fadvise::new(fd(file), len, libc::POSIX_FADV_WILLNEED).offset(*at).build()
+            }
             Op::Receive { socket, buf, whole } => {
                 let flags = if *whole { libc::MSG_WAITALL } else { 0 };
                 opcode::Recv::new(fd(socket), buf.address(), buf.len() as u32).flags(flags).build()

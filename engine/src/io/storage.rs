@@ -4,7 +4,10 @@ use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
+
+/// What the system counts a file's space in, in bytes.
+const BLOCK: u64 = 512;
 
 /// A file as a format sees it.
 #[derive(Debug)]
@@ -34,6 +37,12 @@ impl Storage for FileStorage {
     fn len(&self) -> io::Result<u64> {
         // A block device has no length in its metadata, but an end that can be sought.
         Ok(rustix::fs::seek(&self.0, SeekFrom::End(0))?)
+    }
+
+    fn allocated(&self) -> io::Result<u64> {
+        let metadata = self.0.metadata()?;
+        // A block device takes nothing where its node lies.
+        if metadata.is_file() { Ok(metadata.blocks() * BLOCK) } else { self.len() }
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {

@@ -38,7 +38,7 @@ impl Stage {
             let number = files.add(vec![byte; DISK as usize]);
             let image = Box::new(Raw::new(files.storage(number), DISK));
             let file = DataFile::buffered(File::simulated(number));
-            let layer = Layer { image, file, path: format!("file{number}").into(), format: "raw" };
+            let layer = Layer { image, file, path: format!("file{number}").into(), format: "raw", apart: None };
             Arc::new(Disk::new(Chain::new(vec![Arc::new(layer)]), false))
         };
         let mirror = Arc::new(Mirror::new(disk(1), disk(0), CHUNK_BITS, false));

@@ -224,7 +224,7 @@ impl SimIo {
                 }
                 Ok(0)
             }
-            Op::Timeout { .. } => Ok(0),
+            Op::Prefetch { .. } | Op::Timeout { .. } => Ok(0),
             op => unreachable!("not simulated: {op:?}"),
         }
     }

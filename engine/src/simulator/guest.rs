@@ -112,8 +112,8 @@ impl Guest {
                 let fua = dice.one_in(8);
                 (Kind::Write { value, fua }, Action::Write(buf), fua)
             }
-            5 => (Kind::Write { value: 0, fua: false }, Action::Zero(Zeroing::Unmap), false),
-            6 => (Kind::Discard, Action::Zero(Zeroing::Discard), false),
+            5 => (Kind::Write { value: 0, fua: false }, Action::Zero { zeroing: Zeroing::Unmap, fast: false }, false),
+            6 => (Kind::Discard, Action::Zero { zeroing: Zeroing::Discard, fast: false }, false),
             7 | 8 => (Kind::Read, Action::Read(Buffer::alone(range.len() as usize)), false),
             _ => (Kind::Flush, Action::Flush, false),
         };

@@ -133,6 +133,24 @@ fn a_record_before_the_flush_is_caught() {
     assert_caught(Fault::RecordBeforeFlush, crashing_after_the_record);
 }
 
+/// Promises 8 and 10, where payload and tables are in two files.
+#[test]
+fn worlds_with_data_files_keep_every_promise() {
+    let pivots: u32 = (1..=600).map(|seed| World::new(with_data_files(seed)).run()).sum();
+    assert!(pivots > 100, "{pivots} pivots");
+}
+
+/// Promise 8.
+#[test]
+fn mappings_before_what_they_show_are_caught() {
+    let cut = |seed: u64| Fate::PowerCut(100 + seed % 1400);
+    assert_caught(Fault::MapBeforePayload, |seed| Plan { fate: cut(seed), fail_one_in: 0, ..with_data_files(seed) });
+}
+
+fn with_data_files(seed: u64) -> Plan {
+    Plan { data_files: true, raw_source: false, raw_target: false, ..Plan::of(seed) }
+}
+
 /// Promise 8.
 #[test]
 fn a_mapping_that_a_kill_forgets_is_caught() {

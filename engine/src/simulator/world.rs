@@ -2,7 +2,7 @@
 use super::files::{Dice, Files, SECTOR, SimIo};
 use super::guest::{Guest, fill, value_of};
 use super::history::{History, Trust};
-use crate::chain::{Chain, Layer, Look, Source};
+use crate::chain::{Apart, Chain, Layer, Look, Source};
 use crate::control::{Mode, OnError};
 use crate::copier::{Copier, Depth, Progress};
 use crate::disk::{DataFile, Disk, Tools};
@@ -50,6 +50,8 @@ pub struct Plan {
     pub fail_one_in: u64,
     /// The job starts while a guest makes zeroes, and its copier moves far more often than the guests.
     pub eager: bool,
+    /// The qcow2 images among the two have external data files.
+    pub data_files: bool,
 }
 
 impl Plan {
@@ -71,6 +73,7 @@ impl Plan {
             mode: [Mode::Background, Mode::WriteBlocking, Mode::Auto][dice.roll(3) as usize],
             fail_one_in: if dice.one_in(3) { 40 } else { 0 },
             eager: false,
+            data_files: false,
         }
     }
 }
@@ -78,6 +81,8 @@ impl Plan {
 /// An image of the world: its file, its journal's memory, how to open it.
 struct ImageFile {
     file: u32,
+    /// Its external data file, if it has one.
+    data: Option<u32>,
     words: Arc<Words>,
     raw: bool,
     /// The base below it, if it has one.
@@ -130,20 +135,25 @@ impl World {
         assert_eq!(history.len(), sectors);
         let base_file = files.add(base.clone());
         let words = || Arc::new(Words::in_memory(WORDS));
+        let data = |raw: bool| (plan.data_files && !raw).then(|| files.add(vec![0xee; DISK as usize]));
         let source = match plan.raw_source {
-            true => ImageFile { file: files.add(base), words: words(), raw: true, base: None },
+            true => ImageFile { file: files.add(base), data: None, words: words(), raw: true, base: None },
             false => {
-                let file = files.add(Vec::new());
-                make_qcow2(&files, file, [9, 12, 13][dice.roll(3) as usize], true);
-                ImageFile { file, words: words(), raw: false, base: Some(base_file) }
+                let (file, data) = (files.add(Vec::new()), data(false));
+                make_qcow2(&files, file, [9, 12, 13][dice.roll(3) as usize], true, data.is_some());
+                ImageFile { file, data, words: words(), raw: false, base: Some(base_file) }
             }
         };
         let target_base = plan.shallow.then_some(base_file);
         let raw_target = plan.raw_target && !plan.shallow;
-        let target = ImageFile { file: files.add(Vec::new()), words: words(), raw: raw_target, base: target_base };
+        let (file, data) = (files.add(Vec::new()), data(raw_target));
+        let target = ImageFile { file, data, words: words(), raw: raw_target, base: target_base };
         match raw_target {
             true => files.lock()[target.file as usize].set_len(DISK as usize),
-            false => make_qcow2(&files, target.file, [9, 12, 13][dice.roll(3) as usize], plan.shallow),
+            false => {
+                let cluster_bits = [9, 12, 13][dice.roll(3) as usize];
+                make_qcow2(&files, target.file, cluster_bits, plan.shallow, data.is_some());
+            }
         }
         let record = files.add(first_record(&mut dice));
         files.sync();
@@ -331,16 +341,16 @@ impl World {
         if !asleep && !left.is_empty() {
             let recovered = self.image(image, Arc::new(formats::journal::Forgetful));
             recovered.replay(&left).expect("the journal's own notes");
-            settle(&*recovered, &self.files, image.file);
+            settle(&*recovered, &self.files, image);
         }
         let journal = Arc::new(match asleep {
             true => WordJournal::asleep(Arc::clone(&image.words), BOOT, (0, u64::from(image.file))),
             false => WordJournal::new(Arc::clone(&image.words), BOOT, (0, u64::from(image.file))),
         });
         let kept: Arc<dyn Journal> = Arc::clone(&journal) as _;
-        let mut layers = vec![self.layer(image.file, self.image(image, kept))];
+        let mut layers = vec![self.layer(image.file, image.data, self.image(image, kept))];
         if let Some(base) = image.base {
-            layers.push(self.layer(base, Box::new(Raw::new(self.files.storage(base), DISK))));
+            layers.push(self.layer(base, None, Box::new(Raw::new(self.files.storage(base), DISK))));
         }
         (Arc::new(Disk::new(Chain::new(layers), false)), journal)
     }
@@ -354,9 +364,11 @@ impl World {
         Box::new(Qcow2::open(storage, journal, open).expect("an image that can be opened"))
     }
 
-    fn layer(&self, file: u32, image: Box<dyn Image>) -> Arc<Layer> {
-        let file_of = DataFile::buffered(File::simulated(file));
-        Arc::new(Layer { image, file: file_of, path: PathBuf::from(format!("file{file}")), format: "any" })
+    fn layer(&self, file: u32, data: Option<u32>, image: Box<dyn Image>) -> Arc<Layer> {
+        let payload = DataFile::buffered(File::simulated(data.unwrap_or(file)));
+        let path = |number: u32| PathBuf::from(format!("file{number}"));
+        let apart = data.map(|data| Apart { tables: File::simulated(file), data_path: path(data) });
+        Arc::new(Layer { image, file: payload, path: path(file), format: "any", apart })
     }
 
     fn read_all(&self, disk: &Disk) -> Vec<u8> {
@@ -467,18 +479,20 @@ fn first_record(dice: &mut Dice) -> Vec<u8> {
     record
 }
 
-fn make_qcow2(files: &Files, file: u32, cluster_bits: u32, backed: bool) {
+fn make_qcow2(files: &Files, file: u32, cluster_bits: u32, backed: bool, apart: bool) {
     let backing = backed.then(|| Backing { name: "base".to_owned(), format: Some("raw".to_owned()) });
-    let creation = Create { cluster_bits, backing, ..Create::new(DISK) };
+    let data_file = apart.then(|| formats::qcow2::DataFile { name: "data".to_owned(), raw: false });
+    let creation = Create { cluster_bits, backing, data_file, ..Create::new(DISK) };
     create(&*files.storage(file), &creation).expect("an image");
 }
 
-fn settle(image: &dyn Image, files: &Files, file: u32) {
+fn settle(image: &dyn Image, files: &Files, of: &ImageFile) {
     let mut progress = Settling::default();
     loop {
         match image.settle(&mut progress).expect("a settle") {
             Settle::Done => return,
-            Settle::Flush => files.sync_one(file),
+            Settle::Flush => files.sync_one(of.file),
+            Settle::FlushPayload => files.sync_one(of.data.expect("a data file")),
             Settle::Busy => unreachable!("nobody else settles"),
         }
     }

@@ -1,4 +1,5 @@
 //! What a server tells of its disks.
+use super::reply::Style;
 use super::wire::{PORTABLE_PAYLOAD_MAX, transmission_flag};
 
 /// One disk, as a client may see it.
@@ -18,6 +19,8 @@ pub struct ExportInfo {
     pub fast_zero: bool,
     /// The sizes that requests should have.
     pub block_sizes: BlockSizes,
+    /// Names of the dirty bitmaps that can be asked for, each of at most 1023 bytes; the first 30 can.
+    pub bitmaps: Vec<String>,
 }
 
 /// The sizes that a client is told, and held to.
@@ -40,16 +43,17 @@ impl Default for BlockSizes {
 }
 
 impl ExportInfo {
-    /// The export's transmission flags for a client with or without structured replies.
-    pub fn transmission_flags(&self, structured_replies: bool) -> u16 {
+    /// The export's transmission flags for a client that chose `style`, and contexts or none.
+    pub fn transmission_flags(&self, style: Style, contexts: bool) -> u16 {
         use transmission_flag as flag;
         let writable = !self.read_only;
         [
-            (true, flag::HAS_FLAGS | flag::SEND_FLUSH | flag::SEND_FUA),
+            (true, flag::HAS_FLAGS | flag::SEND_FLUSH | flag::SEND_FUA | flag::SEND_CACHE),
             (self.read_only, flag::READ_ONLY),
             (writable, flag::SEND_TRIM | flag::SEND_WRITE_ZEROES),
             (writable && self.fast_zero, flag::SEND_FAST_ZERO),
-            (structured_replies, flag::SEND_DF),
+            (style != Style::Simple, flag::SEND_DF),
+            (style == Style::Extended && contexts, flag::BLOCK_STATUS_PAYLOAD),
             (self.multi_conn, flag::CAN_MULTI_CONN),
         ]
         .iter()

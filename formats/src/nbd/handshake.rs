@@ -7,15 +7,17 @@
 //! ```
 //!
 //! An option's data is taken whole before it is looked at, and what is wrong with it ends with it:
-//! the next option begins where the header said. What a client chose (structured replies, contexts)
+//! the next option begins where the header said. What a client chose (the style of replies, contexts)
 //! is kept here until an export is chosen; contexts belong to the export they were asked for.
 //!
 //! A connection costs `OPTION_LEN_MAX` bytes for the option being collected (allocated as they
 //! come), five times as much while its queries are looked at, and the replies to one option, the
 //! longest being LIST's: at most 8 KiB and 28 bytes an export.
+use super::context::{self, Context};
 use super::export::{ExportInfo, Exports};
 use super::option::{Bad, ContextRequest, InfoRequest, context_request, export_name, info_request};
-use super::wire::{BASE_ALLOCATION, Fields, NBD_MAGIC, OPTION_MAGIC, OPTION_REPLY_MAGIC};
+use super::reply::Style;
+use super::wire::{Fields, NBD_MAGIC, OPTION_MAGIC, OPTION_REPLY_MAGIC};
 use super::wire::{handshake_flag, info, opt, rep};
 
 /// Longest data of an option that is looked at, in bytes.
@@ -24,18 +26,16 @@ pub const OPTION_LEN_MAX: u32 = 64 << 10;
 pub const OPTION_SKIP_MAX: u32 = 1 << 20;
 /// Options that one client may send.
 pub const OPTIONS_MAX: u32 = 4096;
-/// The only context's number in a session.
-pub const BASE_ALLOCATION_ID: u32 = 1;
 
 /// What client and server agreed on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Negotiated {
     /// The disk, as it was described to the client.
     pub export: ExportInfo,
-    /// Reads are answered in chunks; everything else may be.
-    pub structured_replies: bool,
-    /// The number of `base:allocation`, where the client chose it for this disk.
-    pub base_allocation: Option<u32>,
+    /// How the client wants its replies, and how long its headers are.
+    pub style: Style,
+    /// The metadata contexts that the client chose for this disk, with their numbers.
+    pub contexts: Vec<(u32, Context)>,
     /// The client asked for the block sizes, so it keeps to them.
     pub block_sizes_told: bool,
 }
@@ -90,9 +90,9 @@ pub struct Handshake {
     collected: Vec<u8>,
     options: u32,
     client_flags: u16,
-    structured_replies: bool,
-    /// The name of the export for which `base:allocation` was chosen.
-    base_allocation_of: Option<String>,
+    style: Style,
+    /// The contexts that were chosen, and for which export.
+    contexts: Option<(String, Vec<(u32, Context)>)>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -119,8 +119,8 @@ impl Handshake {
             collected: Vec::new(),
             options: 0,
             client_flags: 0,
-            structured_replies: false,
-            base_allocation_of: None,
+            style: Style::Simple,
+            contexts: None,
         }
     }
 
@@ -201,7 +201,7 @@ impl Handshake {
         } else {
             if option == opt::SET_META_CONTEXT {
                 // Whatever comes of it, what was chosen before is gone.
-                self.base_allocation_of = None;
+                self.contexts = None;
             }
             self.state = match len > OPTION_LEN_MAX {
                 true => State::Skip { option, left: len },
@@ -229,10 +229,11 @@ impl Handshake {
                 return Outcome::Closed(Reason::Aborted);
             }
             opt::LIST => nothing_in(data).map(|()| list(exports, out)),
-            opt::STRUCTURED_REPLY => nothing_in(data).map(|()| self.structured_replies = true),
+            opt::STRUCTURED_REPLY => self.choose(Style::Structured, data),
+            opt::EXTENDED_HEADERS => self.choose(Style::Extended, data),
             opt::LIST_META_CONTEXT => list_contexts(data, exports, out),
             opt::SET_META_CONTEXT => self.set_contexts(data, exports, out),
-            // STARTTLS and EXTENDED_HEADERS among them.
+            // STARTTLS among them.
             _ => Err(Refused::Unsupported),
         };
         match done {
@@ -254,11 +255,12 @@ impl Handshake {
             return closed(format!("{name:?} has to be asked for its block sizes, with GO"));
         }
         out.extend_from_slice(&export.size.to_be_bytes());
-        out.extend_from_slice(&export.transmission_flags(self.structured_replies).to_be_bytes());
+        let negotiated = self.negotiated(export, false);
+        out.extend_from_slice(&negotiated.transmission_flags().to_be_bytes());
         if self.client_flags & handshake_flag::NO_ZEROES == 0 {
             out.extend_from_slice(&[0; 124]);
         }
-        Outcome::Transmission(Box::new(self.negotiated(export, false)))
+        Outcome::Transmission(Box::new(negotiated))
     }
 
     /// INFO and GO: the facts, all but the ACK.
@@ -276,8 +278,19 @@ impl Handshake {
             block_size(out, option, &export);
             return Err(Refused::BlockSizeRequired);
         }
-        facts(out, option, &request, &export, self.structured_replies);
-        Ok(self.negotiated(export, request.block_size))
+        let negotiated = self.negotiated(export, request.block_size);
+        facts(out, option, &request, &negotiated);
+        Ok(negotiated)
+    }
+
+    /// Once with 64-bit headers, always: which style a reply has must not depend on when it was asked for.
+    fn choose(&mut self, style: Style, data: &[u8]) -> Result<(), Refused> {
+        nothing_in(data)?;
+        match (self.style, style) {
+            (Style::Extended, Style::Structured) => return Err(Refused::ExtendedHeadersRequired),
+            _ => self.style = style,
+        }
+        Ok(())
     }
 
     fn set_contexts(
@@ -286,27 +299,30 @@ impl Handshake {
         exports: &(impl Exports + ?Sized),
         out: &mut Vec<u8>,
     ) -> Result<(), Refused> {
-        if !self.structured_replies {
-            return Err(Bad::Invalid("structured replies come first").into());
+        if self.style == Style::Simple {
+            return Err(Bad::Invalid("structured replies or extended headers come first").into());
         }
         let request = context_request(data)?;
         let export = exports.lookup(request.name).ok_or(Refused::Unknown)?;
-        // Once, however often it is asked for: a context's number is not to be repeated.
-        if request.queries.contains(&BASE_ALLOCATION) {
-            context(out, opt::SET_META_CONTEXT, BASE_ALLOCATION_ID);
-            self.base_allocation_of = Some(export.name);
+        let chosen = context::chosen(&export, &request.queries);
+        for (number, context) in &chosen {
+            tell_context(out, opt::SET_META_CONTEXT, *number, context);
         }
+        self.contexts = Some((export.name, chosen));
         Ok(())
     }
 
     fn negotiated(&self, export: ExportInfo, block_sizes_told: bool) -> Negotiated {
-        let chosen = self.base_allocation_of.as_ref() == Some(&export.name);
-        Negotiated {
-            structured_replies: self.structured_replies,
-            base_allocation: chosen.then_some(BASE_ALLOCATION_ID),
-            block_sizes_told,
-            export,
-        }
+        let chosen = self.contexts.as_ref().filter(|(name, _)| *name == export.name);
+        let contexts = chosen.map_or_else(Vec::new, |(_, contexts)| contexts.clone());
+        Negotiated { style: self.style, contexts, block_sizes_told, export }
+    }
+}
+
+impl Negotiated {
+    /// What the client is told that it may ask for.
+    pub fn transmission_flags(&self) -> u16 {
+        self.export.transmission_flags(self.style, !self.contexts.is_empty())
     }
 }
 
@@ -316,6 +332,7 @@ enum Refused {
     Unsupported,
     Unknown,
     BlockSizeRequired,
+    ExtendedHeadersRequired,
 }
 
 impl From<Bad> for Refused {
@@ -331,6 +348,7 @@ fn refuse(out: &mut Vec<u8>, option: u32, refused: impl Into<Refused>) {
         Refused::Unsupported => (rep::ERR_UNSUP, "this option is not supported"),
         Refused::Unknown => (rep::ERR_UNKNOWN, "there is no export of this name"),
         Refused::BlockSizeRequired => (rep::ERR_BLOCK_SIZE_REQD, "this export's block sizes have to be asked for"),
+        Refused::ExtendedHeadersRequired => (rep::ERR_EXT_HEADER_REQD, "extended headers were chosen before"),
     };
     reply(out, option, kind, &[message.as_bytes()]);
 }
@@ -352,20 +370,20 @@ fn list(exports: &(impl Exports + ?Sized), out: &mut Vec<u8>) {
 /// Structured replies are not asked for first: a client may look without them.
 fn list_contexts(data: &[u8], exports: &(impl Exports + ?Sized), out: &mut Vec<u8>) -> Result<(), Refused> {
     let ContextRequest { name, queries } = context_request(data)?;
-    exports.lookup(name).ok_or(Refused::Unknown)?;
-    if queries.is_empty() || queries.iter().any(|query| [BASE_ALLOCATION, "base:"].contains(query)) {
+    let export = exports.lookup(name).ok_or(Refused::Unknown)?;
+    for (_, context) in context::listed(&export, &queries) {
         // The number is reserved in this reply.
-        context(out, opt::LIST_META_CONTEXT, 0);
+        tell_context(out, opt::LIST_META_CONTEXT, 0, &context);
     }
     Ok(())
 }
 
-fn context(out: &mut Vec<u8>, option: u32, id: u32) {
-    reply(out, option, rep::META_CONTEXT, &[&id.to_be_bytes(), BASE_ALLOCATION.as_bytes()]);
+fn tell_context(out: &mut Vec<u8>, option: u32, number: u32, context: &Context) {
+    reply(out, option, rep::META_CONTEXT, &[&number.to_be_bytes(), context.name().as_bytes()]);
 }
 
-fn facts(out: &mut Vec<u8>, option: u32, request: &InfoRequest, export: &ExportInfo, structured_replies: bool) {
-    let flags = export.transmission_flags(structured_replies).to_be_bytes();
+fn facts(out: &mut Vec<u8>, option: u32, request: &InfoRequest, negotiated: &Negotiated) {
+    let (export, flags) = (&negotiated.export, negotiated.transmission_flags().to_be_bytes());
     fact(out, option, info::EXPORT, &[&export.size.to_be_bytes(), &flags]);
     if request.canonical_name {
         fact(out, option, info::NAME, &[export.name.as_bytes()]);

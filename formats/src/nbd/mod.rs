@@ -9,14 +9,18 @@
 //!
 //! Nothing here reads or writes a socket, and nothing here waits: bytes go in as they come, replies
 //! come out as bytes. The protocol is `doc/proto.md` of NetworkBlockDevice/nbd; a name in capitals
-//! is that document's. Requests have the 28-byte header; the 64-bit one is declined.
+//! is that document's; 64-bit headers are in its extension EXTENDED_HEADERS.
+pub mod context;
 pub mod export;
 pub mod handshake;
 mod option;
+pub mod reply;
 pub mod request;
 pub mod wire;
 
+pub use context::Context;
 pub use export::{BlockSizes, ExportInfo, Exports};
 pub use handshake::{Handshake, Negotiated, Outcome};
+pub use reply::{ReplyTo, Style};
 pub use request::{Action, Refusal, Verdict};
 pub use wire::Errno;

@@ -1,7 +1,5 @@
-//! The protocol's numbers, and the fixed-size messages of the transmission phase.
-//!
-//! All numbers are big endian on the wire. What varies in length (payloads, lists of extents) is
-//! its caller's to place behind the heads that are made here, so nothing is copied for it.
+//! The protocol's numbers, and the headers of requests. All numbers are big endian on the wire.
+use super::reply::Style;
 
 /// The first eight bytes a server sends: `NBDMAGIC`.
 pub const NBD_MAGIC: u64 = 0x4e42_444d_4147_4943;
@@ -11,10 +9,14 @@ pub const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;
 pub const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
 /// What each request starts with.
 pub const REQUEST_MAGIC: u32 = 0x2560_9513;
+/// What each request with a 64-bit header starts with.
+pub const EXTENDED_REQUEST_MAGIC: u32 = 0x21e4_1c71;
 /// What a simple reply starts with.
 pub const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
 /// What a chunk of a structured reply starts with.
 pub const STRUCTURED_REPLY_MAGIC: u32 = 0x668e_33ef;
+/// What a chunk of an extended reply starts with.
+pub const EXTENDED_REPLY_MAGIC: u32 = 0x6e8a_278c;
 
 /// Longest string of the protocol, in bytes: names, queries, messages.
 pub const STRING_LEN_MAX: usize = 4096;
@@ -73,6 +75,8 @@ pub mod rep {
     pub const ERR_BLOCK_SIZE_REQD: u32 = (1 << 31) + 8;
     /// Too long to be looked at.
     pub const ERR_TOO_BIG: u32 = (1 << 31) + 9;
+    /// Extended headers were chosen, and there is no way back.
+    pub const ERR_EXT_HEADER_REQD: u32 = (1 << 31) + 10;
 }
 
 /// Facts of an export, by number.
@@ -105,8 +109,12 @@ pub mod transmission_flag {
     pub const SEND_DF: u16 = 1 << 7;
     /// A flush on one connection covers what was answered on all.
     pub const CAN_MULTI_CONN: u16 = 1 << 8;
+    /// CACHE is understood.
+    pub const SEND_CACHE: u16 = 1 << 10;
     /// WRITE_ZEROES's flag FAST_ZERO is understood.
     pub const SEND_FAST_ZERO: u16 = 1 << 11;
+    /// BLOCK_STATUS may name some of the contexts. Only with extended headers.
+    pub const BLOCK_STATUS_PAYLOAD: u16 = 1 << 12;
 }
 
 /// Flags of a request.
@@ -121,9 +129,11 @@ pub mod command_flag {
     pub const REQ_ONE: u16 = 1 << 3;
     /// WRITE_ZEROES: at once, or ENOTSUP at once.
     pub const FAST_ZERO: u16 = 1 << 4;
+    /// The length is that of a payload, which follows. Only with extended headers.
+    pub const PAYLOAD_LEN: u16 = 1 << 5;
 }
 
-/// Types of a structured reply's chunks; errors have bit 15.
+/// Types of chunks; errors have bit 15.
 pub mod chunk {
     /// Nothing more to say.
     pub const NONE: u16 = 0;
@@ -133,6 +143,8 @@ pub mod chunk {
     pub const OFFSET_HOLE: u16 = 2;
     /// Extents of one metadata context.
     pub const BLOCK_STATUS: u16 = 5;
+    /// The same with 64-bit extents.
+    pub const BLOCK_STATUS_EXT: u16 = 6;
     /// The request failed.
     pub const ERROR: u16 = (1 << 15) + 1;
     /// The request failed at an offset.
@@ -142,9 +154,6 @@ pub mod chunk {
 /// The only flag of a chunk: the reply's last.
 pub const CHUNK_DONE: u16 = 1 << 0;
 
-/// The metadata context that this server has.
-pub const BASE_ALLOCATION: &str = "base:allocation";
-
 /// Flags of `base:allocation`'s extents.
 pub mod state {
     /// Takes no space: a write there may find none.
@@ -153,23 +162,26 @@ pub mod state {
     pub const ZERO: u32 = 1 << 1;
 }
 
-/// What can be asked in the transmission phase.
+/// What can be asked in the transmission phase, by number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u16)]
 pub enum Command {
     /// Bytes of the disk.
-    Read,
+    Read = 0,
     /// Bytes for the disk; they follow the header.
-    Write,
+    Write = 1,
     /// Finish what is under way and close. Has no reply.
-    Disconnect,
+    Disconnect = 2,
     /// Make durable what was answered.
-    Flush,
+    Flush = 3,
     /// These bytes are no longer needed.
-    Trim,
+    Trim = 4,
+    /// These bytes will be wanted soon.
+    Cache = 5,
     /// These bytes read as zeroes from now on.
-    WriteZeroes,
+    WriteZeroes = 6,
     /// What of this is a hole, what zero?
-    BlockStatus,
+    BlockStatus = 7,
 }
 
 impl Command {
@@ -181,6 +193,7 @@ impl Command {
             2 => Self::Disconnect,
             3 => Self::Flush,
             4 => Self::Trim,
+            5 => Self::Cache,
             6 => Self::WriteZeroes,
             7 => Self::BlockStatus,
             _ => return None,
@@ -219,8 +232,8 @@ impl Errno {
     }
 }
 
-/// Bytes of a request's header.
-pub const HEADER_LEN: usize = 28;
+/// Bytes of the longest header of a request.
+pub const HEADER_LEN_MAX: usize = 32;
 
 /// A request as it came, nothing of it checked but the magic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -233,22 +246,32 @@ pub struct Header {
     pub cookie: u64,
     /// Where on the disk.
     pub offset: u64,
-    /// How many bytes. 32 bits in this header; the 64-bit header has room for all.
+    /// How many bytes, of the disk or of a payload.
     pub len: u64,
 }
 
 impl Header {
-    /// What 28 bytes ask for; `None` where they do not begin with the request's magic, after which
-    /// nothing on that connection can be trusted to be a header.
-    pub fn parse(bytes: &[u8; HEADER_LEN]) -> Option<Self> {
+    /// Bytes of a request's header from a client that chose `style`.
+    pub fn bytes(style: Style) -> usize {
+        match style {
+            Style::Extended => 32,
+            Style::Simple | Style::Structured => 28,
+        }
+    }
+
+    /// What the bytes of a header ask for; `None` where they do not begin with the request's magic,
+    /// after which nothing on that connection can be trusted to be a header.
+    pub fn parse(style: Style, bytes: &[u8]) -> Option<Self> {
+        let extended = style == Style::Extended;
         let mut fields = Fields(bytes);
-        (fields.u32()? == REQUEST_MAGIC).then_some(())?;
+        let magic = if extended { EXTENDED_REQUEST_MAGIC } else { REQUEST_MAGIC };
+        (fields.u32()? == magic).then_some(())?;
         Some(Self {
             flags: fields.u16()?,
             command: fields.u16()?,
             cookie: fields.u64()?,
             offset: fields.u64()?,
-            len: fields.u32()?.into(),
+            len: if extended { fields.u64()? } else { fields.u32()?.into() },
         })
     }
 }
@@ -286,131 +309,6 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// Bytes of a simple reply's head.
-pub const SIMPLE_REPLY_LEN: usize = 16;
-/// Bytes of a chunk's head.
-pub const CHUNK_LEN: usize = 20;
-/// Bytes of an OFFSET_DATA chunk before its data.
-pub const OFFSET_DATA_LEN: usize = CHUNK_LEN + 8;
-/// Bytes of an OFFSET_HOLE chunk.
-pub const OFFSET_HOLE_LEN: usize = CHUNK_LEN + 12;
-/// Bytes of a BLOCK_STATUS chunk before its extents.
-pub const BLOCK_STATUS_LEN: usize = CHUNK_LEN + 4;
-/// Bytes of one extent in a BLOCK_STATUS chunk.
-pub const BLOCK_EXTENT_LEN: usize = 8;
-/// Extents that a BLOCK_STATUS chunk should not exceed: 2^20.
-pub const BLOCK_EXTENTS_MAX: usize = 1 << 20;
-
-/// A simple reply. A successful READ's bytes follow it.
-pub fn simple_reply(cookie: u64, error: Option<Errno>) -> [u8; SIMPLE_REPLY_LEN] {
-    let mut out = [0; SIMPLE_REPLY_LEN];
-    let mut put = Put(&mut out);
-    put.u32(SIMPLE_REPLY_MAGIC).u32(error.map_or(0, |error| error as u32)).u64(cookie);
-    out
-}
-
-/// The chunk that says that all is said.
-pub fn none_chunk(cookie: u64) -> [u8; CHUNK_LEN] {
-    let mut out = [0; CHUNK_LEN];
-    Put(&mut out).chunk(CHUNK_DONE, chunk::NONE, cookie, 0);
-    out
-}
-
-/// The head of a chunk of `len` bytes of the disk from `offset` on, which follow. `len` is at
-/// least 1 and at most `u32::MAX - 8`.
-pub fn offset_data_chunk(cookie: u64, offset: u64, len: u32, done: bool) -> [u8; OFFSET_DATA_LEN] {
-    debug_assert!(len > 0);
-    let mut out = [0; OFFSET_DATA_LEN];
-    Put(&mut out).chunk(u16::from(done), chunk::OFFSET_DATA, cookie, len + 8).u64(offset);
-    out
-}
-
-/// A chunk that says that `len` bytes from `offset` on are zeroes. `len` is at least 1.
-pub fn offset_hole_chunk(cookie: u64, offset: u64, len: u32, done: bool) -> [u8; OFFSET_HOLE_LEN] {
-    debug_assert!(len > 0);
-    let mut out = [0; OFFSET_HOLE_LEN];
-    Put(&mut out).chunk(u16::from(done), chunk::OFFSET_HOLE, cookie, 12).u64(offset).u32(len);
-    out
-}
-
-/// The head of a chunk of `count` extents of the metadata context `context`, which follow. It is
-/// the reply's last, for there is one context. `count` is 1 to `BLOCK_EXTENTS_MAX`.
-pub fn block_status_chunk(cookie: u64, context: u32, count: usize) -> [u8; BLOCK_STATUS_LEN] {
-    debug_assert!((1..=BLOCK_EXTENTS_MAX).contains(&count));
-    let mut out = [0; BLOCK_STATUS_LEN];
-    let len = 4 + (count * BLOCK_EXTENT_LEN) as u32;
-    Put(&mut out).chunk(CHUNK_DONE, chunk::BLOCK_STATUS, cookie, len).u32(context);
-    out
-}
-
-/// One extent of a BLOCK_STATUS chunk: `len` bytes, at least 1, with the flags of `state`.
-pub fn block_extent(len: u32, state: u32) -> [u8; BLOCK_EXTENT_LEN] {
-    debug_assert!(len > 0);
-    let mut out = [0; BLOCK_EXTENT_LEN];
-    Put(&mut out).u32(len).u32(state);
-    out
-}
-
-/// The chunk that says that the request failed, and in words why, cut to the protocol's longest.
-pub fn error_chunk(cookie: u64, error: Errno, message: &str) -> Vec<u8> {
-    let message = prefix(message, STRING_LEN_MAX).as_bytes();
-    let mut out = vec![0; CHUNK_LEN + 6];
-    let mut put = Put(&mut out);
-    put.chunk(CHUNK_DONE, chunk::ERROR, cookie, 6 + message.len() as u32);
-    put.u32(error as u32).u16(message.len() as u16);
-    out.extend_from_slice(message);
-    out
-}
-
-/// The chunk that says that the request failed at `offset`, a byte of what it asked for.
-pub fn error_offset_chunk(cookie: u64, error: Errno, message: &str, offset: u64) -> Vec<u8> {
-    let message = prefix(message, STRING_LEN_MAX).as_bytes();
-    let mut out = vec![0; CHUNK_LEN + 6];
-    let mut put = Put(&mut out);
-    put.chunk(CHUNK_DONE, chunk::ERROR_OFFSET, cookie, 14 + message.len() as u32);
-    put.u32(error as u32).u16(message.len() as u16);
-    out.extend_from_slice(message);
-    out.extend_from_slice(&offset.to_be_bytes());
-    out
-}
-
-/// The longest prefix of `text` of at most `len_max` bytes that is whole characters.
-fn prefix(text: &str, len_max: usize) -> &str {
-    let mut len = text.len().min(len_max);
-    while !text.is_char_boundary(len) {
-        len -= 1;
-    }
-    &text[..len]
-}
-
-/// Puts big-endian fields one behind the other into bytes that have room for them.
-struct Put<'a>(&'a mut [u8]);
-
-impl Put<'_> {
-    fn bytes<const N: usize>(&mut self, bytes: [u8; N]) -> &mut Self {
-        let (head, rest) = std::mem::take(&mut self.0).split_at_mut(N);
-        head.copy_from_slice(&bytes);
-        self.0 = rest;
-        self
-    }
-
-    fn u16(&mut self, value: u16) -> &mut Self {
-        self.bytes(value.to_be_bytes())
-    }
-
-    fn u32(&mut self, value: u32) -> &mut Self {
-        self.bytes(value.to_be_bytes())
-    }
-
-    fn u64(&mut self, value: u64) -> &mut Self {
-        self.bytes(value.to_be_bytes())
-    }
-
-    fn chunk(&mut self, flags: u16, kind: u16, cookie: u64, len: u32) -> &mut Self {
-        self.u32(STRUCTURED_REPLY_MAGIC).u16(flags).u16(kind).u64(cookie).u32(len)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -427,54 +325,26 @@ mod tests {
     #[test]
     fn a_request_is_read_field_by_field() {
         let bytes = hex("25609513 0005 0006 1122334455667788 0000000100000200 ffffffff");
-        let header = Header::parse(bytes[..].try_into().expect("28 bytes")).expect("the magic is right");
         let want =
             Header { flags: 5, command: 6, cookie: 0x1122_3344_5566_7788, offset: (1 << 32) + 512, len: 0xffff_ffff };
-        assert_eq!(header, want);
+        assert_eq!(Header::parse(Style::Structured, &bytes), Some(want));
+        let bytes = hex("21e41c71 0005 0006 1122334455667788 0000000100000200 00000001ffffffff");
+        assert_eq!(Header::parse(Style::Extended, &bytes), Some(Header { len: 0x1_ffff_ffff, ..want }));
     }
 
     #[test]
     fn only_the_request_magic_is_a_request() {
-        // The extended request's, and two of the past: none of them was negotiated.
-        for magic in ["21e41c71", "12560953", "25609514", "00000000"] {
-            let bytes = hex(&format!("{magic} 0000 0000 0000000000000000 0000000000000000 00000000"));
-            assert_eq!(Header::parse(bytes[..].try_into().expect("28 bytes")), None, "{magic}");
+        // What was not negotiated, and two of the past.
+        for (style, magic) in [
+            (Style::Structured, "21e41c71"),
+            (Style::Extended, "25609513"),
+            (Style::Simple, "12560953"),
+            (Style::Extended, "25609514"),
+            (Style::Simple, "00000000"),
+        ] {
+            let bytes = hex(&format!("{magic} 0000 0000 0000000000000000 0000000000000000 0000000000000000"));
+            assert_eq!(Header::parse(style, &bytes[..Header::bytes(style)]), None, "{magic}");
         }
-    }
-
-    #[test]
-    fn replies_are_the_protocols_bytes() {
-        let cookie = 0x0102_0304_0506_0708;
-        assert_eq!(simple_reply(cookie, None)[..], hex("67446698 00000000 0102030405060708"));
-        assert_eq!(simple_reply(cookie, Some(Errno::NoSpace))[..], hex("67446698 0000001c 0102030405060708"));
-        assert_eq!(none_chunk(cookie)[..], hex("668e33ef 0001 0000 0102030405060708 00000000"));
-        assert_eq!(
-            offset_data_chunk(cookie, 0x1000, 512, false)[..],
-            hex("668e33ef 0000 0001 0102030405060708 00000208 0000000000001000")
-        );
-        assert_eq!(
-            offset_hole_chunk(cookie, 0x1000, 512, true)[..],
-            hex("668e33ef 0001 0002 0102030405060708 0000000c 0000000000001000 00000200")
-        );
-        assert_eq!(block_status_chunk(cookie, 7, 2)[..], hex("668e33ef 0001 0005 0102030405060708 00000014 00000007"));
-        assert_eq!(block_extent(0x10000, state::HOLE | state::ZERO)[..], hex("00010000 00000003"));
-        assert_eq!(
-            error_chunk(cookie, Errno::Io, "no"),
-            hex("668e33ef 0001 8001 0102030405060708 00000008 00000005 0002 6e6f")
-        );
-        assert_eq!(
-            error_offset_chunk(cookie, Errno::Perm, "no", 5),
-            hex("668e33ef 0001 8002 0102030405060708 00000010 00000001 0002 6e6f 0000000000000005")
-        );
-    }
-
-    #[test]
-    fn a_message_is_cut_between_characters() {
-        let message = "é".repeat(3000);
-        let chunk = error_chunk(0, Errno::Io, &message);
-        assert_eq!(chunk.len(), CHUNK_LEN + 6 + 4096);
-        let chunk = error_chunk(0, Errno::Io, &format!("x{message}"));
-        assert_eq!(chunk.len(), CHUNK_LEN + 6 + 4095);
     }
 
     #[test]

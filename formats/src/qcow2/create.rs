@@ -1,13 +1,17 @@
 //! Empty images, as `qemu-img create` makes them.
 //!
 //! ```text
-//!  header  refcount table  refcount blocks  L1 table
-//!    0         1 …              …              …       clusters, all in use, nothing else
+//!  header  refcount table  refcount blocks  L1 table  L2 tables
+//!    0         1 …              …              …          …       clusters, all in use, nothing else
 //! ```
+//!
+//! There are L2 tables only with a raw data file, all of which is the disk from the start.
+use super::data_file::DataFile;
+use super::entry::{COPIED, Standard};
 use super::geometry::Geometry;
 use super::header::{
-    BACKING_NAME_MAX, Backing, Compression, EXTENSION_BACKING_FORMAT, EXTENSION_END, EXTENSION_FEATURES, MAGIC, V2_LEN,
-    compatible, incompatible,
+    BACKING_NAME_MAX, Backing, Compression, EXTENSION_BACKING_FORMAT, EXTENSION_DATA_FILE, EXTENSION_END,
+    EXTENSION_FEATURES, MAGIC, V2_LEN, autoclear, compatible, incompatible,
 };
 use super::refcounts::write_count;
 use super::table;
@@ -19,6 +23,9 @@ const V3_LEN: usize = 112;
 
 /// Bytes between the extensions and the backing name: as many as the extension of bitmaps has.
 const LATER_LEN: usize = 32;
+
+/// L2 entries are written in pieces of so many.
+const ENTRIES_MAX: usize = 1 << 17;
 
 /// Names for programs that do not know a bit: type, bit, name, as QEMU writes them.
 const FEATURES: [(u8, u8, &str); 8] = [
@@ -45,10 +52,15 @@ pub struct Create {
     pub refcount_order: u32,
     /// How clusters are to be compressed; version 2 has zlib only.
     pub compression: Compression,
+    /// L2 entries are extended: 32 subclusters a cluster, which has 16 KiB at least (version 3).
+    pub extended_l2: bool,
     /// Others may write refcounts late (version 3).
     pub lazy_refcounts: bool,
     /// The image below.
     pub backing: Option<Backing>,
+    /// The file that the payload will be in, where it is another (version 3). Its maker gives it the
+    /// disk's length; a raw one has to read as zeroes.
+    pub data_file: Option<DataFile>,
 }
 
 impl Create {
@@ -60,9 +72,17 @@ impl Create {
             cluster_bits: 16,
             refcount_order: 4,
             compression: Compression::Zlib,
+            extended_l2: false,
             lazy_refcounts: false,
             backing: None,
+            data_file: None,
         }
+    }
+
+    fn geometry(&self) -> Result<Geometry> {
+        let mut geometry = Geometry::new(self.version, self.cluster_bits, self.refcount_order, self.size)?;
+        geometry.external_data = self.data_file.is_some();
+        if self.extended_l2 { geometry.with_extended_l2() } else { Ok(geometry) }
     }
 }
 
@@ -73,22 +93,25 @@ struct Layout {
     blocks: u64,
     block_clusters: u64,
     l1: u64,
+    l2: u64,
     end: u64,
 }
 
 impl Layout {
-    fn new(geometry: Geometry) -> Self {
+    /// With so many L2 tables.
+    fn new(geometry: Geometry, l2_tables: u64) -> Self {
         let cluster = geometry.cluster_size();
         let l1_clusters = (geometry.l1_entries() * 8).div_ceil(cluster).max(1);
         let (mut reftable_clusters, mut block_clusters) = (1, 1);
         // Blocks count themselves and their table, so their number is approached from below.
         loop {
-            let end = 1 + reftable_clusters + block_clusters + l1_clusters;
+            let l2 = 1 + reftable_clusters + block_clusters + l1_clusters;
+            let end = l2 + l2_tables;
             let blocks = end.div_ceil(1 << geometry.block_bits());
             let tables = (blocks * 8).div_ceil(cluster);
             if blocks <= block_clusters && tables <= reftable_clusters {
                 let (blocks, l1) = (1 + reftable_clusters, 1 + reftable_clusters + block_clusters);
-                return Self { reftable: 1, reftable_clusters, blocks, block_clusters, l1, end };
+                return Self { reftable: 1, reftable_clusters, blocks, block_clusters, l1, l2, end };
             }
             (block_clusters, reftable_clusters) = (blocks.max(block_clusters), tables.max(reftable_clusters));
         }
@@ -100,8 +123,7 @@ impl Layout {
 /// An empty file gets its length and its tables; in anything else, such as a device, the clusters
 /// of the tables are overwritten as well.
 pub fn create(storage: &dyn Storage, create: &Create) -> Result<()> {
-    let geometry = Geometry::new(create.version, create.cluster_bits, create.refcount_order, create.size)?;
-    let layout = Layout::new(geometry);
+    let (geometry, layout) = layout(create)?;
     let header = header(create, geometry, &layout)?;
     let write = |at: u64, bytes: &[u8]| {
         storage.write_at(at, bytes).context(|| format!("writing {} bytes of a new image at {at}", bytes.len()))
@@ -115,14 +137,47 @@ pub fn create(storage: &dyn Storage, create: &Create) -> Result<()> {
         write_count(&mut blocks, geometry.refcount_order, cluster as usize, 1);
     }
     write(layout.blocks << geometry.cluster_bits, &blocks)?;
+    let tables = (layout.l2..layout.end).map(|table| table << geometry.cluster_bits | COPIED);
+    let clusters = if layout.l2 < layout.end { geometry.clusters() } else { 0 };
+    write_entries(layout.l1 << geometry.cluster_bits, tables, &write)?;
+    let data = (0..clusters).flat_map(|cluster| {
+        let host = Some((cluster << geometry.cluster_bits, true));
+        let words = Standard { host, data: geometry.all_subclusters(), zero: 0 }.encode(geometry);
+        std::iter::once(words.descriptor).chain(geometry.extended_l2.then_some(words.bitmap))
+    });
+    write_entries(layout.l2 << geometry.cluster_bits, data, &write)?;
     write(0, &header)
+}
+
+/// Writes entries of a table from `at` on.
+fn write_entries(
+    mut at: u64,
+    mut entries: impl Iterator<Item = u64>,
+    write: &impl Fn(u64, &[u8]) -> Result<()>,
+) -> Result<()> {
+    loop {
+        let mut bytes = Vec::new();
+        table::encode(entries.by_ref().take(ENTRIES_MAX), &mut bytes);
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        write(at, &bytes)?;
+        at += bytes.len() as u64;
+    }
+}
+
+/// The numbers of an image, and where its tables are.
+fn layout(create: &Create) -> Result<(Geometry, Layout)> {
+    let geometry = create.geometry()?;
+    let is_raw = create.data_file.as_ref().is_some_and(|data_file| data_file.raw);
+    Ok((geometry, Layout::new(geometry, if is_raw { geometry.l1_entries() } else { 0 })))
 }
 
 /// The header alone.
 #[cfg(test)]
 pub(super) fn header_bytes(create: &Create) -> Result<Vec<u8>> {
-    let geometry = Geometry::new(create.version, create.cluster_bits, create.refcount_order, create.size)?;
-    header(create, geometry, &Layout::new(geometry))
+    let (geometry, layout) = layout(create)?;
+    header(create, geometry, &layout)
 }
 
 /// Makes the first `len` bytes read as zeroes.
@@ -142,10 +197,13 @@ fn clear(storage: &dyn Storage, len: u64) -> Result<()> {
 
 /// The bytes of the first cluster that are not zero.
 fn header(create: &Create, geometry: Geometry, layout: &Layout) -> Result<Vec<u8>> {
-    check(create)?;
+    check(create, geometry)?;
     let mut bytes = fields(create, geometry, layout);
     if let Some(format) = create.backing.as_ref().and_then(|backing| backing.format.as_ref()) {
         extension(EXTENSION_BACKING_FORMAT, format.as_bytes(), &mut bytes);
+    }
+    if let Some(data_file) = &create.data_file {
+        extension(EXTENSION_DATA_FILE, data_file.name.as_bytes(), &mut bytes);
     }
     let name = create.backing.as_ref().map_or("", |backing| &backing.name);
     let cluster = geometry.cluster_size() as usize;
@@ -155,6 +213,9 @@ fn header(create: &Create, geometry: Geometry, layout: &Layout) -> Result<Vec<u8
         extension(EXTENSION_FEATURES, &features, &mut bytes);
     }
     extension(EXTENSION_END, &[], &mut bytes);
+    if bytes.len() > cluster {
+        return Err(Error::invalid(format!("the names in the header do not fit in a cluster of {cluster} bytes")));
+    }
     if name.is_empty() {
         return Ok(bytes);
     }
@@ -176,9 +237,15 @@ fn header(create: &Create, geometry: Geometry, layout: &Layout) -> Result<Vec<u8
     Ok(bytes)
 }
 
-fn check(create: &Create) -> Result<()> {
+fn check(create: &Create, geometry: Geometry) -> Result<()> {
     if !create.size.is_multiple_of(512) {
         return Err(Error::invalid(format!("size {} is not a multiple of 512", create.size)));
+    }
+    if let Some(data_file) = &create.data_file {
+        if create.version == 2 {
+            return Err(Error::invalid("version 2 has no external data file: ask for version 3"));
+        }
+        data_file.check(geometry, create.backing.is_some())?;
     }
     if create.version == 2 && (create.lazy_refcounts || create.compression != Compression::Zlib) {
         return Err(Error::invalid("version 2 has neither lazy refcounts nor a compression type: ask for version 3"));
@@ -204,9 +271,14 @@ fn fields(create: &Create, geometry: Geometry, layout: &Layout) -> Vec<u8> {
     debug_assert_eq!(bytes.len(), V2_LEN);
     if create.version >= 3 {
         let zstd = create.compression == Compression::Zstd;
-        bytes.extend_from_slice(&(u64::from(zstd) * incompatible::COMPRESSION).to_be_bytes());
-        bytes.extend_from_slice(&(u64::from(create.lazy_refcounts) * compatible::LAZY_REFCOUNTS).to_be_bytes());
-        bytes.extend_from_slice(&0_u64.to_be_bytes()); // autoclear
+        let raw = create.data_file.as_ref().is_some_and(|data_file| data_file.raw);
+        let bit = |is_set, bit| if is_set { bit } else { 0_u64 };
+        let incompatible = bit(zstd, incompatible::COMPRESSION)
+            | bit(geometry.external_data, incompatible::DATA_FILE)
+            | bit(geometry.extended_l2, incompatible::EXTENDED_L2);
+        bytes.extend_from_slice(&incompatible.to_be_bytes());
+        bytes.extend_from_slice(&bit(create.lazy_refcounts, compatible::LAZY_REFCOUNTS).to_be_bytes());
+        bytes.extend_from_slice(&bit(raw, autoclear::RAW_DATA_FILE).to_be_bytes());
         bytes.extend_from_slice(&geometry.refcount_order.to_be_bytes());
         bytes.extend_from_slice(&(V3_LEN as u32).to_be_bytes());
         bytes.push(u8::from(zstd));
@@ -240,14 +312,14 @@ mod tests {
 
     #[test]
     fn the_default_image_is_laid_out_as_by_qemu() {
-        let layout = Layout::new(Geometry::new(3, 16, 4, 1 << 40).expect("valid"));
+        let layout = Layout::new(Geometry::new(3, 16, 4, 1 << 40).expect("valid"), 0);
         assert_eq!((layout.reftable, layout.blocks, layout.l1, layout.end), (1, 2, 3, 4));
     }
 
     #[test]
     fn refcount_blocks_count_everything_there_is() {
         // The largest L1 table in the smallest clusters with the widest refcounts.
-        let layout = Layout::new(Geometry::new(3, 9, 6, 128 << 30).expect("valid"));
+        let layout = Layout::new(Geometry::new(3, 9, 6, 128 << 30).expect("valid"), 0);
         assert!(layout.block_clusters * 64 >= layout.end);
         assert!(layout.reftable_clusters * 64 >= layout.block_clusters);
         assert_eq!(layout.end, 1 + layout.reftable_clusters + layout.block_clusters + 65536);

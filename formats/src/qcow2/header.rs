@@ -1,5 +1,6 @@
 //! The header of an image: what it says, and which of it is not supported (qcow2.rst, "Header").
 use super::bitmaps::Extension as BitmapsExtension;
+use super::data_file::DataFile;
 use super::geometry::Geometry;
 use crate::error::{Error, Result};
 use std::fmt;
@@ -19,6 +20,7 @@ pub(super) const V2_LEN: usize = 72;
 pub(super) const V3_LEN_MIN: usize = 104;
 pub(super) const EXTENSION_END: u32 = 0;
 pub(super) const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
+pub(super) const EXTENSION_DATA_FILE: u32 = 0x4441_5441;
 pub(super) const EXTENSION_FEATURES: u32 = 0x6803_f857;
 pub(super) const EXTENSION_BITMAPS: u32 = 0x2385_2875;
 
@@ -51,7 +53,7 @@ pub mod compatible {
 pub mod autoclear {
     /// The bitmaps extension is consistent.
     pub const BITMAPS: u64 = 1;
-    /// The external data file is the disk, byte for byte.
+    /// The external data file is a raw image of the disk by itself.
     pub const RAW_DATA_FILE: u64 = 1 << 1;
 }
 
@@ -86,7 +88,7 @@ pub struct Backing {
 /// A header that was found to be right.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Header {
-    /// Version, cluster size, refcount width and size of the disk.
+    /// Version, cluster size, refcount and entry width, and size of the disk.
     pub geometry: Geometry,
     /// Where the active L1 table is.
     pub l1_offset: u64,
@@ -112,6 +114,8 @@ pub struct Header {
     pub backing: Option<Backing>,
     /// Where the persistent bitmaps are, if there are any.
     pub bitmaps: Option<BitmapsExtension>,
+    /// The file that the payload is in, where it is another.
+    pub data_file: Option<DataFile>,
 }
 
 impl Header {
@@ -139,7 +143,11 @@ impl Header {
             2 => (V2_LEN, 4, [0; 3]),
             _ => Self::features(bytes, version)?,
         };
-        let geometry = Geometry::new(version, bytes.u32(20)?, order, bytes.u64(24)?)?;
+        let mut geometry = Geometry::new(version, bytes.u32(20)?, order, bytes.u64(24)?)?;
+        geometry.external_data = features[0] & incompatible::DATA_FILE != 0;
+        if features[0] & incompatible::EXTENDED_L2 != 0 {
+            geometry = geometry.with_extended_l2()?;
+        }
         refuse_encryption(bytes.u32(32)?)?;
         let backing_at = bytes.u64(8)?;
         let extensions = Extensions::parse(bytes, header_len, extensions_end(geometry, backing_at))?;
@@ -157,6 +165,7 @@ impl Header {
             autoclear: features[2],
             compression: compression(bytes, header_len, features[0])?,
             backing: backing(bytes, geometry, backing_at, extensions.backing_format)?,
+            data_file: data_file(geometry, features[2], extensions.data_file)?,
             bitmaps: extensions.bitmaps,
         };
         header.check_tables()?;
@@ -175,6 +184,11 @@ impl Header {
             return Err(Error::malformed(format!("header_length {len} is not a multiple of 8 from 104 on")));
         }
         Ok((len, bytes.u32(96)?, [bytes.u64(72)?, bytes.u64(80)?, bytes.u64(88)?]))
+    }
+
+    /// The autoclear features that stay true of an image that we write to.
+    pub(super) fn autoclear_kept(&self) -> u64 {
+        self.autoclear & (autoclear::RAW_DATA_FILE | autoclear::BITMAPS)
     }
 
     fn check_tables(&self) -> Result<()> {
@@ -232,13 +246,19 @@ impl Header {
                 "incompatible feature bit 0 (dirty) is set: mend it with `blkmirror check --repair all FILE`",
             );
         }
+        if let Some(data_file) = &self.data_file {
+            data_file.check(self.geometry, self.backing.is_some())?;
+            if self.snapshots > 0 {
+                return refused("internal snapshots of an image with an external data file cannot be: delete them");
+            }
+        }
         Ok(())
     }
 }
 
 impl Geometry {
     /// Refuses an L1 table that cannot be one.
-    pub(super) fn check_l1(self, field: &str, at: u64, entries: u32) -> Result<()> {
+    pub(super) fn check_l1_table(self, field: &str, at: u64, entries: u32) -> Result<()> {
         let bytes = u64::from(entries) * 8;
         if bytes > Self::L1_BYTES_MAX {
             return Err(Error::unsupported(format!(
@@ -287,13 +307,7 @@ fn refuse_features(bits: u64, extensions: &Extensions) -> Result<()> {
     let refused = |bit: u32, name: &str, remedy: &str| {
         Err(Error::unsupported(format!("incompatible feature bit {bit} ({name}) is not supported: {remedy}")))
     };
-    if bits & DATA_FILE != 0 {
-        return refused(2, "external data file", "bring it into one file with `qemu-img convert`");
-    }
-    if bits & EXTENDED_L2 != 0 {
-        return refused(4, "extended L2 entries", "write it anew with `qemu-img convert -o extended_l2=off`");
-    }
-    let unknown = bits & !(DIRTY | CORRUPT | COMPRESSION);
+    let unknown = bits & !(DIRTY | CORRUPT | DATA_FILE | COMPRESSION | EXTENDED_L2);
     if unknown == 0 {
         return Ok(());
     }
@@ -342,6 +356,28 @@ fn backing(bytes: Bytes<'_>, geometry: Geometry, at: u64, format: Option<String>
     Ok(Some(Backing { name, format }))
 }
 
+/// As in QEMU: the bit makes a data file, the name alone does not.
+fn data_file(geometry: Geometry, autoclear: u64, name: Option<Vec<u8>>) -> Result<Option<DataFile>> {
+    let raw = autoclear & autoclear::RAW_DATA_FILE != 0;
+    match (geometry.external_data, name) {
+        (true, Some(name)) => {
+            let data_file = DataFile { name: text("the data file's name", &name)?, raw };
+            // A backing image can be read all the same, see `check_writable`.
+            data_file.check(geometry, false)?;
+            Ok(Some(data_file))
+        }
+        (true, None) => Err(Error::malformed(
+            "incompatible feature bit 2 (external data file) without a header extension that names the file: add it \
+             with `qemu-img amend -o data_file=PATH --image-opts \
+             driver=qcow2,file.filename=IMAGE,data-file.filename=PATH`",
+        )),
+        (false, _) if raw => {
+            Err(Error::malformed("autoclear feature bit 1 (raw external data) without an external data file"))
+        }
+        (false, _) => Ok(None),
+    }
+}
+
 fn text(what: &str, bytes: &[u8]) -> Result<String> {
     match std::str::from_utf8(bytes) {
         Ok(text) if !text.contains('\0') => Ok(text.to_owned()),
@@ -353,6 +389,8 @@ fn text(what: &str, bytes: &[u8]) -> Result<String> {
 #[derive(Default)]
 struct Extensions {
     backing_format: Option<String>,
+    /// The data file's name, which means nothing without its feature bit.
+    data_file: Option<Vec<u8>>,
     incompatible_names: Vec<(u8, String)>,
     bitmaps: Option<BitmapsExtension>,
     places: ExtensionPlaces,
@@ -409,6 +447,7 @@ impl Extensions {
                 return Err(Error::malformed(format!("the backing format's name has {} bytes", data.len())));
             }
             EXTENSION_BACKING_FORMAT => self.backing_format = Some(text("the backing format's name", data)?),
+            EXTENSION_DATA_FILE => self.data_file = Some(data.to_vec()),
             EXTENSION_FEATURES => self.incompatible_names = incompatible_names(data),
             EXTENSION_BITMAPS => self.bitmaps = Some(BitmapsExtension::parse(data)?),
             _ => {}

@@ -3,17 +3,19 @@
 //! ```text
 //! header      what the header says and what of it is not supported
 //! geometry    the numbers that follow from it
-//! entry       what an L1 or L2 entry means
+//! entry       what an L1 or L2 entry means, and its subclusters
 //! state       the tables as they are now, under one lock
 //!   tables      L2 tables as wholes, and those that snapshots share
 //!   slices      the part of them that is in memory
 //!   refcounts   how often each host cluster is used
 //!   space       which of them are free
 //! map, reserve, zero     what guests ask
+//! describe    what `map` tells beyond that
 //! settle      brings the tables into the file, in order
 //! replay      takes back what the journal kept through a kill
 //! snapshots, bitmaps     what else the file keeps: older views, and what was written since
 //! damage      a corruption that is found while the image is in use ends all writing
+//! data_file   where payload is in a file of its own
 //! create      makes an empty image
 //! check       finds leaks and corruptions
 //! ```
@@ -32,6 +34,8 @@ pub mod bitmaps;
 pub mod check;
 pub mod create;
 mod damage;
+mod data_file;
+mod describe;
 mod entry;
 mod geometry;
 pub mod header;
@@ -52,13 +56,17 @@ mod zero;
 
 pub use check::{Check, Repair, check, repair};
 pub use create::{Create, create};
+pub use data_file::DataFile;
 pub use geometry::Geometry;
 pub use header::{Backing, Compression, Header};
 
 use crate::error::{Context, Error, Result};
-use crate::image::{Extent, Holder, Image, Progress, Reservation, Reserve, Settle, Zeroed, Zeroing};
+use crate::image::{
+    Description, Extent, Holder, Image, Place, Progress, Reservation, Reserve, Settle, Zeroed, Zeroing,
+};
 use crate::journal::{Change, Journal};
 use crate::range::ByteRange;
+use crate::raw;
 use crate::storage::Storage;
 use bitmaps::{Carried, Live};
 use state::State;
@@ -89,8 +97,12 @@ pub struct Info {
     pub refcount_bits: u32,
     /// How clusters are compressed.
     pub compression: Compression,
+    /// A cluster has 32 subclusters, each of them there or not.
+    pub extended_l2: bool,
     /// The image below.
     pub backing: Option<Backing>,
+    /// The file that the payload is in, where it is another.
+    pub data_file: Option<DataFile>,
     /// Incompatible feature bits.
     pub incompatible_features: u64,
     /// Compatible feature bits.
@@ -112,6 +124,8 @@ pub struct Info {
 /// An image that is open.
 pub struct Qcow2 {
     header: Header,
+    /// The external data file, to ask for its holes.
+    data: Option<Arc<dyn Storage>>,
     flush_first: bool,
     shared: Arc<Shared>,
 }
@@ -127,7 +141,11 @@ struct Shared {
     incompatible: u64,
     damage: OnceLock<String>,
     bitmaps: Live,
+    /// The payload's file is to show by itself what the guest sees.
+    raw_data: bool,
     state: Mutex<State>,
+    /// Whether holes are looked for under payload; see `describe`.
+    preallocated: OnceLock<bool>,
 }
 
 impl Qcow2 {
@@ -156,9 +174,17 @@ impl Qcow2 {
             incompatible: header.incompatible,
             damage: OnceLock::new(),
             bitmaps,
+            raw_data: header.data_file.as_ref().is_some_and(|data_file| data_file.raw),
             state: Mutex::new(state),
+            preallocated: OnceLock::new(),
         };
-        Ok(Self { header, flush_first, shared: Arc::new(shared) })
+        Ok(Self { header, data: None, flush_first, shared: Arc::new(shared) })
+    }
+
+    /// With its external data file at hand, `map_thin` knows the holes of that.
+    #[must_use]
+    pub fn with_data_file(self, data: Arc<dyn Storage>) -> Self {
+        Self { data: Some(data), ..self }
     }
 
     /// What the header said.
@@ -207,11 +233,11 @@ pub fn read_header(storage: &dyn Storage) -> Result<Header> {
 /// Refuses what must not be written; says whether it changed the header.
 fn prepare_writing(storage: &dyn Storage, header: &Header) -> Result<bool> {
     header.check_writable()?;
-    // What another bit vouches for is not kept up by us.
-    let kept = header.autoclear & header::autoclear::BITMAPS;
+    let kept = header.autoclear_kept();
     if header.autoclear == kept {
         return Ok(false);
     }
+    // Nothing else that a bit vouches for is kept up by us.
     let cleared = storage.write_at(header::AUTOCLEAR_AT, &kept.to_be_bytes());
     cleared.context(|| "clearing the autoclear features in the header")?;
     Ok(true)
@@ -227,7 +253,9 @@ impl Header {
             cluster_size: g.cluster_size(),
             refcount_bits: 1 << g.refcount_order,
             compression: self.compression,
+            extended_l2: g.extended_l2,
             backing: self.backing.clone(),
+            data_file: self.data_file.clone(),
             incompatible_features: self.incompatible,
             compatible_features: self.compatible,
             autoclear_features: self.autoclear,
@@ -283,6 +311,19 @@ impl Image for Qcow2 {
 
     fn map(&self, at: u64, len_max: u64) -> Result<Extent> {
         self.shared.watch(self.shared.map(at, len_max))
+    }
+
+    fn map_thin(&self, at: u64, len_max: u64) -> Result<Extent> {
+        let extent = self.map(at, len_max)?;
+        match (&self.data, extent.place) {
+            (Some(data), Place::Data { host }) => raw::thin(&**data, extent.guest, host),
+            _ => Ok(extent),
+        }
+    }
+
+    fn describe(&self, at: u64, len_max: u64) -> Result<Description> {
+        let payload = self.data.as_ref().unwrap_or(&self.shared.storage);
+        self.shared.describe(&self.header, &**payload, at, len_max)
     }
 
     fn reserve(&self, guest: ByteRange) -> Result<Reserve> {

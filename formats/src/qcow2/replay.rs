@@ -8,8 +8,8 @@
 //! Nothing is noted again: the journal still has the notes and keeps them until the next settle is
 //! done, which does not turn it and tells it to forget.
 use super::Shared;
-use super::entry::{COPIED, Entry, l2_table};
-use super::state::{TABLE_L1, TABLE_L2};
+use super::entry::{COPIED, Entry, Words, l2_table};
+use super::state::{TABLE_L1, TABLE_L2, TABLE_L2_BITMAPS};
 use crate::error::{Context, Error, Result};
 use crate::journal::Change;
 use std::collections::BTreeMap;
@@ -21,33 +21,54 @@ impl Shared {
             return Ok(());
         }
         self.check_writable()?;
-        let last = |table| -> BTreeMap<u64, u64> {
-            changes.iter().filter(|change| change.table == table).map(|change| (change.index, change.value)).collect()
-        };
-        let (tables, entries) = (last(TABLE_L1), last(TABLE_L2));
-        if let Some(change) = changes.iter().find(|change| ![TABLE_L1, TABLE_L2].contains(&change.table)) {
-            return Err(Error::malformed(format!("the journal has a change of table {}, which is none", change.table)));
-        }
+        let (tables, entries) = self.last(changes)?;
         self.check_replay(&tables, &entries)?;
         self.count_replayed(&tables, &entries)?;
         for (index, raw) in &tables {
             self.lock().replay_table(*index, *raw & !COPIED)?;
         }
-        for (cluster, raw) in &entries {
+        for (cluster, words) in &entries {
             let mut state = self.lock_with(*cluster)?;
             if state.needs_table(*cluster) {
                 return Err(Error::malformed(format!(
                     "the journal has an entry for guest cluster {cluster}, which has no L2 table of its own"
                 )));
             }
-            state.put_entry(*cluster, *raw);
+            state.put_entry(*cluster, *words);
         }
         self.lock().remember_unforgotten();
         Ok(())
     }
 
+    /// What the L1 entries and the L2 entries that were noted came to in the end.
+    fn last(&self, changes: &[Change]) -> Result<(BTreeMap<u64, u64>, BTreeMap<u64, Words>)> {
+        let (mut tables, mut entries) = (BTreeMap::new(), BTreeMap::new());
+        let mut bitmap = None;
+        for Change { table, index, value } in changes.iter().copied() {
+            let before = bitmap.take();
+            match table {
+                TABLE_L1 => _ = tables.insert(index, value),
+                TABLE_L2_BITMAPS if self.geometry.extended_l2 => bitmap = Some((index, value)),
+                TABLE_L2 if !self.geometry.extended_l2 => {
+                    entries.insert(index, Words { descriptor: value, bitmap: 0 });
+                }
+                TABLE_L2 => {
+                    let bitmap = before.filter(|(cluster, _)| *cluster == index).map(|(_, bitmap)| bitmap);
+                    let bitmap = bitmap.ok_or_else(|| {
+                        Error::malformed(format!(
+                            "the journal has an entry for guest cluster {index} without its bitmap"
+                        ))
+                    })?;
+                    entries.insert(index, Words { descriptor: value, bitmap });
+                }
+                _ => return Err(Error::malformed(format!("the journal has a change of table {table}, which is none"))),
+            }
+        }
+        Ok((tables, entries))
+    }
+
     /// All indices are inside their tables, and all that is pointed at is inside the file.
-    fn check_replay(&self, tables: &BTreeMap<u64, u64>, entries: &BTreeMap<u64, u64>) -> Result<()> {
+    fn check_replay(&self, tables: &BTreeMap<u64, u64>, entries: &BTreeMap<u64, Words>) -> Result<()> {
         let len = self.storage.len().context(|| "asking for the file's length")?;
         let len = len.next_multiple_of(self.geometry.cluster_size());
         let wrong = |what: &str, index: u64, raw: u64| {
@@ -60,35 +81,39 @@ impl Shared {
                 _ => return wrong("L1 entry", *index, *raw),
             }
         }
-        for (cluster, raw) in entries {
+        for (cluster, words) in entries {
             let known = *cluster < self.geometry.clusters();
-            match known.then(|| Entry::decode(self.geometry, *cluster, *raw)).transpose()? {
-                Some(Entry::Absent | Entry::Zero { kept: None }) => {}
-                Some(Entry::Data { host, .. } | Entry::Zero { kept: Some((host, _)) }) if host < len => {}
-                _ => return wrong("guest cluster", *cluster, *raw),
+            match known.then(|| Entry::decode(self.geometry, *cluster, *words)).transpose()? {
+                Some(Entry::Standard(_)) if self.geometry.external_data => {}
+                Some(Entry::Standard(standard)) if standard.host.is_none_or(|(host, _)| host < len) => {}
+                _ => return wrong("guest cluster", *cluster, words.descriptor),
             }
         }
         Ok(())
     }
 
     /// Counts everything that the changes point at, before a new refcount block could take its place.
-    fn count_replayed(&self, tables: &BTreeMap<u64, u64>, entries: &BTreeMap<u64, u64>) -> Result<()> {
-        let mut used = Vec::new();
+    fn count_replayed(&self, tables: &BTreeMap<u64, u64>, entries: &BTreeMap<u64, Words>) -> Result<()> {
+        // By host cluster: whether what we noted has it for itself.
+        let mut used = BTreeMap::new();
+        let cluster = |host| self.geometry.host_cluster(host);
         for (index, raw) in tables {
-            used.extend(l2_table(self.geometry, *index, *raw)?);
+            used.extend(l2_table(self.geometry, *index, *raw)?.map(|host| (cluster(host), true)));
         }
-        for (cluster, raw) in entries {
-            let entry = Entry::decode(self.geometry, *cluster, *raw)?;
-            used.extend(entry.used(self.geometry).map(|(host, _)| host));
+        for (guest, words) in entries {
+            let entry = Entry::decode(self.geometry, *guest, *words)?;
+            let alone = entry.standard().host.is_some_and(|(_, copied)| copied);
+            used.extend(entry.used(self.geometry).map(|(host, _)| (cluster(host), alone)));
         }
-        used.sort_unstable();
-        used.dedup();
-        let clusters: Vec<u64> = used.into_iter().map(|host| self.geometry.host_cluster(host)).collect();
         let mut state = self.lock();
         let space = state.space()?;
-        space.step_over(clusters.last().copied());
-        // We note what we point at alone, always. A cluster that several shared before, compressed ones
-        // for instance, may still be counted for all of them in the file.
-        clusters.into_iter().try_for_each(|cluster| space.mark_used_alone(cluster))
+        space.step_over(used.keys().next_back().copied());
+        // What we point at anew we have alone. A cluster that several shared before, compressed ones for
+        // instance, may still be counted for all of them in the file; one of which some subclusters
+        // became zeroes is still shared.
+        used.into_iter().try_for_each(|(cluster, alone)| match alone {
+            true => space.mark_used_alone(cluster),
+            false => space.mark_used(cluster),
+        })
     }
 }

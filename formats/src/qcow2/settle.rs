@@ -2,8 +2,10 @@
 //!
 //! ```text
 //! stage      written                                   why it may be written now
+//! START      nothing
+//!   flush ── of an external data file, where there is one: payload is durable
 //! COUNTS     refcounts, a moved refcount table         nothing needs them to be low
-//!   flush ── payload is durable too
+//!   flush ── payload in the image's own file is durable too
 //! REFTABLE   entries of new refcount blocks, or        their blocks are durable
 //!            the header that names the moved table
 //!   flush ── (only where there was something)
@@ -46,22 +48,25 @@ impl Shared {
         if progress.stage == START {
             if !this.writable {
                 progress.stage = PAYLOAD;
-                return Ok(Settle::Flush);
+                return Ok(this.flush_of_payload());
             }
             let mut state = this.lock();
             if state.is_settling() {
                 return Ok(Settle::Busy);
             }
             // Nothing to write, unless the journal is full of what was written: only a whole settle empties it.
-            if state.is_clean() && state.notes_left(&*this.journal) > 0 {
+            if state.is_clean() && state.has_notes_left(&*this.journal) {
                 progress.stage = PAYLOAD;
-                return Ok(Settle::Flush);
+                return Ok(this.flush_of_payload());
             }
             this.refuse_damaged()?;
             let id = state.begin_settle(&*this.journal)?;
             drop(state);
             progress.hold = Some(Hold::new(this.clone(), id));
             progress.stage = COUNTS;
+            if this.geometry.external_data {
+                return Ok(Settle::FlushPayload);
+            }
         }
         let frozen = this.lock().frozen();
         match frozen {
@@ -73,11 +78,18 @@ impl Shared {
         }
     }
 
+    fn flush_of_payload(&self) -> Settle {
+        if self.geometry.external_data { Settle::FlushPayload } else { Settle::Flush }
+    }
+
     fn next_stage(&self, frozen: &Frozen, progress: &mut Progress) -> Result<Settle> {
         if progress.stage == COUNTS {
             self.write_counts(&frozen.refs)?;
             progress.stage = REFTABLE;
-            return Ok(Settle::Flush);
+            let counts = !frozen.refs.slices.is_empty() || frozen.refs.table.is_some();
+            if counts || !self.geometry.external_data {
+                return Ok(Settle::Flush);
+            }
         }
         if progress.stage == REFTABLE {
             let written = self.write_reftable(&frozen.refs)?;

@@ -78,7 +78,7 @@ fn read_one(records: &mut Records<'_>, header: &Header) -> Result<Snapshot> {
         name: records.text(usize::from(name_len))?,
         entry_bytes: records.at() - start,
     };
-    header.geometry.check_l1(&format!("snapshot {}: l1_table_offset", snapshot.id), l1_offset, l1_entries)?;
+    header.geometry.check_l1_table(&format!("snapshot {}: l1_table_offset", snapshot.id), l1_offset, l1_entries)?;
     Ok(snapshot)
 }
 

@@ -59,8 +59,6 @@ pub struct Space {
     /// Some free runs were more than can be remembered: the cursor has to go round again.
     forgot: bool,
     protected: Protected,
-    /// Other clusters that hold tables since before the image was opened, in order.
-    tables: Vec<u64>,
     /// Where refcount tables were: in use until the header that names the new place is durable.
     pub retired: Vec<Run>,
 }
@@ -82,20 +80,10 @@ impl Space {
             cursor: 0,
             forgot: false,
             protected,
-            tables: Vec::new(),
             retired: Vec::new(),
         };
         space.frontier = space.last_used(0)?;
         Ok(space)
-    }
-
-    /// Sees to it that the L2 tables at `l2` (offsets in the file) and the refcount blocks are never given
-    /// out, whatever their refcounts say. Takes as much memory as the tables that name them, at most 40 MiB.
-    pub fn protect(&mut self, l2: impl Iterator<Item = u64>) {
-        let clusters = l2.chain(self.refs.blocks()).map(|at| self.geometry.host_cluster(at));
-        self.tables = clusters.collect();
-        self.tables.sort_unstable();
-        self.tables.dedup();
     }
 
     /// One past the last cluster in use from `floor` on, or a little more.
@@ -322,9 +310,7 @@ impl Space {
                 1 => {
                     self.refs.set(cluster, 0)?;
                     self.remember_free(cluster, 1);
-                    if let Ok(at) = self.tables.binary_search(&cluster) {
-                        self.tables.remove(at);
-                    }
+                    self.protected.give_back(cluster);
                 }
                 more => self.refs.set(cluster, more - 1)?,
             }
@@ -395,19 +381,12 @@ impl Space {
     }
 
     fn check_unprotected(&self, run: Run) -> Result<()> {
-        let reftable = Protected::new(vec![self.refs.place()]);
-        match self.protected.first_in(run).or_else(|| reftable.first_in(run)).or_else(|| self.table_in(run)) {
+        match self.protected.first_in(run) {
             None => Ok(()),
             Some(cluster) => Err(Error::malformed(format!(
                 "the refcount of the header or of a table is 0 in the clusters from {cluster} on"
             ))),
         }
-    }
-
-    /// A table that starts in `run`, which was to be given out.
-    fn table_in(&self, run: Run) -> Option<u64> {
-        let next = self.tables.partition_point(|table| *table < run.start);
-        self.tables.get(next).copied().filter(|table| *table < run.start + run.count)
     }
 
     /// Cuts off what the file was grown by and nothing uses.

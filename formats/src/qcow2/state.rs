@@ -6,7 +6,7 @@
 mod tables;
 
 use super::Open;
-use super::entry::{Entry, OFFSET, l2_table};
+use super::entry::{Entry, OFFSET, Standard, Words, l2_table};
 use super::geometry::Geometry;
 use super::header::Header;
 use super::protected::Protected;
@@ -16,6 +16,7 @@ use super::space::Space;
 use super::table;
 use crate::error::{Context, Error, Result};
 use crate::journal::{Change, Journal};
+use crate::range::ByteRange;
 use crate::storage::Storage;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -24,6 +25,9 @@ use std::sync::Arc;
 pub const TABLE_L1: u8 = 1;
 /// The number of all L2 tables in the journal; entries by guest cluster.
 pub const TABLE_L2: u8 = 2;
+/// The number in the journal of the bitmaps of extended L2 entries, by guest cluster. A bitmap's note
+/// stands right before its entry's and is nothing without it: a kill may come between the two.
+pub const TABLE_L2_BITMAPS: u8 = 3;
 
 /// How many runs of clusters may wait for their release before a settle is due.
 const FREED_RUNS_MAX: usize = 1 << 18;
@@ -62,6 +66,8 @@ pub struct Reserved {
     pub count: u64,
     /// Where they will be in the file.
     pub host: u64,
+    /// The guest bytes that will be there: whole subclusters, or up to the disk's end.
+    pub span: ByteRange,
     /// The room was taken for it, and is given back when it is dropped.
     pub taken: bool,
 }
@@ -80,7 +86,7 @@ struct Settling {
     id: u64,
     frozen: Arc<Frozen>,
     /// By guest cluster: what an entry of a frozen slice was when the settle began.
-    undo: HashMap<u64, u64>,
+    undo: HashMap<u64, Words>,
     /// Let go of by the entries that this settle makes durable.
     freed: Vec<Run>,
 }
@@ -97,7 +103,7 @@ pub struct Missing {
 pub enum Known<'a> {
     /// There is no L2 table, and so no entry for that many clusters.
     NoTable(u64),
-    /// The entries to the end of the slice.
+    /// The words of the entries to the end of the slice.
     Entries(&'a [u64]),
     /// It would have to be read.
     NotInMemory,
@@ -131,12 +137,10 @@ impl State {
             let clusters = |at, count| Run { start: geometry.host_cluster(at), count };
             let place = clusters(header.reftable_offset, u64::from(header.reftable_clusters));
             let refs = Refcounts::open(storage.clone(), geometry, place, slices / 4)?;
-            let protected = Protected::read(&**storage, header)?;
+            let l2_tables = state.l1.iter().map(|raw| raw & OFFSET).filter(|host| *host != 0);
+            let protected = Protected::read(&**storage, header, l2_tables.chain(refs.blocks()))?;
             state.space = Some(Space::open(storage.clone(), geometry, refs, protected)?);
-            state.own_tables(header.snapshots > 0)?;
-            let l1 = std::mem::take(&mut state.l1);
-            state.space()?.protect(l1.iter().map(|raw| raw & OFFSET).filter(|host| *host != 0));
-            state.l1 = l1;
+            state.own_tables()?;
         }
         Ok(state)
     }
@@ -185,9 +189,8 @@ impl State {
 
     /// What is known of the entries from `cluster` on.
     pub fn known(&self, cluster: u64) -> Result<Known<'_>> {
-        let (bits, key) = (self.geometry.l2_slice_bits(), self.slice_key(cluster));
-        if let Some(slot) = self.l2.get(key) {
-            return Ok(Known::Entries(&slot.entries[(cluster & ((1 << bits) - 1)) as usize..]));
+        if let Some(slot) = self.l2.get(self.slice_key(cluster)) {
+            return Ok(Known::Entries(&slot.entries[self.in_slice(cluster) << self.geometry.l2_words_bits()..]));
         }
         if self.table_at(cluster)?.is_some() {
             return Ok(Known::NotInMemory);
@@ -196,63 +199,79 @@ impl State {
         Ok(Known::NoTable(table_end - cluster))
     }
 
-    /// The entry of `cluster`, whose slice is in memory.
-    pub fn raw(&self, cluster: u64) -> Result<u64> {
+    /// The number of `cluster` among the entries of its slice.
+    fn in_slice(&self, cluster: u64) -> usize {
+        (cluster & ((1 << self.geometry.l2_slice_bits()) - 1)) as usize
+    }
+
+    /// What the entry of `cluster` means; its slice is in memory.
+    pub fn entry(&self, cluster: u64) -> Result<Entry> {
         match self.known(cluster)? {
-            Known::NoTable(_) => Ok(0),
-            Known::Entries(entries) => Ok(entries[0]),
+            Known::NoTable(_) => Ok(Entry::Standard(Standard::default())),
+            Known::Entries(words) => Entry::decode(self.geometry, cluster, Words::get(self.geometry, words, 0)),
             Known::NotInMemory => unreachable!("callers hold the lock since the slice was there"),
         }
     }
 
-    /// The entry of `cluster` in words.
-    pub fn entry(&self, cluster: u64) -> Result<Entry> {
-        let raw = self.raw(cluster)?;
-        Entry::decode(self.geometry, cluster, raw)
-    }
-
-    /// How many clusters from `first` on, `max` at most, have entries that are `like` it, as far as
-    /// they are in memory. `like` gets the distance from `first`.
-    pub fn run(&self, first: u64, max: u64, like: impl Fn(u64, u64) -> bool) -> Result<u64> {
+    /// How many bytes from the start of `guest` on are in subclusters that are `alike`, as far as
+    /// their entries are in memory. `alike` gets the distance of an entry from the first one and the
+    /// entry, and says which of its subclusters are.
+    pub fn run(&self, guest: ByteRange, alike: impl Fn(u64, Entry) -> u32) -> Result<u64> {
         /// Bounds the time under the lock: some 20 µs.
         const LOOKS_MAX: u64 = 1 << 13;
-        let mut count = 0;
+        let (g, first) = (self.geometry, guest.start >> self.geometry.cluster_bits);
+        let absent = Entry::Standard(Standard::default());
+        let mut at = guest.start;
         let mut looks = 0;
-        while count < max && looks < LOOKS_MAX {
-            match self.known(first + count)? {
-                Known::NoTable(clusters) if like(count, 0) => {
-                    count += clusters;
+        'alike: while at < guest.end && looks < LOOKS_MAX {
+            let cluster = at >> g.cluster_bits;
+            match self.known(cluster)? {
+                Known::NoTable(clusters) if g.all_subclusters() & !alike(cluster - first, absent) == 0 => {
+                    at = (cluster + clusters) << g.cluster_bits;
                     looks += 1;
                 }
                 Known::NoTable(_) | Known::NotInMemory => break,
-                Known::Entries(entries) => {
-                    let entries = &entries[..entries.len().min((max - count) as usize)];
-                    let alike = entries.iter().zip(count..).take_while(|(raw, nth)| like(*nth, **raw)).count();
-                    let all = alike == entries.len();
-                    count += alike as u64;
-                    looks += alike as u64 + 1;
-                    if !all {
-                        break;
+                Known::Entries(words) => {
+                    for (cluster, index) in (cluster..).zip(0..words.len() >> g.l2_words_bits()) {
+                        if at >= guest.end {
+                            break;
+                        }
+                        // What is wrong ends a run, and is an error to whoever begins one there.
+                        let entry = Entry::parse(g, cluster, Words::get(g, words, index));
+                        let bits = entry.map_or(0, |entry| alike(cluster - first, entry)) & g.all_subclusters();
+                        let subcluster = at >> g.subcluster_bits();
+                        let in_cluster = subcluster & ((1 << g.subclusters_bits()) - 1);
+                        let count = u64::from((bits >> in_cluster).trailing_ones());
+                        if count > 0 {
+                            at = (subcluster + count) << g.subcluster_bits();
+                        }
+                        if in_cluster + count < 1 << g.subclusters_bits() {
+                            break 'alike;
+                        }
+                        looks += 1;
                     }
                 }
             }
         }
-        Ok(count.min(max))
+        Ok(at.min(guest.end) - guest.start)
     }
 
     /// True where only this entry uses the cluster at `host`.
     pub fn is_exclusive(&mut self, host: u64, copied: bool) -> Result<bool> {
         let cluster = self.geometry.host_cluster(host);
-        Ok(copied || self.space()?.refs.get(cluster)? == 1)
+        Ok(copied || self.geometry.external_data || self.space()?.refs.get(cluster)? == 1)
     }
 
     /// Changes the entry of `cluster`, whose slice is in memory, and notes it. What the old one had
     /// is let go of.
-    pub fn change_entry(&mut self, cluster: u64, raw: u64, journal: &dyn Journal) -> Result<()> {
-        journal.note(Change { table: TABLE_L2, index: cluster, value: raw });
-        let (geometry, old) = (self.geometry, self.put_entry(cluster, raw));
-        let used = |raw| Entry::decode(geometry, cluster, raw).map(|entry| entry.used(geometry));
-        let (before, after) = (used(old)?, used(raw)?);
+    pub fn change_entry(&mut self, cluster: u64, words: Words, journal: &dyn Journal) -> Result<()> {
+        if self.geometry.extended_l2 {
+            journal.note(Change { table: TABLE_L2_BITMAPS, index: cluster, value: words.bitmap });
+        }
+        journal.note(Change { table: TABLE_L2, index: cluster, value: words.descriptor });
+        let (geometry, old) = (self.geometry, self.put_entry(cluster, words));
+        let used = |words| Entry::decode(geometry, cluster, words).map(|entry| entry.used(geometry));
+        let (before, after) = (used(old)?, used(words)?);
         if let Some((at, len)) = before.filter(|_| before != after) {
             let (first, last) = (geometry.host_cluster(at), geometry.host_cluster(at + len - 1));
             push_run(&mut self.freed, Run { start: first, count: last - first + 1 });
@@ -261,11 +280,11 @@ impl State {
     }
 
     /// Changes the entry of `cluster` and returns the old one.
-    pub fn put_entry(&mut self, cluster: u64, raw: u64) -> u64 {
-        let key = self.slice_key(cluster);
-        let index = (cluster & ((1 << self.geometry.l2_slice_bits()) - 1)) as usize;
+    pub fn put_entry(&mut self, cluster: u64, words: Words) -> Words {
+        let (key, index) = (self.slice_key(cluster), self.in_slice(cluster));
         let slot = self.l2.get_mut(key).expect("a slice that is changed is in memory");
-        let old = std::mem::replace(&mut slot.entries[index], raw);
+        let old = Words::get(self.geometry, &slot.entries, index);
+        words.put(self.geometry, &mut slot.entries, index);
         if slot.is_frozen()
             && let Some(settling) = &mut self.settling
         {
@@ -281,9 +300,20 @@ impl State {
         self.l2.is_full() || space_full || self.freed.len() >= FREED_RUNS_MAX
     }
 
-    /// How many notes may still be promised.
-    pub fn notes_left(&self, journal: &dyn Journal) -> usize {
-        journal.room().saturating_sub(self.promised)
+    /// How many notes one L2 entry takes: one a word.
+    fn entry_notes(&self) -> usize {
+        1 << self.geometry.l2_words_bits()
+    }
+
+    /// How many entries of the table of `cluster` may still be changed or promised to be.
+    pub fn changes_left(&self, cluster: u64, journal: &dyn Journal) -> usize {
+        let table = usize::from(self.needs_table(cluster));
+        journal.room().saturating_sub(self.promised + table) / self.entry_notes()
+    }
+
+    /// True where the journal has room for an entry in a new table.
+    pub fn has_notes_left(&self, journal: &dyn Journal) -> bool {
+        journal.room().saturating_sub(self.promised) > self.entry_notes()
     }
 
     /// How many clusters from `first` on, `max` at most, nobody has reserved.
@@ -302,7 +332,7 @@ impl State {
     pub fn add_reservation(&mut self, reserved: Reserved) -> u64 {
         self.ids += 1;
         self.l2.pin(self.slice_key(reserved.first));
-        self.promised += reserved.count as usize;
+        self.promised += reserved.count as usize * self.entry_notes();
         self.reserved_by_id.insert(self.ids, reserved.first);
         self.reserved.insert(reserved.first, reserved);
         self.ids
@@ -312,7 +342,7 @@ impl State {
     pub fn take_reservation(&mut self, id: u64) -> Option<Reserved> {
         let first = self.reserved_by_id.remove(&id)?;
         let reserved = self.reserved.remove(&first).expect("both maps have the same reservations");
-        self.promised -= reserved.count as usize;
+        self.promised -= reserved.count as usize * self.entry_notes();
         self.l2.unpin(self.slice_key(first));
         Some(reserved)
     }
@@ -410,14 +440,15 @@ impl State {
     pub fn frozen_bytes(&self, key: u64, bytes: &mut Vec<u8>) {
         let slot = self.l2.get(key).expect("frozen slices stay");
         let first = key << self.geometry.l2_slice_bits();
-        let undo = self.settling.as_ref().map(|settling| &settling.undo).filter(|undo| !undo.is_empty());
-        match undo {
-            None => table::encode(slot.entries.iter().copied(), bytes),
-            Some(undo) => {
-                let then = |(nth, now): (u64, &u64)| undo.get(&(first + nth)).copied().unwrap_or(*now);
-                table::encode((0..).zip(slot.entries.iter()).map(then), bytes);
+        let mut then = slot.entries.clone();
+        if let Some(undo) = self.settling.as_ref().map(|settling| &settling.undo).filter(|undo| !undo.is_empty()) {
+            for index in 0..1 << self.geometry.l2_slice_bits() {
+                if let Some(old) = undo.get(&(first + index as u64)) {
+                    old.put(self.geometry, &mut then, index);
+                }
             }
         }
+        table::encode(then, bytes);
     }
 
     /// Where entry `index` of the L1 table is in the file.

@@ -1,4 +1,4 @@
-//! Zeroes and discards: whole clusters by their entries, parts of them by whoever writes payload.
+//! Zeroes and discards: whole subclusters by their entries, parts of them by whoever writes payload.
 //!
 //! | entry | version 3 | version 2, nothing below | version 2 over a backing image |
 //! |---|---|---|---|
@@ -7,21 +7,27 @@
 //! | payload, `Unmap` | zero flag | no entry | zeroed in the file |
 //! | payload, `Discard` | zero flag | no entry | left |
 //! | nothing, over a backing image | zero flag | | written; `Discard` leaves it |
+//!
+//! A cluster of which other subclusters have payload is kept by all three; part of a compressed cluster
+//! is written, and left by `Discard`.
+//!
+//! Payload in an external data file has its place for good, so `Unmap` and `Discard` give its space back
+//! there and leave the entry. A raw data file has to show the zeroes itself: all is zeroed there.
 use super::Shared;
-use super::entry::{COPIED, Entry, ZERO};
+use super::entry::{Entry, Standard, Words};
 use super::state::{Known, State};
 use crate::error::Result;
 use crate::image::{Zeroed, Zeroing};
 use crate::range::ByteRange;
 
-/// What becomes of one whole cluster.
+/// What becomes of the subclusters of one cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Action {
-    /// Its entry is right as it is.
+    /// The entry is right as it is.
     Leave,
-    /// It gets this entry.
-    Set(u64),
-    /// Its bytes in the file, from here on, are zeroed.
+    /// The cluster gets this entry.
+    Set(Words),
+    /// Their bytes in the file, in the cluster from here on, are zeroed.
     Host(u64),
     /// Zeroes are written like any payload.
     Write,
@@ -32,17 +38,20 @@ impl Shared {
     pub(super) fn zero(&self, guest: ByteRange, zeroing: Zeroing) -> Result<Zeroed> {
         self.check_writable()?;
         self.check_inside(guest)?;
-        let cluster = self.geometry.cluster_size();
-        let first_end = self.geometry.size.min((guest.start & !(cluster - 1)) + cluster);
-        if guest.start & (cluster - 1) != 0 || guest.end < first_end {
+        if self.raw_data {
+            return Ok(Zeroed::Host { guest, host: guest.start });
+        }
+        let unit = 1 << self.geometry.subcluster_bits();
+        let first_end = self.geometry.size.min((guest.start & !(unit - 1)) + unit);
+        if guest.start & (unit - 1) != 0 || guest.end < first_end {
             return self.zero_part(ByteRange { start: guest.start, end: guest.end.min(first_end) }, zeroing);
         }
-        // The disk's last cluster is whole where its part on the disk is.
-        let end = if guest.end == self.geometry.size { guest.end } else { guest.end & !(cluster - 1) };
+        // The disk's last subcluster is whole where its part on the disk is.
+        let end = if guest.end == self.geometry.size { guest.end } else { guest.end & !(unit - 1) };
         self.zero_whole(ByteRange { start: guest.start, end }, zeroing)
     }
 
-    /// Zeroes part of one cluster.
+    /// Zeroes part of one subcluster.
     fn zero_part(&self, guest: ByteRange, zeroing: Zeroing) -> Result<Zeroed> {
         if zeroing == Zeroing::Discard {
             return Ok(Zeroed::Done(guest));
@@ -52,14 +61,14 @@ impl Shared {
         if state.unreserved(cluster, 1) == 0 {
             return Ok(Zeroed::Busy);
         }
-        Ok(match state.entry(cluster)? {
-            Entry::Zero { .. } => Zeroed::Done(guest),
-            Entry::Absent if !self.has_backing => Zeroed::Done(guest),
+        let here = self.geometry.subclusters_in(guest, cluster);
+        Ok(match here & !self.zeroes(state.entry(cluster)?) {
+            0 => Zeroed::Done(guest),
             _ => Zeroed::Write(guest),
         })
     }
 
-    /// Zeroes whole clusters: as many as are dealt with in the same way and are in one slice.
+    /// Zeroes whole subclusters: as many as are dealt with in the same way and are in one slice.
     fn zero_whole(&self, guest: ByteRange, zeroing: Zeroing) -> Result<Zeroed> {
         let bits = self.geometry.cluster_bits;
         let (first, last) = (guest.start >> bits, (guest.end - 1) >> bits);
@@ -68,61 +77,94 @@ impl Shared {
         if clusters == 0 {
             return Ok(Zeroed::Busy);
         }
+        let prefix = |count: u64| guest.prefix(((first + count) << bits) - guest.start);
         if !self.has_backing
             && let Known::NoTable(absent) = state.known(first)?
         {
-            return Ok(Zeroed::Done(guest.prefix(absent.min(clusters) << bits)));
+            return Ok(Zeroed::Done(prefix(absent.min(clusters))));
         }
         let in_slice = 1 << self.geometry.l2_slice_bits();
         let clusters = clusters.min(in_slice - (first & (in_slice - 1)));
-        let prefix = |count: u64| guest.prefix(count << bits);
-        Ok(match self.action(&mut state, first, zeroing)? {
-            Action::Host(host) => Zeroed::Host { guest: prefix(1), host },
+        Ok(match self.action(&mut state, first, guest, zeroing)? {
+            Action::Host(host) => {
+                let len = state.run(prefix(clusters), self.in_cluster(host, |standard| standard.data))?;
+                Zeroed::Host {
+                    guest: guest.prefix(len),
+                    host: host + (guest.start & (self.geometry.cluster_size() - 1)),
+                }
+            }
             Action::Write => Zeroed::Write(prefix(1)),
-            Action::Leave | Action::Set(_) => match self.zero_entries(&mut state, first, clusters, zeroing)? {
+            Action::Leave | Action::Set(_) => match self.zero_entries(&mut state, prefix(clusters), zeroing)? {
                 0 => Zeroed::Settle,
                 count => Zeroed::Done(prefix(count)),
             },
         })
     }
 
-    /// Changes the entries of the clusters that entries can zero; says for how many from `first` on.
-    fn zero_entries(&self, state: &mut State, first: u64, clusters: u64, zeroing: Zeroing) -> Result<u64> {
-        for nth in 0..clusters {
-            match self.action(state, first + nth, zeroing)? {
+    /// Changes the entries of the clusters that entries can zero; says of how many from the first on.
+    fn zero_entries(&self, state: &mut State, guest: ByteRange, zeroing: Zeroing) -> Result<u64> {
+        let bits = self.geometry.cluster_bits;
+        let (first, last) = (guest.start >> bits, (guest.end - 1) >> bits);
+        for cluster in first..=last {
+            match self.action(state, cluster, guest, zeroing)? {
                 Action::Leave => {}
-                Action::Set(raw) => {
-                    let table = usize::from(state.needs_table(first));
-                    if state.is_full() || state.notes_left(&*self.journal) <= table {
-                        return Ok(nth);
+                Action::Set(words) => {
+                    if state.is_full() || state.changes_left(first, &*self.journal) == 0 {
+                        return Ok(cluster - first);
                     }
                     state.ensure_table(first, &*self.journal)?;
-                    state.change_entry(first + nth, raw, &*self.journal)?;
+                    state.change_entry(cluster, words, &*self.journal)?;
                 }
-                Action::Host(_) | Action::Write => return Ok(nth),
+                Action::Host(_) | Action::Write => return Ok(cluster - first),
             }
         }
-        Ok(clusters)
+        Ok(last - first + 1)
     }
 
-    fn action(&self, state: &mut State, cluster: u64, zeroing: Zeroing) -> Result<Action> {
+    /// The subclusters that read as zeroes whatever is below.
+    fn zeroes(&self, entry: Entry) -> u32 {
+        match entry {
+            Entry::Standard(standard) if self.has_backing => standard.zero,
+            Entry::Standard(standard) => !standard.data,
+            Entry::Compressed { .. } => 0,
+        }
+    }
+
+    fn action(&self, state: &mut State, cluster: u64, guest: ByteRange, zeroing: Zeroing) -> Result<Action> {
+        let g = self.geometry;
         let entry = state.entry(cluster)?;
+        let here = g.subclusters_in(guest, cluster);
+        let others = entry.payload(g) & !here & g.subclusters_in(ByteRange { start: 0, end: g.size }, cluster);
+        let Standard { host, data, zero } = entry.standard();
+        if here & !self.zeroes(entry) == 0 && (zeroing == Zeroing::Keep || host.is_none() || others != 0) {
+            return Ok(Action::Leave);
+        }
         // Who keeps their space, or cannot give it up without showing the backing image, and has
         // it for themselves.
-        let own = match entry {
-            Entry::Data { host, copied } if state.is_exclusive(host, copied)? => Some(host),
+        let own = match host {
+            Some((host, copied)) if state.is_exclusive(host, copied)? => Some(host),
             _ => None,
         };
-        Ok(match (entry, zeroing, own) {
-            (Entry::Zero { kept: None }, _, _) | (Entry::Zero { .. }, Zeroing::Keep, _) => Action::Leave,
-            (Entry::Absent, _, _) if !self.has_backing => Action::Leave,
-            (_, Zeroing::Keep, Some(host)) if self.geometry.version >= 3 => Action::Set(host | COPIED | ZERO),
-            _ if self.geometry.version >= 3 => Action::Set(ZERO),
-            (_, Zeroing::Keep, Some(host)) => Action::Host(host),
-            _ if !self.has_backing => Action::Set(0),
-            (_, Zeroing::Discard, _) => Action::Leave,
-            (_, _, Some(host)) => Action::Host(host),
-            _ => Action::Write,
-        })
+        let host = own.map(|host| (host, true)).or(host);
+        let set = |host: Option<_>, zero| {
+            // Behind the disk's end there may be payload that nobody misses.
+            let data = host.map_or(0, |_| data & !here);
+            Ok(Action::Set(Standard { host, data, zero }.encode(g)))
+        };
+        match (zeroing, own) {
+            (Zeroing::Unmap | Zeroing::Discard, Some(host)) if g.external_data && here & !data == 0 => {
+                Ok(Action::Host(host))
+            }
+            (Zeroing::Discard, _) if others != 0 && host.is_none() => Ok(Action::Leave),
+            _ if others != 0 && host.is_none() => Ok(Action::Write),
+            _ if others != 0 => set(host, zero | here),
+            (Zeroing::Keep, Some(_)) if g.version >= 3 => set(host, zero | here),
+            _ if g.version >= 3 => set(None, zero | here),
+            (Zeroing::Keep, Some(host)) => Ok(Action::Host(host)),
+            _ if !self.has_backing => set(None, 0),
+            (Zeroing::Discard, _) => Ok(Action::Leave),
+            (_, Some(host)) => Ok(Action::Host(host)),
+            _ => Ok(Action::Write),
+        }
     }
 }

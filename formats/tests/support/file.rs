@@ -51,6 +51,7 @@ impl Storage for FileStorage {
 /// One image and what is below it.
 pub struct Layer {
     pub image: Box<dyn Image>,
+    /// What the payload is in.
     storage: Arc<FileStorage>,
     below: Option<Box<Layer>>,
 }
@@ -71,6 +72,10 @@ impl Layer {
             let below = path.parent().expect("a folder").join(name);
             Box::new(Self::open(&below, backing.format.as_deref().expect("a recorded format"), false))
         });
+        let storage = match &image.header().data_file {
+            None => storage,
+            Some(data_file) => FileStorage::open(&data_file.resolve(path).expect("a path"), writable).expect("a file"),
+        };
         Self { image: Box::new(image), storage, below }
     }
 
@@ -171,7 +176,7 @@ impl Layer {
         let mut progress = Progress::default();
         loop {
             match self.image.settle(&mut progress).expect("a valid image") {
-                Settle::Flush => {}
+                Settle::Flush | Settle::FlushPayload => {}
                 Settle::Done => break,
                 Settle::Busy => panic!("nobody else settles"),
             }

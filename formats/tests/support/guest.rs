@@ -46,13 +46,15 @@ struct Read {
 /// An image, its file and journal, and its guest.
 pub struct Guest {
     pub disk: Arc<Disk>,
+    /// What the payload is in: `disk`, or an external data file.
+    payload: Arc<Disk>,
     notes: Arc<Notes>,
     image: Qcow2,
     open: Open,
     random: Random,
     /// By sector: what may be there after a power cut, the last one being there now.
     versions: Vec<Vec<Version>>,
-    /// Where the payload of a guest cluster was last committed.
+    /// Where the payload of a guest subcluster was last committed.
     places: HashMap<u64, u64>,
     in_flight: Vec<InFlight>,
     reads: Vec<Read>,
@@ -84,6 +86,11 @@ pub struct Stats {
 impl Guest {
     /// A guest on the image in `disk`, which reads as zeroes or as the backing image.
     pub fn new(disk: Arc<Disk>, notes: usize, open: Open, seed: u64) -> Self {
+        Self::with_payload_in(disk.clone(), disk, notes, open, seed)
+    }
+
+    /// The same with an external data file.
+    pub fn with_payload_in(payload: Arc<Disk>, disk: Arc<Disk>, notes: usize, open: Open, seed: u64) -> Self {
         let notes = Arc::new(Notes::new(notes));
         let image = Qcow2::open(disk.clone(), notes.clone(), open).expect("a valid image");
         let sectors = image.size() / SECTOR_BYTES;
@@ -91,6 +98,7 @@ impl Guest {
         let versions = (0..sectors).map(|sector| vec![Version { tag: first(sector), committed: 0 }]).collect();
         Self {
             disk,
+            payload,
             notes,
             image,
             open,
@@ -181,14 +189,20 @@ impl Guest {
                 false => versions.push(Version { tag, committed: self.time }),
             }
         }
-        for (cluster, place) in self.places_of(guest, host) {
-            self.places.insert(cluster, place);
+        for (subcluster, place) in self.places_of(guest, host) {
+            self.places.insert(subcluster, place);
         }
     }
 
-    /// Guest clusters of a write, and the places of their first bytes.
+    /// Bytes of what an image has an entry for, or a bit of one.
+    fn subcluster_size(&self) -> u64 {
+        let info = self.image.info();
+        if info.extended_l2 { info.cluster_size / 32 } else { info.cluster_size }
+    }
+
+    /// Guest subclusters of a write, and the places of their first bytes.
     fn places_of(&self, guest: ByteRange, host: u64) -> Vec<(u64, u64)> {
-        let size = self.image.info().cluster_size;
+        let size = self.subcluster_size();
         let first = host - guest.start % size;
         (guest.start / size..=(guest.end - 1) / size).zip((first..).step_by(size as usize)).collect()
     }
@@ -209,9 +223,9 @@ impl Guest {
                 self.put(place + (at - part.start), self.tag_at(at / SECTOR_BYTES));
             }
         }
-        let size = self.image.info().cluster_size;
+        let size = self.subcluster_size();
         // A kept cluster is written again: before the zeroes are durable, a power cut finds it there.
-        let reused = self.places_of(guest, host).iter().any(|(cluster, place)| self.places.get(cluster) == Some(place));
+        let reused = self.places_of(guest, host).iter().any(|(at, place)| self.places.get(at) == Some(place));
         for at in (guest.start..guest.end).step_by(SECTOR) {
             self.put(host + (at - guest.start), tag);
             let versions = &mut self.versions[(at / SECTOR_BYTES) as usize];
@@ -228,7 +242,7 @@ impl Guest {
     fn begin_read(&mut self) {
         let sector = self.random.below(self.versions.len() as u64);
         let place = self.image.map(sector * SECTOR_BYTES, SECTOR_BYTES).expect("a valid image").place;
-        let tag = self.tag_of(&self.disk, place, sector, 0);
+        let tag = self.tag_of(&self.payload, place, sector, 0);
         self.reads.push(Read { sector, place, tag, begun: self.time });
     }
 
@@ -239,7 +253,7 @@ impl Guest {
         }
         let at = self.random.below(self.reads.len() as u64) as usize;
         let Read { sector, place, tag, .. } = self.reads.swap_remove(at);
-        let found = self.tag_of(&self.disk, place, sector, 0);
+        let found = self.tag_of(&self.payload, place, sector, 0);
         let of_it =
             found == 0 || self.written.get(found as usize).is_some_and(|range| sectors(*range).contains(&sector));
         assert!(found == tag || of_it, "sector {sector} at {place:?} had {tag:#x} and has {found:#x}");
@@ -247,14 +261,14 @@ impl Guest {
 
     fn put(&self, at: u64, tag: u64) {
         let bytes: Vec<u8> = tag.to_le_bytes().into_iter().cycle().take(SECTOR).collect();
-        self.disk.write_at(at, &bytes).expect("memory");
+        self.payload.write_at(at, &bytes).expect("memory");
     }
 
     fn assert_reads_as_zeroes(&self, at: u64, len: u64) {
         let mut bytes = vec![0; len as usize];
-        let end = self.disk.len().expect("memory");
+        let end = self.payload.len().expect("memory");
         let inside = len.min(end.saturating_sub(at));
-        self.disk.read_at(at, &mut bytes[..inside as usize]).expect("memory");
+        self.payload.read_at(at, &mut bytes[..inside as usize]).expect("memory");
         assert!(bytes.iter().all(|byte| *byte == 0), "{len} bytes at {at} were said to be zeroes");
     }
 
@@ -283,11 +297,11 @@ impl Guest {
     }
 
     fn zeroed(&mut self, done: ByteRange, zeroing: Zeroing) {
-        let info = self.image.info();
+        let (info, size) = (self.image.info(), self.subcluster_size());
         for sector in sectors(done) {
             let now = self.tag_at(sector);
-            let start = sector * SECTOR_BYTES / info.cluster_size * info.cluster_size;
-            let whole = done.start <= start && (start + info.cluster_size).min(self.image.size()) <= done.end;
+            let start = sector * SECTOR_BYTES / size * size;
+            let whole = done.start <= start && (start + size).min(self.image.size()) <= done.end;
             if zeroing != Zeroing::Discard || whole && (info.version == 3 || !self.open.has_backing) {
                 assert_eq!(now, 0, "sector {sector} was said to be zeroed ({zeroing:?})");
             }
@@ -303,11 +317,11 @@ impl Guest {
     fn step_settle(&mut self) {
         let (mut progress, begun) = self.settle.take().unwrap_or((Progress::default(), self.time));
         match self.image.settle(&mut progress).expect("a valid image") {
-            Settle::Flush => {
+            flush @ (Settle::Flush | Settle::FlushPayload) => {
                 if self.cut_at_flushes {
                     self.assert_survives_power_cut();
                 }
-                self.disk.flush();
+                if flush == Settle::Flush { &self.disk } else { &self.payload }.flush();
                 self.settle = Some((progress, begun));
             }
             Settle::Done => self.settled(begun),
@@ -357,7 +371,7 @@ impl Guest {
     fn tag_at(&self, sector: u64) -> u64 {
         let extent = self.image.map(sector * SECTOR_BYTES, SECTOR_BYTES).expect("a valid image");
         assert_eq!(extent.guest.len(), SECTOR_BYTES);
-        self.tag_of(&self.disk, extent.place, sector, 0)
+        self.tag_of(&self.payload, extent.place, sector, 0)
     }
 
     /// The tag of sector `sector`, which is `nth` of an extent at `place`.
@@ -385,18 +399,35 @@ impl Guest {
 
     /// Everything that was committed is there, and nothing else.
     pub fn assert_all_there(&self) {
-        for (sector, (found, versions)) in self.all_tags(&self.image, &self.disk).iter().zip(&self.versions).enumerate()
+        for (sector, (found, versions)) in
+            self.all_tags(&self.image, &self.payload).iter().zip(&self.versions).enumerate()
         {
             let now = versions.last().expect("never empty").tag;
             assert_eq!(*found, now, "sector {sector}");
         }
+        self.assert_raw_shows_the_same(&self.image, &self.payload);
+    }
+
+    /// A raw data file is the disk by itself.
+    fn assert_raw_shows_the_same(&self, image: &Qcow2, payload: &Disk) {
+        if image.header().data_file.as_ref().is_some_and(|data_file| data_file.raw) {
+            for (sector, tag) in (0..).zip(self.all_tags(image, payload)) {
+                assert_eq!(read_tag(payload, sector * SECTOR_BYTES), tag, "sector {sector} of the raw data file");
+            }
+        }
+    }
+
+    fn is_external(&self) -> bool {
+        !Arc::ptr_eq(&self.disk, &self.payload)
     }
 
     /// The process is killed: what is in memory is gone, the file and the journal stay.
     pub fn kill(&mut self) {
         self.stats.kills += 1;
         // A kill runs no destructors; here they work on an image and a file that are gone.
+        let is_external = self.is_external();
         self.disk = Arc::new(self.disk.copy());
+        self.payload = if is_external { Arc::new(self.payload.copy()) } else { self.disk.clone() };
         let kept = self.notes.kept();
         self.end_all_requests();
         self.settle = None;
@@ -418,15 +449,20 @@ impl Guest {
     /// The power is cut now: the file has leaks at worst and everything that was flushed.
     pub fn assert_survives_power_cut(&mut self) {
         let disk = Arc::new(self.disk.after_power_cut(&mut self.random));
+        let payload = match self.is_external() {
+            true => Arc::new(self.payload.after_power_cut(&mut self.random)),
+            false => disk.clone(),
+        };
         let storage: Arc<dyn Storage> = disk.clone();
         let found = self.check(&disk);
         assert_eq!(found.corruptions, 0, "{:#?}", found.problems);
         self.assert_snapshots(&disk);
         let image = Qcow2::open(storage, Arc::new(Notes::new(0)), self.open).expect("a valid image");
-        for (sector, (found, versions)) in self.all_tags(&image, &disk).iter().zip(&self.versions).enumerate() {
+        for (sector, (found, versions)) in self.all_tags(&image, &payload).iter().zip(&self.versions).enumerate() {
             let possible = versions.iter().any(|version| version.tag == *found);
             assert!(possible, "sector {sector} has {found:#x}, possible is {versions:?}");
         }
+        self.assert_raw_shows_the_same(&image, &payload);
     }
 
     /// Closes the image as a clean end does, and checks it.
@@ -442,11 +478,13 @@ impl Guest {
     }
 
     fn check(&self, disk: &Arc<Disk>) -> Check {
-        if self.snapshots.is_empty() {
-            let storage: Arc<dyn Storage> = disk.clone();
-            return check(&*storage).expect("an image that can be walked");
+        let found = check(&**disk).expect("an image that can be walked");
+        if !self.snapshots.is_empty() {
+            let theirs = check_of_qemu(disk);
+            let numbers = (theirs.corruptions, theirs.leaks);
+            assert_eq!((found.corruptions, found.leaks), numbers, "{:#?}\n{:#?}", found.problems, theirs.problems);
         }
-        check_of_qemu(disk)
+        found
     }
 
     /// Closes the image, has QEMU take a snapshot of it, and goes on with what that left.
@@ -455,6 +493,7 @@ impl Guest {
         assert_eq!(found.corruptions, 0, "{:#?}", found.problems);
         let bytes = with_snapshot(&self.disk, self.snapshots.len());
         self.disk = Arc::new(Disk::with(&bytes));
+        self.payload = self.disk.clone();
         self.notes = Arc::new(Notes::new(self.notes.capacity()));
         self.image = Qcow2::open(self.disk.clone(), self.notes.clone(), self.open).expect("a valid image");
         let header = read_header(&*self.disk).expect("a valid header");

@@ -54,6 +54,54 @@ fn file_of(disk: &Disk) -> tempfile::NamedTempFile {
     file
 }
 
+/// What an image itself says of a run of its disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Absent,
+    Zero,
+    Data { host: u64 },
+    Compressed,
+}
+
+/// The runs of `image` by `qemu-img map`: where they end, and what they are.
+pub fn map(folder: &Path, image: &str) -> Vec<(u64, Kind)> {
+    let output = run(folder, "qemu-img", &["map", "--output=json", image]).stdout;
+    let lines = String::from_utf8(output).expect("JSON, a run a line");
+    let mut runs = Vec::new();
+    for line in lines.lines().filter(|line| line.contains("start")) {
+        let field = |name: &str| {
+            let after = line.split_once(&format!("\"{name}\": ")).map(|(_, after)| after);
+            after.map(|after| after.split([',', '}']).next().expect("never empty").trim())
+        };
+        let number = |name| field(name).and_then(|text| text.parse::<u64>().ok());
+        let is = |name| field(name) == Some("true");
+        let kind = match number("depth") {
+            Some(0) if is("compressed") => Kind::Compressed,
+            Some(0) if is("data") => Kind::Data { host: number("offset").expect("of data") },
+            Some(0) if is("present") => Kind::Zero,
+            _ => Kind::Absent,
+        };
+        let start = number("start").expect("a number");
+        push_run(&mut runs, start, start + number("length").expect("a number"), kind);
+    }
+    runs
+}
+
+/// Adds a run, to the last one where it goes on.
+pub fn push_run(runs: &mut Vec<(u64, Kind)>, start: u64, end: u64, kind: Kind) {
+    let before = runs.len().checked_sub(2).map_or(0, |nth| runs[nth].0);
+    match (runs.last_mut(), kind) {
+        (Some((last, Kind::Data { host })), Kind::Data { host: next }) if *host + (*last - before) == next => {
+            *last = end
+        }
+        (Some((last, same)), kind) if *same == kind && !matches!(kind, Kind::Data { .. }) => *last = end,
+        (last, _) => {
+            assert_eq!(last.map_or(0, |(end, _)| *end), start, "runs leave nothing out");
+            runs.push((end, kind));
+        }
+    }
+}
+
 /// A random image of QEMU's, with zero to two images below.
 pub struct Made {
     pub path: PathBuf,
@@ -99,12 +147,21 @@ fn make_layer(
     *what += &format!("\nqemu-img {}", arguments.join(" "));
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     run(folder, "qemu-img", &arguments);
-    fill(folder, &name, format, size, random, what);
+    fill(folder, &name, format, size, cluster_of(&arguments), random, what);
     let made = Made { path: folder.join(&name), name, format };
     if below.is_none() && !raw && random.one_in(3) {
         return compress(folder, made, zstd, what);
     }
     made
+}
+
+/// Bytes of a cluster, where the image has clusters that hold nothing yet.
+fn cluster_of(arguments: &[&str]) -> Option<u64> {
+    let after = arguments.iter().find_map(|options| options.split_once("cluster_size="))?.1;
+    if after.contains("preallocation=metadata") {
+        return None;
+    }
+    after.split(',').next()?.parse().ok()
 }
 
 fn some_options(random: &mut Random, backing: bool) -> (String, bool) {
@@ -120,16 +177,33 @@ fn some_options(random: &mut Random, backing: bool) -> (String, bool) {
     let compression = if zstd { "zstd" } else { "zlib" };
     // QEMU preallocates nothing over a backing image.
     let preallocation = if !backing && random.one_in(4) { "metadata" } else { "off" };
+    let cluster = if random.one_in(3) { 16384 << random.below(4) } else { cluster };
+    let extended = if cluster >= 16384 && !random.one_in(4) { "on" } else { "off" };
     let options = format!(
-        "cluster_size={cluster},refcount_bits={bits},lazy_refcounts={lazy},compression_type={compression},preallocation={preallocation}"
+        "cluster_size={cluster},extended_l2={extended},refcount_bits={bits},lazy_refcounts={lazy},compression_type={compression},preallocation={preallocation}"
     );
     (options, zstd)
 }
 
 /// Writes, zeroes, discards and compressed writes, one after the other.
-fn fill(folder: &Path, name: &str, format: &str, size: u64, random: &mut Random, what: &mut String) {
+fn fill(
+    folder: &Path,
+    name: &str,
+    format: &str,
+    size: u64,
+    cluster: Option<u64>,
+    random: &mut Random,
+    what: &mut String,
+) {
     let mut arguments = vec!["-f".to_owned(), format.into()];
     arguments.extend(["-d".into(), "unmap".into()]);
+    // QEMU compresses whole clusters that hold nothing yet.
+    let mut next = 0;
+    while let Some(cluster) = cluster.filter(|cluster| next * cluster < size && !random.one_in(3)) {
+        let len = cluster.min(size - next * cluster);
+        arguments.extend(["-c".into(), format!("write -c -P {} {} {len}", random.below(256), next * cluster)]);
+        next += 1 + random.below(8);
+    }
     for _ in 0..random.below(12) {
         let sectors = size / 512;
         let start = random.below(sectors);
@@ -154,7 +228,7 @@ fn fill(folder: &Path, name: &str, format: &str, size: u64, random: &mut Random,
 /// Makes a compressed image of one without backing, which it replaces.
 fn compress(folder: &Path, made: Made, zstd: bool, what: &mut String) -> Made {
     let name = format!("compressed-{}", made.name);
-    let compression = if zstd { "compression_type=zstd" } else { "compression_type=zlib" };
+    let compression = if zstd { "compression_type=zstd,extended_l2=on" } else { "compression_type=zlib" };
     let arguments = ["convert", "-c", "-O", "qcow2", "-o", compression, &made.name, &name];
     *what += &format!("\nqemu-img {}", arguments.join(" "));
     run(folder, "qemu-img", &arguments);

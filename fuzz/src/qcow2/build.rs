@@ -156,14 +156,16 @@ struct Writer {
     disk: Disk,
     bits: u32,
     version: u32,
+    /// Entries have a bitmap of 32 subclusters.
+    extended: bool,
     order: u32,
     size: u64,
     zstd: bool,
     below: bool,
     /// References of each cluster of the file.
     counts: Vec<u64>,
-    /// L2 entries by guest cluster.
-    entries: Vec<u64>,
+    /// L2 entries by guest cluster; the second word is the bitmap, where they have one.
+    entries: Vec<[u64; 2]>,
     guest: Vec<u8>,
     /// Where compressed bytes may go on, inside a cluster.
     packed: u64,
@@ -179,9 +181,11 @@ impl Writer {
             160..192 => 11,
             192..224 => 12,
             224..240 => 16,
+            240.. => 14,
             _ => 9,
         };
-        let version = if build.version_2 { 2 } else { 3 };
+        let extended = build.cluster_size >= 240;
+        let version = if build.version_2 && !extended { 2 } else { 3 };
         let clusters = u64::from(build.clusters % 200 + 1).min((SIZE_MAX >> bits).max(1));
         let sectors = 1 << (bits - 9);
         let size = ((clusters - 1) * sectors + u64::from(build.tail) % sectors + 1) << 9;
@@ -189,6 +193,7 @@ impl Writer {
             disk: Disk::default(),
             bits,
             version,
+            extended,
             order: if version == 2 { 4 } else { u32::from(build.refcount_order % 7) },
             size: size.min(SIZE_MAX),
             zstd: build.zstd && version == 3,
@@ -224,28 +229,56 @@ impl Writer {
             Content::Data => {
                 let host = self.take();
                 self.write_payload(host);
-                self.push(host | COPIED, self.tag);
+                let some = if self.tag.is_multiple_of(4) { u32::MAX } else { self.some() };
+                match self.extended {
+                    true => self.push_subclusters(host | COPIED, some),
+                    false => self.push([host | COPIED, 0], self.tag),
+                }
             }
             Content::Shared => self.share(),
             Content::Zero | Content::Kept if self.version == 2 => self.absent(),
-            Content::Zero => self.push(1, 0),
+            Content::Zero if self.extended => self.push_subclusters(0, 0),
+            Content::Zero => self.push([1, 0], 0),
             Content::Kept => {
                 let host = self.take();
                 self.write_payload(host);
-                self.push(host | COPIED | 1, 0);
+                match self.extended {
+                    true => self.push_subclusters(host | COPIED, 0),
+                    false => self.push([host | COPIED | 1, 0], 0),
+                }
             }
             Content::Compressed => self.compress(),
         }
     }
 
-    fn push(&mut self, entry: u64, byte: u8) {
+    fn push(&mut self, entry: [u64; 2], byte: u8) {
         self.entries.push(entry);
         self.guest.resize(self.entries.len() << self.bits, byte);
     }
 
+    /// Some of 32 subclusters.
+    fn some(&self) -> u32 {
+        u32::from(self.tag).wrapping_mul(0x9e37_79b9)
+    }
+
+    /// A cluster of which the subclusters `data` have payload; of the others some are zeroes and some absent.
+    fn push_subclusters(&mut self, descriptor: u64, data: u32) {
+        let zero = !data & self.some().rotate_left(13);
+        self.entries.push([descriptor, u64::from(zero) << 32 | u64::from(data)]);
+        let absent = if self.below { BELOW } else { 0 };
+        for nth in 0..32 {
+            let byte = match (data >> nth & 1, zero >> nth & 1) {
+                (1, _) => self.tag,
+                (_, 1) => 0,
+                _ => absent,
+            };
+            self.guest.resize(self.guest.len() + (1 << (self.bits - 5)), byte);
+        }
+    }
+
     fn absent(&mut self) {
         if self.entries.len() < self.guest_clusters() {
-            self.push(0, if self.below { BELOW } else { 0 });
+            self.push([0, 0], if self.below { BELOW } else { 0 });
         }
     }
 
@@ -254,16 +287,15 @@ impl Writer {
     }
 
     fn share(&mut self) {
-        let last = self.entries.last().copied().filter(|last| last & (COMPRESSED | 1) == 0 && *last != 0);
-        let Some(last) = last.filter(|_| self.order > 0) else { return self.content(Content::Data) };
+        let last = self.entries.last().copied().filter(|[last, _]| last & (COMPRESSED | 1) == 0 && *last != 0);
+        let Some([last, bitmap]) = last.filter(|_| self.order > 0) else { return self.content(Content::Data) };
         let host = last & !COPIED;
         let count = &mut self.counts[(host >> self.bits) as usize];
         if *count < 2 {
             *count += 1;
-            let byte = self.guest[self.guest.len() - 1];
             self.entries.pop();
-            self.entries.push(host);
-            self.push(host, byte);
+            self.entries.extend([[host, bitmap]; 2]);
+            self.guest.extend_from_within(self.guest.len() - (1 << self.bits)..);
         }
     }
 
@@ -287,20 +319,24 @@ impl Writer {
         self.disk.write_at(at, &bytes).expect("memory");
         self.packed = at + bytes.len() as u64;
         let x = 62 - (self.bits - 8);
-        self.push(COMPRESSED | (sectors - 1) << x | at, self.tag);
+        // A compressed cluster has no subclusters: nobody looks at the bitmap.
+        let bitmap = u64::from(self.some()) << 32 | u64::MAX >> 32;
+        self.push([COMPRESSED | (sectors - 1) << x | at, bitmap], self.tag);
     }
 
     /// Writes the tables and the header; returns what a guest reads.
     fn finish(&mut self, build: &Build) -> Vec<u8> {
-        let per_table = self.cluster() as usize / 8;
+        let words = if self.extended { 2 } else { 1 };
+        let per_table = self.cluster() as usize / 8 / words;
         let mut l1 = Vec::new();
         for table in std::mem::take(&mut self.entries).chunks(per_table) {
-            if table.iter().all(|entry| *entry == 0) {
+            if table.iter().all(|entry| entry[0] == 0 && entry[words - 1] == 0) {
                 l1.push(0);
                 continue;
             }
             let host = self.take();
-            self.write_words(host, table);
+            let table: Vec<u64> = table.iter().flat_map(|entry| &entry[..words]).copied().collect();
+            self.write_words(host, &table);
             l1.push(host | COPIED);
         }
         let needed = self.guest_clusters().div_ceil(per_table);
@@ -359,7 +395,7 @@ impl Writer {
         put(0, 4);
         put(0, 8);
         if self.version == 3 {
-            put(u64::from(self.zstd) << 3, 8);
+            put(u64::from(self.zstd) << 3 | u64::from(self.extended) << 4, 8);
             put(0, 8);
             put(0, 8);
             put(self.order.into(), 4);

@@ -197,6 +197,7 @@ impl Guest {
         loop {
             match self.image().settle(&mut progress)? {
                 Settle::Flush => self.disk.flush(),
+                Settle::FlushPayload => unreachable!("payload in another file has no guest here"),
                 Settle::Done => break,
                 Settle::Busy => panic!("nobody else settles"),
             }

@@ -16,7 +16,7 @@ use super::support::notes::Notes;
 use arbitrary::{Arbitrary, Unstructured};
 use build::Build;
 use formats::error::{Error, Kind};
-use formats::image::{Image, Place, Zeroing};
+use formats::image::{Image, Place, Settle, Zeroing};
 use formats::qcow2::{Open, Qcow2, check};
 use formats::range::ByteRange;
 use formats::storage::Storage;
@@ -108,7 +108,10 @@ pub fn run(data: &[u8]) {
         return;
     };
     match told {
-        Some(Ok(bytes)) if whole => Guest::new(disk, image, notes, below, bytes, right.is_some()).live(&acts),
+        // Where payload is in another file, nothing is known of that.
+        Some(Ok(bytes)) if whole && image.header().data_file.is_none() => {
+            Guest::new(disk, image, notes, below, bytes, right.is_some()).live(&acts)
+        }
         _ => use_it(&image, &acts),
     }
 }
@@ -208,7 +211,7 @@ fn use_it(image: &Qcow2, acts: &[Act]) {
             Act::Look(at, len) => look(image, at, u64::from(len).max(1)),
             _ => {
                 let mut progress = formats::image::Progress::default();
-                while let Ok(formats::image::Settle::Flush) = image.settle(&mut progress) {}
+                while let Ok(Settle::Flush | Settle::FlushPayload) = image.settle(&mut progress) {}
                 drop(progress);
                 image.recycle();
             }

@@ -5,7 +5,7 @@
 //! What is not looked at stays in the socket: that is what holds back a client that asks for more
 //! than there is room for.
 use crate::io::{Arena, Buffer, File, Io, Loan, Op, Token};
-use formats::nbd::wire::HEADER_LEN;
+use formats::nbd::wire::HEADER_LEN_MAX;
 use std::io;
 use std::ops::Range;
 
@@ -17,8 +17,8 @@ const DIRECT_MIN: usize = 32 << 10;
 
 /// Something whole that came.
 pub(super) enum Item {
-    /// A request's header.
-    Header([u8; HEADER_LEN]),
+    /// A request's header: the first bytes of these are all of it.
+    Header([u8; HEADER_LEN_MAX]),
     /// The payload that was expected.
     Payload(Buffer),
 }
@@ -33,7 +33,9 @@ pub(super) struct Inbound {
     staging: Option<Buffer>,
     /// As long as a header: used where a long payload will follow, which so is never copied.
     short: Option<Buffer>,
-    header: [u8; HEADER_LEN],
+    header: [u8; HEADER_LEN_MAX],
+    /// How much of it came, and how long it is.
+    header_filled: usize,
     header_len: usize,
     payload: Option<Payload>,
     skip: u64,
@@ -69,13 +71,20 @@ impl Inbound {
             state: State::Idle,
             received: None,
             staging: Some(take(STAGING_LEN)),
-            short: Some(take(HEADER_LEN)),
-            header: [0; HEADER_LEN],
+            short: None,
+            header: [0; HEADER_LEN_MAX],
+            header_filled: 0,
             header_len: 0,
             payload: None,
             skip: 0,
             long_payloads: false,
         }
+    }
+
+    /// What follows are requests, whose headers have so many bytes.
+    pub fn expect_requests(&mut self, header_len: usize, arena: &Arena) {
+        self.header_len = header_len;
+        self.short = Some(arena.take(header_len).unwrap_or_else(|| Buffer::alone(header_len)));
     }
 
     /// True where the client sends no more.
@@ -98,7 +107,7 @@ impl Inbound {
         assert!(range.start <= range.end, "no more is read than was received");
         match () {
             () if !range.is_empty() => self.received = Some((buffer, range)),
-            () if buffer.len() == HEADER_LEN => self.short = Some(buffer),
+            () if buffer.len() == self.header_len => self.short = Some(buffer),
             () => self.staging = Some(buffer),
         }
     }
@@ -132,10 +141,10 @@ impl Inbound {
 
     fn next_header(&mut self) -> Option<Item> {
         let mut header = self.header;
-        self.header_len += self.copy_out(&mut header[self.header_len..]);
+        self.header_filled += self.copy_out(&mut header[self.header_filled..self.header_len]);
         self.header = header;
-        (self.header_len == HEADER_LEN).then(|| {
-            self.header_len = 0;
+        (self.header_filled == self.header_len).then(|| {
+            self.header_filled = 0;
             self.long_payloads = false;
             Item::Header(header)
         })

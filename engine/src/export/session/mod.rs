@@ -26,6 +26,7 @@ use super::gate::Gate;
 use crate::disk::{Task, Tools};
 use crate::io::{Arena, Completion, File, Io, Op, Token, Waker};
 use formats::nbd::handshake::Reason;
+use formats::nbd::wire::Header;
 use formats::nbd::{Exports, Handshake, Outcome};
 use inbound::{Inbound, STAGING_LEN};
 use outbound::Outbound;
@@ -308,8 +309,9 @@ impl Session {
                 Outcome::Closed(reason) => self.leave(io, Ending::Handshake(reason)),
                 Outcome::Transmission(negotiated) => match self.directory.gate(&negotiated.export.name) {
                     Some(gate) => {
-                        self.phase =
-                            Phase::Transmission(Box::new(Transmission::new(*negotiated, gate, self.socket.clone())))
+                        self.inbound.expect_requests(Header::bytes(negotiated.style), &self.arena);
+                        let transmission = Transmission::new(*negotiated, gate, self.socket.clone());
+                        self.phase = Phase::Transmission(Box::new(transmission));
                     }
                     None => self.leave(io, Ending::NoExport(negotiated.export.name)),
                 },

@@ -2,7 +2,7 @@
 use super::outbound::Outbound;
 use super::status::BlockExtent;
 use crate::io::Buffer;
-use formats::nbd::{Errno, wire};
+use formats::nbd::{Errno, ReplyTo, Style};
 use formats::range::ByteRange;
 
 /// What became of a request.
@@ -15,8 +15,8 @@ pub(super) enum Answer {
     Mixed(Vec<Run>, Buffer),
     /// These bytes of the disk are zeroes; only for clients that take structured replies.
     Hole(ByteRange),
-    /// Extents of the metadata context of this number; at least one.
-    Status(u32, Vec<BlockExtent>),
+    /// Numbers of metadata contexts, each with at least one extent.
+    Status(Vec<(u32, Vec<BlockExtent>)>),
     /// Failed, and why in words.
     Failed(Errno, String),
 }
@@ -31,40 +31,38 @@ pub(super) struct Run {
 }
 
 /// Puts `answer` to a request on its way.
-pub(super) fn put(out: &mut Outbound, structured: bool, cookie: u64, answer: Answer) {
+pub(super) fn put(out: &mut Outbound, to: ReplyTo, answer: Answer) {
     match answer {
-        // Only a READ has to have a chunk; a simple reply is shorter.
-        Answer::Done => out.bytes(&wire::simple_reply(cookie, None)),
-        Answer::Data(range, buffer) if structured => {
-            out.bytes(&wire::offset_data_chunk(cookie, range.start, len(range), true));
+        Answer::Done => out.bytes(&to.done()),
+        Answer::Data(range, buffer) => {
+            match to.style {
+                Style::Simple => out.bytes(&to.done()),
+                Style::Structured | Style::Extended => out.bytes(&to.data(range.start, len(range), true)),
+            }
             out.buffer(buffer);
         }
-        Answer::Data(_, buffer) => {
-            out.bytes(&wire::simple_reply(cookie, None));
-            out.buffer(buffer);
+        Answer::Mixed(runs, buffer) => mixed(out, to, &runs, buffer),
+        Answer::Hole(range) => out.bytes(&to.hole(range.start, len(range), true)),
+        Answer::Status(contexts) => {
+            for (number, (context, extents)) in contexts.iter().enumerate() {
+                out.bytes(&to.block_status(*context, extents.len(), number + 1 == contexts.len()));
+                extents.iter().for_each(|extent| out.bytes(&to.extent(extent.len, extent.state)));
+            }
         }
-        Answer::Mixed(runs, buffer) => mixed(out, cookie, &runs, buffer),
-        Answer::Hole(range) => out.bytes(&wire::offset_hole_chunk(cookie, range.start, len(range), true)),
-        Answer::Status(context, extents) => {
-            out.bytes(&wire::block_status_chunk(cookie, context, extents.len()));
-            extents.iter().for_each(|extent| out.bytes(&wire::block_extent(extent.len, extent.state)));
-        }
-        // With words where the client takes them; a READ must then have a chunk.
-        Answer::Failed(error, why) if structured => out.bytes(&wire::error_chunk(cookie, error, &why)),
-        Answer::Failed(error, _) => out.bytes(&wire::simple_reply(cookie, Some(error))),
+        Answer::Failed(error, why) => out.bytes(&to.error(error, &why)),
     }
 }
 
 /// The runs in their order, the last one ending the reply.
-fn mixed(out: &mut Outbound, cookie: u64, runs: &[Run], mut rest: Buffer) {
+fn mixed(out: &mut Outbound, to: ReplyTo, runs: &[Run], mut rest: Buffer) {
     for (number, Run { range, hole }) in runs.iter().enumerate() {
         let done = number + 1 == runs.len();
         let after = rest.split_off(range.len() as usize);
         let bytes = std::mem::replace(&mut rest, after);
         if *hole {
-            out.bytes(&wire::offset_hole_chunk(cookie, range.start, len(*range), done));
+            out.bytes(&to.hole(range.start, len(*range), done));
         } else {
-            out.bytes(&wire::offset_data_chunk(cookie, range.start, len(*range), done));
+            out.bytes(&to.data(range.start, len(*range), done));
             out.buffer(bytes);
         }
     }

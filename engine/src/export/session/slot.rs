@@ -7,7 +7,7 @@ use crate::export::request::{Action as Wish, GuestRequest};
 use crate::io::{Buffer, Completion, Io, Token};
 use formats::error::{Error, Kind};
 use formats::image::Zeroing;
-use formats::nbd::{Action, Errno};
+use formats::nbd::{Action, Errno, Negotiated, ReplyTo, Style};
 use formats::range::ByteRange;
 
 /// Reads from this length on look for holes first: in a shorter one they are not worth the look.
@@ -15,8 +15,8 @@ const HOLES_FROM: u64 = 16 << 10;
 
 /// One request that is under way.
 pub(super) struct Slot {
-    /// The client's name for it.
-    pub cookie: u64,
+    /// Whom its answer is for.
+    pub to: ReplyTo,
     /// Payload that it holds, in bytes.
     pub bytes: u64,
     /// It waits for somebody else: step it when woken.
@@ -31,17 +31,10 @@ pub(super) struct Slot {
 }
 
 impl Slot {
-    /// Starts `action`; `payload` is a write's. `holes`: the client takes a hole for an answer.
-    pub fn start<I: Io>(
-        cookie: u64,
-        action: Action,
-        payload: Option<Buffer>,
-        holes: bool,
-        gate: &Gate,
-        tools: &Tools<I>,
-    ) -> Self {
+    /// Starts `action`; `payload` is a write's.
+    pub fn start<I: Io>(to: ReplyTo, action: Action, payload: Option<Buffer>, gate: &Gate, tools: &Tools<I>) -> Self {
         let mut slot = Self {
-            cookie,
+            to,
             bytes: bytes_of(&action),
             blocked: false,
             action,
@@ -51,7 +44,7 @@ impl Slot {
         };
         let (wish, range, fua) = match action {
             Action::Read { range, unfragmented } => {
-                if holes && !unfragmented && range.len() >= HOLES_FROM {
+                if to.style != Style::Simple && !unfragmented && range.len() >= HOLES_FROM {
                     match look_for_holes(gate, tools, range) {
                         Runs::One { hole: true } => return Self { answer: Some(Answer::Hole(range)), ..slot },
                         Runs::One { hole: false } => {}
@@ -61,15 +54,12 @@ impl Slot {
                 (Wish::Read(take(tools, range.len())), range, false)
             }
             Action::Write { range, fua } => (Wish::Write(payload.expect("a write has a payload")), range, fua),
-            Action::Trim { range, fua } => (Wish::Zero(Zeroing::Discard), range, fua),
-            // Nobody here knows beforehand that zeroing will be faster than writing.
-            Action::WriteZeroes { fast: true, .. } => {
-                let why = "whether zeroing would be faster than writing is not known";
-                return Self { answer: Some(Answer::Failed(Errno::NotSup, why.into())), ..slot };
+            Action::Trim { range, fua } => (Wish::Zero { zeroing: Zeroing::Discard, fast: false }, range, fua),
+            Action::WriteZeroes { range, fua, keep, fast } => {
+                let zeroing = if keep { Zeroing::Keep } else { Zeroing::Unmap };
+                (Wish::Zero { zeroing, fast }, range, fua)
             }
-            Action::WriteZeroes { range, fua, keep, .. } => {
-                (Wish::Zero(if keep { Zeroing::Keep } else { Zeroing::Unmap }), range, fua)
-            }
+            Action::Cache { range } => (Wish::Prefetch, range, false),
             Action::Flush => (Wish::Flush, ByteRange::default(), false),
             Action::BlockStatus { .. } => return slot,
         };
@@ -78,11 +68,17 @@ impl Slot {
     }
 
     /// Takes it as far as it goes. The answer, when there is one.
-    pub fn step<I: Io>(&mut self, gate: &Gate, tools: &mut Tools<I>, base: Token) -> Option<Answer> {
+    pub fn step<I: Io>(
+        &mut self,
+        negotiated: &Negotiated,
+        gate: &Gate,
+        tools: &mut Tools<I>,
+        base: Token,
+    ) -> Option<Answer> {
         if self.answer.is_some() {
             return self.answer.take();
         }
-        let Some(request) = &mut self.request else { return self.status(gate, tools) };
+        let Some(request) = &mut self.request else { return self.status(negotiated, gate, tools) };
         let status = request.step(gate, tools, base);
         self.blocked = status == Status::Blocked;
         (status == Status::Done).then(|| self.answer())
@@ -105,12 +101,17 @@ impl Slot {
         }
     }
 
-    fn status<I: Io>(&mut self, gate: &Gate, tools: &Tools<I>) -> Option<Answer> {
-        let Action::BlockStatus { range, one, context } = self.action else { unreachable!("the rest are requests") };
+    fn status<I: Io>(&mut self, negotiated: &Negotiated, gate: &Gate, tools: &Tools<I>) -> Option<Answer> {
+        let Action::BlockStatus { range, one, contexts } = self.action else { unreachable!("the rest are requests") };
         let pass = gate.enter(tools.waker);
         self.blocked = pass.is_none();
-        Some(match status::extents(pass?.route().disk.chain(), range, one) {
-            Ok(extents) => Answer::Status(context, extents),
+        let pass = pass?;
+        let selected = negotiated.contexts.iter().enumerate().filter(|(place, _)| contexts.has(*place));
+        let told = selected.map(|(_, (number, context))| {
+            status::extents(pass.route(), context, range, one).map(|extents| (*number, extents))
+        });
+        Some(match told.collect() {
+            Ok(contexts) => Answer::Status(contexts),
             Err(error) => failed(&self.action, &error),
         })
     }
@@ -143,10 +144,13 @@ fn failed(action: &Action, error: &Error) -> Answer {
         Action::Trim { range, .. } => ("trim", *range),
         Action::WriteZeroes { range, .. } => ("zeroing", *range),
         Action::BlockStatus { range, .. } => ("block status", *range),
+        Action::Cache { range } => ("prefetch", *range),
         Action::Flush => ("flush", ByteRange::default()),
     };
     tracing::debug!(error = error.one_line(), "a guest's {what} failed");
+    let fast = matches!(action, Action::WriteZeroes { fast: true, .. });
     let errno = match (error.raw_os_error(), error.kind()) {
+        (Some(number), _) if fast && number == rustix::io::Errno::OPNOTSUPP.raw_os_error() => Errno::NotSup,
         (Some(number), _) => Errno::from_system(number),
         (None, Kind::Invalid) => Errno::Inval,
         (None, _) => Errno::Io,

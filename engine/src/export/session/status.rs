@@ -1,7 +1,9 @@
-//! Where a disk has holes, for BLOCK_STATUS and for reads that need not send zeroes.
+//! What BLOCK_STATUS tells of a disk: holes, layers, bitmaps; and which zeroes a read need not send.
 use super::reply::Run;
 use crate::chain::{Chain, Look, Source};
-use formats::error::Result;
+use crate::export::gate::Route;
+use formats::error::{Error, Result};
+use formats::nbd::Context;
 use formats::nbd::wire::state;
 use formats::range::ByteRange;
 
@@ -14,26 +16,53 @@ const HOLE_MIN: u64 = 4096;
 /// Runs in a read's answer at most; what follows is sent as data.
 const RUNS_MAX: usize = 16;
 
-/// One extent of `base:allocation`.
+/// One extent of a context.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct BlockExtent {
     /// Bytes; at least 1.
-    pub len: u32,
-    /// See `wire::state`.
+    pub len: u64,
+    /// What the context says of them: see `wire::state` for `base:allocation`.
     pub state: u32,
 }
 
-/// The extents from `range.start` on, inside `range`; `one` of them, or some. At least one.
-pub(super) fn extents(chain: &Chain, range: ByteRange, one: bool) -> Result<Vec<BlockExtent>> {
+/// What `context` says from `range.start` on, inside `range`: `one` extent, or some. At least one.
+pub(super) fn extents(route: &Route, context: &Context, range: ByteRange, one: bool) -> Result<Vec<BlockExtent>> {
+    let chain = route.disk.chain();
+    match context {
+        Context::Allocation => gather(range, one, |rest| {
+            let (guest, source) = chain.map(rest.start, rest.len(), Look::Holes)?;
+            Ok((guest, state_of(source)))
+        }),
+        Context::Depth => gather(range, one, |rest| {
+            let (guest, depth) = chain.depth(rest.start, rest.len())?;
+            Ok((guest, depth as u32))
+        }),
+        Context::Bitmap(name) => {
+            let bitmap = route.bitmap(name);
+            let bitmap = bitmap.ok_or_else(|| Error::invalid(format!("there is no dirty bitmap {name} any more")))?;
+            gather(range, one, |rest| {
+                let (guest, marked) = bitmap.run(rest);
+                Ok((guest, marked.into()))
+            })
+        }
+    }
+}
+
+/// Extents of what `look` says of a prefix of the bytes it is given.
+fn gather(
+    range: ByteRange,
+    one: bool,
+    look: impl Fn(ByteRange) -> Result<(ByteRange, u32)>,
+) -> Result<Vec<BlockExtent>> {
     let mut extents: Vec<BlockExtent> = Vec::new();
     let mut at = range.start;
     for _ in 0..LOOKS_MAX {
         if at == range.end {
             break;
         }
-        let (guest, source) = chain.map(at, range.end - at, Look::Holes)?;
+        let (guest, state) = look(ByteRange { start: at, end: range.end })?;
         at = guest.end;
-        let (len, state) = (guest.len() as u32, state_of(source));
+        let len = guest.len();
         let count = extents.len();
         match extents.last_mut() {
             Some(last) if last.state == state => last.len += len,

@@ -4,6 +4,7 @@ mod world;
 use super::{Ending, PAYLOAD_MAX, Progress, REQUESTS_MAX};
 use crate::export::gate::Route;
 use crate::mirror::Mirror;
+use formats::nbd::Style;
 use formats::nbd::wire::{self, chunk, command_flag as flag};
 use formats::range::ByteRange;
 use std::collections::BTreeMap;
@@ -36,21 +37,56 @@ fn write(flags: u16, cookie: u64, offset: u64, payload: &[u8]) -> Vec<u8> {
     [&request(WRITE, flags, cookie, offset, payload.len() as u32), payload].concat()
 }
 
+/// The same with a 64-bit header.
+fn extended(command: u16, flags: u16, cookie: u64, offset: u64, len: u64) -> Vec<u8> {
+    [
+        &wire::EXTENDED_REQUEST_MAGIC.to_be_bytes()[..],
+        &flags.to_be_bytes(),
+        &command.to_be_bytes(),
+        &cookie.to_be_bytes(),
+        &offset.to_be_bytes(),
+        &len.to_be_bytes(),
+    ]
+    .concat()
+}
+
+/// A request of a client of any style.
+fn ask(style: Style, command: u16, flags: u16, cookie: u64, offset: u64, len: u64) -> Vec<u8> {
+    match style {
+        Style::Extended => extended(command, flags, cookie, offset, len),
+        Style::Simple | Style::Structured => request(command, flags, cookie, offset, len as u32),
+    }
+}
+
+fn put(style: Style, flags: u16, cookie: u64, offset: u64, payload: &[u8]) -> Vec<u8> {
+    let flags = if style == Style::Extended { flags | flag::PAYLOAD_LEN } else { flags };
+    [&ask(style, WRITE, flags, cookie, offset, payload.len() as u64), payload].concat()
+}
+
 fn option(number: u32, data: &[u8]) -> Vec<u8> {
     let head = [wire::OPTION_MAGIC.to_be_bytes().to_vec(), number.to_be_bytes().to_vec()].concat();
     [&head, &(data.len() as u32).to_be_bytes()[..], data].concat()
 }
 
-/// A scene whose handshake is done, with structured replies and block status or without.
-fn scene(seed: u64, size: u64, structured: bool) -> Scene {
-    greeted(Scene::new(seed, size), structured)
+/// A scene whose handshake is done, with replies in chunks and block status or without.
+fn scene(seed: u64, size: u64, style: Style) -> Scene {
+    greeted(Scene::new(seed, size), style)
 }
 
-fn greeted(mut scene: Scene, structured: bool) -> Scene {
+fn greeted(mut scene: Scene, style: Style) -> Scene {
     scene.say(&3_u32.to_be_bytes());
-    if structured {
-        scene.say(&option(wire::opt::STRUCTURED_REPLY, b""));
-        scene.say(&option(wire::opt::SET_META_CONTEXT, b"\0\0\0\0\0\0\0\x01\0\0\0\x0fbase:allocation"));
+    match style {
+        Style::Simple => {}
+        Style::Structured => scene.say(&option(wire::opt::STRUCTURED_REPLY, b"")),
+        Style::Extended => scene.say(&option(wire::opt::EXTENDED_HEADERS, b"")),
+    }
+    if style != Style::Simple {
+        let names = ["base:allocation", "qemu:allocation-depth", "qemu:dirty-bitmap:mirror"];
+        let mut queries = b"\0\0\0\0\0\0\0\x03".to_vec();
+        for name in names {
+            queries.extend([&(name.len() as u32).to_be_bytes(), name.as_bytes()].concat());
+        }
+        scene.say(&option(wire::opt::SET_META_CONTEXT, &queries));
     }
     scene.say(&option(wire::opt::GO, b"\0\0\0\x03vda\0\0"));
     assert_eq!(scene.run(), Progress::Running);
@@ -67,8 +103,8 @@ struct Reply {
     data: BTreeMap<u64, Vec<u8>>,
     holes: usize,
     chunks: usize,
-    /// Length and state.
-    extents: Vec<(u32, u32)>,
+    /// Length and state, by context.
+    extents: BTreeMap<u32, Vec<(u64, u32)>>,
 }
 
 /// Takes apart what a server sent. `reads`: lengths of the reads whose simple replies have payload.
@@ -96,9 +132,13 @@ fn replies(mut bytes: &[u8], reads: &BTreeMap<u64, (u64, u32)>) -> BTreeMap<u64,
             assert!(ended.insert(cookie, reply).is_none(), "request {cookie} has one reply");
             continue;
         }
-        assert_eq!(number(&magic) as u32, wire::STRUCTURED_REPLY_MAGIC);
+        let long = number(&magic) as u32 == wire::EXTENDED_REPLY_MAGIC;
+        assert!(long || number(&magic) as u32 == wire::STRUCTURED_REPLY_MAGIC);
         let (flags, kind, cookie) = (number(&take(2)), number(&take(2)) as u16, number(&take(8)));
-        let payload_len = number(&take(4)) as usize;
+        if long {
+            take(8);
+        }
+        let payload_len = number(&take(if long { 8 } else { 4 })) as usize;
         let payload = take(payload_len);
         let reply = open.entry(cookie).or_default();
         reply.chunks += 1;
@@ -113,9 +153,15 @@ fn replies(mut bytes: &[u8], reads: &BTreeMap<u64, (u64, u32)>) -> BTreeMap<u64,
                 reply.holes += 1;
             }
             chunk::BLOCK_STATUS => {
-                assert_eq!(number(&payload[..4]), 1);
-                let extent = |e: &[u8]| (number(&e[..4]) as u32, number(&e[4..]) as u32);
-                reply.extents = payload[4..].chunks(8).map(extent).collect();
+                let extent = |e: &[u8]| (number(&e[..4]), number(&e[4..]) as u32);
+                let extents = payload[4..].chunks(8).map(extent).collect();
+                assert!(reply.extents.insert(number(&payload[..4]) as u32, extents).is_none());
+            }
+            chunk::BLOCK_STATUS_EXT => {
+                let extent = |e: &[u8]| (number(&e[..8]), number(&e[8..]) as u32);
+                let extents: Vec<_> = payload[8..].chunks(16).map(extent).collect();
+                assert_eq!(number(&payload[4..8]), extents.len() as u64);
+                assert!(reply.extents.insert(number(&payload[..4]) as u32, extents).is_none());
             }
             chunk::ERROR => reply.error = number(&payload[..4]) as u32,
             other => panic!("chunk type {other}"),
@@ -136,8 +182,8 @@ fn reply(scene: &mut Scene) -> Reply {
 
 /// A client that asks for everything, at random and in bursts, never twice for the same bytes at a
 /// time, and keeps its own copy of the truth.
-fn any_client(seed: u64, structured: bool) {
-    let mut scene = scene(seed, SIZE, structured);
+fn any_client(seed: u64, style: Style) {
+    let mut scene = scene(seed, SIZE, style);
     let mut random = Random::new(seed + 7);
     let mut truth = vec![0_u8; SIZE as usize];
     let mut cookie = 0;
@@ -152,24 +198,24 @@ fn any_client(seed: u64, structured: bool) {
             cookie += 1;
             match random.below(8) {
                 0..3 => {
-                    scene.say(&request(READ, 0, cookie, at, len as u32));
+                    scene.say(&ask(style, READ, 0, cookie, at, len));
                     reads.insert(cookie, (at, len as u32));
                     expected.insert(cookie, truth[bytes].to_vec());
                 }
                 3..6 => {
                     let payload: Vec<u8> = (0..len).map(|n| (n + cookie) as u8).collect();
-                    scene.say(&write((random.below(4) == 0).into(), cookie, at, &payload));
+                    scene.say(&put(style, (random.below(4) == 0).into(), cookie, at, &payload));
                     truth[bytes].copy_from_slice(&payload);
                     expected.insert(cookie, Vec::new());
                 }
                 6 => {
-                    scene.say(&request(WRITE_ZEROES, flag::NO_HOLE * random.below(2) as u16, cookie, at, len as u32));
+                    scene.say(&ask(style, WRITE_ZEROES, flag::NO_HOLE * random.below(2) as u16, cookie, at, len));
                     truth[bytes].fill(0);
                     expected.insert(cookie, Vec::new());
                 }
                 _ => {
                     // Refused, its payload skipped: it ends past the disk.
-                    scene.say(&write(0, cookie, SIZE - 10, &vec![1; len as usize]));
+                    scene.say(&put(style, 0, cookie, SIZE - 10, &vec![1; len as usize]));
                     expected.insert(cookie, b"refused".to_vec());
                 }
             }
@@ -189,7 +235,7 @@ fn any_client(seed: u64, structured: bool) {
             }
         }
     }
-    scene.say(&request(DISC, 0, 0, 0, 0));
+    scene.say(&ask(style, DISC, 0, 0, 0, 0));
     assert_eq!(scene.run(), Progress::Over(Ending::Disconnected));
     assert!(scene.world.files[0] == truth);
 }
@@ -197,14 +243,14 @@ fn any_client(seed: u64, structured: bool) {
 #[test]
 fn whatever_order_things_end_in_every_request_is_answered_rightly() {
     for seed in 0..150 {
-        any_client(seed, seed % 3 > 0);
+        any_client(seed, [Style::Simple, Style::Structured, Style::Extended][seed as usize % 3]);
     }
 }
 
 #[test]
 fn whatever_is_said_the_session_ends_with_its_client_and_nothing_under_way() {
     for seed in 0..300 {
-        let mut scene = scene(seed, SIZE, seed % 2 == 0);
+        let mut scene = scene(seed, SIZE, if seed % 2 == 0 { Style::Structured } else { Style::Simple });
         let mut random = Random::new(seed);
         for _ in 0..random.below(40) {
             let (command, flags) = (random.below(10) as u16, [0, 0, random.below(64) as u16][random.below(3) as usize]);
@@ -230,7 +276,7 @@ fn whatever_is_said_the_session_ends_with_its_client_and_nothing_under_way() {
 #[test]
 fn a_deaf_client_gets_no_more_than_its_share() {
     for (len, count, requests_max) in [(4096, 500, REQUESTS_MAX), (8 << 20, 20, (PAYLOAD_MAX >> 23) as usize)] {
-        let mut scene = scene(1, 16 << 20, true);
+        let mut scene = scene(1, 16 << 20, Style::Structured);
         scene.say(&write(0, 9999, 0, &vec![1; 16 << 20]));
         scene.run();
         scene.heard();
@@ -249,7 +295,7 @@ fn a_deaf_client_gets_no_more_than_its_share() {
 
 #[test]
 fn refusals_count_as_well() {
-    let mut scene = scene(1, SIZE, true);
+    let mut scene = scene(1, SIZE, Style::Structured);
     scene.world.deaf = true;
     (0..5000).for_each(|cookie| scene.say(&request(READ, 0, cookie, SIZE, 512)));
     scene.run();
@@ -262,7 +308,7 @@ fn refusals_count_as_well() {
 
 #[test]
 fn disconnect_finishes_what_is_under_way() {
-    let mut scene = scene(3, SIZE, true);
+    let mut scene = scene(3, SIZE, Style::Structured);
     scene.world.disk_rests = true;
     scene.say(&write(0, 1, 0, &[7; 4096]));
     scene.say(&request(FLUSH, 0, 2, 0, 0));
@@ -278,7 +324,7 @@ fn disconnect_finishes_what_is_under_way() {
 #[test]
 fn the_writes_of_a_client_that_is_gone_end_before_its_session_does() {
     for seed in 0..50 {
-        let mut scene = scene(seed, SIZE, true);
+        let mut scene = scene(seed, SIZE, Style::Structured);
         scene.world.disk_rests = true;
         scene.say(&write(0, 1, 0, &[7; 4096]));
         scene.say(&write(0, 2, 8192, &[8; 4096])[..2000]);
@@ -295,18 +341,18 @@ fn the_writes_of_a_client_that_is_gone_end_before_its_session_does() {
 #[test]
 fn a_connections_first_request_waits_for_the_last_of_its_predecessor() {
     // A client that is not gone is not waited for.
-    let mut old = scene(1, SIZE, true);
+    let mut old = scene(1, SIZE, Style::Structured);
     old.world.disk_rests = true;
     old.say(&write(0, 1, 0, &[7; 4096]));
     old.run();
-    let mut other = greeted(old.beside(), true);
+    let mut other = greeted(old.beside(), Style::Structured);
     other.say(&write(0, 1, 0, &[9; 4096]));
     other.run();
     assert_eq!(reply(&mut other).error, 0);
 
     old.theirs = None;
     old.world.hung_up = true;
-    let mut new = greeted(old.beside(), true);
+    let mut new = greeted(old.beside(), Style::Structured);
     new.say(&write(0, 1, 0, &[8; 4096]));
     new.run();
     assert_eq!((new.world.under_way(Done::Write), new.world.files[0][0]), (0, 0));
@@ -320,7 +366,7 @@ fn a_connections_first_request_waits_for_the_last_of_its_predecessor() {
 
 #[test]
 fn a_wrong_magic_ends_the_connection_not_the_requests_before_it() {
-    let mut scene = scene(5, SIZE, false);
+    let mut scene = scene(5, SIZE, Style::Simple);
     scene.say(&write(0, 1, 0, &[7; 4096]));
     scene.say(&[0; 28]);
     scene.say(&write(0, 2, 0, &[8; 4096]));
@@ -331,7 +377,7 @@ fn a_wrong_magic_ends_the_connection_not_the_requests_before_it() {
 
 #[test]
 fn a_write_too_long_to_skip_ends_the_connection() {
-    let mut scene = scene(5, SIZE, false);
+    let mut scene = scene(5, SIZE, Style::Simple);
     scene.say(&request(WRITE, 0, 1, 0, u32::MAX));
     assert_eq!(scene.run(), Progress::Over(Ending::TooLong(u32::MAX.into())));
 }
@@ -339,7 +385,7 @@ fn a_write_too_long_to_skip_ends_the_connection() {
 #[test]
 fn a_closed_gate_holds_every_request_and_the_new_route_has_it() {
     for seed in 0..50 {
-        let mut scene = scene(seed, SIZE, true);
+        let mut scene = scene(seed, SIZE, Style::Structured);
         let leaving = scene.gate.close();
         scene.say(&write(0, 1, 0, &[7; 4096]));
         scene.say(&request(READ, 0, 2, 65536, 65536));
@@ -364,7 +410,7 @@ fn a_write_is_marked_when_its_client_hears_of_it() {
         (request(WRITE_ZEROES, 0, 1, 131_072, 4096), ByteRange { start: 131_072, end: 196_608 }),
     ] {
         for failing in [None, Some((Done::Write, 5)), Some((Done::Zero, 5))] {
-            let mut scene = scene(1, SIZE, true);
+            let mut scene = scene(1, SIZE, Style::Structured);
             let mirror = Arc::new(Mirror::new(Arc::clone(&scene.disk), disk(1, SIZE), 16, false));
             scene.gate.replace(Route { disk: Arc::clone(&scene.disk), mirror: Some(Arc::clone(&mirror)) });
             scene.world.failing = failing;
@@ -379,7 +425,7 @@ fn a_write_is_marked_when_its_client_hears_of_it() {
 
 #[test]
 fn errors_have_the_protocols_numbers_in_either_kind_of_reply() {
-    for structured in [false, true] {
+    for style in [Style::Simple, Style::Structured] {
         for (message, failing, want) in [
             (request(READ, 0, 1, 0, 512), (Done::Read, 5), 5),
             (write(0, 1, 0, &[1; 512]), (Done::Write, 28), 28),
@@ -387,10 +433,14 @@ fn errors_have_the_protocols_numbers_in_either_kind_of_reply() {
             (write(flag::FUA, 1, 0, &[1; 512]), (Done::Flush, 5), 5),
             (request(FLUSH, 0, 1, 0, 0), (Done::Flush, 28), 28),
             (request(TRIM, 0, 1, 0, 512), (Done::Zero, 5), 5),
-            (request(WRITE_ZEROES, flag::FAST_ZERO, 1, 0, 512), (Done::Read, 5), 95),
+            // The file system can neither make holes nor zero in place: fast is only what is short.
+            (request(WRITE_ZEROES, flag::FAST_ZERO, 1, 0, SIZE as u32), (Done::Zero, 95), 95),
+            (request(WRITE_ZEROES, flag::FAST_ZERO, 1, 0, 512), (Done::Zero, 95), 0),
+            (request(WRITE_ZEROES, 0, 1, 0, SIZE as u32), (Done::Zero, 95), 0),
+            (request(WRITE_ZEROES, flag::FAST_ZERO, 1, 0, SIZE as u32), (Done::Read, 5), 0),
             (request(99, 0, 1, 0, 512), (Done::Read, 5), 22),
         ] {
-            let mut scene = scene(2, SIZE, structured);
+            let mut scene = scene(2, SIZE, style);
             // Data, so that there is something to read.
             scene.say(&write(0, 0, 0, &[1; 512]));
             scene.run();
@@ -407,7 +457,7 @@ fn errors_have_the_protocols_numbers_in_either_kind_of_reply() {
 fn fua_is_answered_after_a_flush() {
     let messages = [write(flag::FUA, 1, 0, &[1; 512]), request(WRITE_ZEROES, flag::FUA, 1, 0, 512)];
     for (message, change) in messages.into_iter().zip([Done::Write, Done::Zero]) {
-        let mut scene = scene(2, SIZE, true);
+        let mut scene = scene(2, SIZE, Style::Structured);
         scene.world.whole = true;
         scene.world.log.clear();
         scene.say(&message);
@@ -419,7 +469,7 @@ fn fua_is_answered_after_a_flush() {
 
 #[test]
 fn holes_are_told_where_the_client_takes_them() {
-    let mut scene = scene(2, SIZE, true);
+    let mut scene = scene(2, SIZE, Style::Structured);
     scene.say(&write(0, 0, 65536, &[1; 65536]));
     scene.run();
     scene.heard();
@@ -443,26 +493,62 @@ fn holes_are_told_where_the_client_takes_them() {
 
 #[test]
 fn block_status_says_holes_and_data() {
-    let mut scene = scene(2, SIZE, true);
+    let mut scene = scene(2, SIZE, Style::Structured);
     scene.say(&write(0, 0, 65536, &[1; 65536]));
     scene.run();
     scene.heard();
     for (flags, offset, len, want) in [
-        (0, 0, SIZE as u32, &[(65536, 3), (65536, 0), (SIZE as u32 - 131_072, 3)][..]),
+        (0, 0, SIZE as u32, &[(65536, 3), (65536, 0), (SIZE - 131_072, 3)][..]),
         (flag::REQ_ONE, 0, SIZE as u32, &[(65536, 3)]),
         (flag::REQ_ONE, 0, 100, &[(100, 3)]),
         (0, 100_000, 31_073, &[(31_072, 0), (1, 3)]),
     ] {
         scene.say(&request(BLOCK_STATUS, flags, 5, offset, len));
         scene.run();
-        assert_eq!(reply(&mut scene).extents, want);
+        assert_eq!(reply(&mut scene).extents[&1], want);
     }
+}
+
+/// The mirror's own bitmap among them, as long as its job is under way.
+#[test]
+fn each_context_that_was_chosen_or_asked_for_has_its_answer() {
+    let (target, chunk) = (disk(1, SIZE), 65536);
+    let scene = Scene::new(2, SIZE);
+    let mirror = Arc::new(Mirror::new(Arc::clone(&scene.disk), target, 16, false));
+    scene.gate.replace(Route { disk: Arc::clone(&scene.disk), mirror: Some(Arc::clone(&mirror)) });
+    let mut scene = greeted(scene, Style::Extended);
+    scene.say(&put(Style::Extended, 0, 0, chunk, &[1; 512]));
+    scene.run();
+    scene.heard();
+    let dirty = [(chunk, 0), (chunk, 1), (SIZE - 2 * chunk, 0)];
+    let depths = [(SIZE, 1)];
+    let filter = |numbers: &[u32]| {
+        let payload: Vec<u8> =
+            SIZE.to_be_bytes().into_iter().chain(numbers.iter().flat_map(|n| n.to_be_bytes())).collect();
+        [extended(BLOCK_STATUS, flag::PAYLOAD_LEN, 5, 0, payload.len() as u64), payload].concat()
+    };
+    for (message, numbers) in
+        [(extended(BLOCK_STATUS, 0, 5, 0, SIZE), &[1, 2, 3][..]), (filter(&[3]), &[3]), (filter(&[3, 1]), &[1, 3])]
+    {
+        scene.say(&message);
+        scene.run();
+        let extents = reply(&mut scene).extents;
+        assert!(extents.keys().eq(numbers));
+        assert!(extents.get(&2).is_none_or(|found| *found == depths));
+        assert!(extents.get(&3).is_none_or(|found| *found == dirty));
+    }
+    scene.say(&filter(&[9]));
+    scene.gate.replace(Route { disk: Arc::clone(&scene.disk), mirror: None });
+    scene.say(&extended(BLOCK_STATUS, 0, 6, 0, SIZE));
+    scene.run();
+    let replies = replies(&scene.heard(), &BTreeMap::new());
+    assert_eq!((replies[&5].error, replies[&6].error), (22, 22), "an unknown number, and a job that is over");
 }
 
 #[test]
 fn requests_of_32_mib_are_done() {
     let size = 40 << 20;
-    let mut scene = scene(2, size, false);
+    let mut scene = scene(2, size, Style::Simple);
     let payload: Vec<u8> = (0..32 << 20).map(|n: u32| (n >> 9) as u8).collect();
     scene.say(&write(0, 1, 4096, &payload));
     scene.say(&request(READ, 0, 2, 0, 4096));
@@ -486,7 +572,7 @@ fn a_silent_client_is_dropped() {
 
 #[test]
 fn a_served_client_may_be_silent() {
-    let mut scene = scene(1, SIZE, true);
+    let mut scene = scene(1, SIZE, Style::Structured);
     scene.world.expired = true;
     assert_eq!(scene.run(), Progress::Running);
     scene.say(&request(FLUSH, 0, 1, 0, 0));
@@ -508,7 +594,7 @@ fn export_name_and_hanging_up_ends_one_session() {
 #[test]
 fn leaving_with_replies_pending_ends_one_session() {
     // Was an assertion in nbdkit.
-    let mut scene = scene(1, SIZE, true);
+    let mut scene = scene(1, SIZE, Style::Structured);
     scene.world.deaf = true;
     (0..100).for_each(|cookie| scene.say(&request(READ, 0, cookie, 0, 65536)));
     scene.run();
@@ -518,7 +604,7 @@ fn leaving_with_replies_pending_ends_one_session() {
 
 #[test]
 fn a_stop_ends_it_when_what_is_under_way_is_done() {
-    let mut scene = scene(1, SIZE, true);
+    let mut scene = scene(1, SIZE, Style::Structured);
     scene.world.disk_rests = true;
     scene.say(&write(0, 1, 0, &[7; 4096]));
     scene.run();
@@ -532,7 +618,7 @@ fn a_stop_ends_it_when_what_is_under_way_is_done() {
 
 #[test]
 fn a_burst_costs_one_receive_and_one_send() {
-    let mut scene = scene(1, SIZE, true);
+    let mut scene = scene(1, SIZE, Style::Structured);
     scene.world.whole = true;
     scene.world.disk_rests = true;
     scene.world.log.clear();
@@ -552,7 +638,7 @@ fn a_burst_costs_one_receive_and_one_send() {
 
 #[test]
 fn a_long_payload_goes_straight_to_its_place() {
-    let mut scene = scene(1, 4 << 20, true);
+    let mut scene = scene(1, 4 << 20, Style::Structured);
     scene.world.whole = true;
     let send = |scene: &mut Scene, cookie| {
         scene.world.log.clear();

@@ -8,9 +8,9 @@ use crate::disk::{Task, Tools};
 use crate::export::gate::Gate;
 use crate::export::roll::Member;
 use crate::io::{Buffer, Completion, File, Io, Token};
-use formats::nbd::request::check;
+use formats::nbd::request::{check, check_filter};
 use formats::nbd::wire::Header;
-use formats::nbd::{Action, Negotiated, Verdict};
+use formats::nbd::{Action, Negotiated, ReplyTo, Verdict};
 use std::sync::Arc;
 
 /// What was negotiated, and what is under way.
@@ -25,14 +25,22 @@ pub(super) struct Transmission {
     load: Load,
     /// A request that waits for room.
     waiting: Option<Admission>,
-    /// A write whose payload is coming in.
-    writing: Option<Admission>,
+    /// Whose payload is coming in.
+    expected: Option<Expected>,
 }
 
 #[derive(Clone, Copy)]
 struct Admission {
-    cookie: u64,
+    to: ReplyTo,
     action: Action,
+}
+
+/// What a payload belongs to.
+enum Expected {
+    /// A write that was admitted.
+    Write(Admission),
+    /// A BLOCK_STATUS that is to be judged by it.
+    Filter(Header),
 }
 
 impl Transmission {
@@ -46,7 +54,7 @@ impl Transmission {
             free: (0..REQUESTS_MAX).rev().collect(),
             load: Load::default(),
             waiting: None,
-            writing: None,
+            expected: None,
         }
     }
 
@@ -85,17 +93,22 @@ impl Transmission {
                 self.admit(admission, inbound, out, tools, base);
             }
             // A request whose payload is coming in has its place; any other needs one for its reply.
-            if self.writing.is_none() && !self.has_room(0) {
+            if self.expected.is_none() && !self.has_room(0) {
                 return None;
             }
             match inbound.next()? {
-                Item::Payload(payload) => {
-                    let Admission { cookie, action } = self.writing.take().expect("a payload was expected");
-                    self.start(cookie, action, Some(payload), out, tools, base);
-                }
+                Item::Payload(payload) => match self.expected.take().expect("a payload was expected") {
+                    Expected::Write(admission) => self.start(admission, Some(payload), out, tools, base),
+                    Expected::Filter(header) => {
+                        let verdict = check_filter(&self.negotiated, &header, &payload);
+                        self.judge(&header, verdict, inbound, out);
+                    }
+                },
                 Item::Header(bytes) => {
-                    let Some(header) = Header::parse(&bytes) else { return Some(Ending::Magic) };
-                    let ending = self.judge(&header, inbound, out);
+                    let header = Header::parse(self.negotiated.style, &bytes);
+                    let Some(header) = header else { return Some(Ending::Magic) };
+                    let verdict = check(&self.negotiated, &header);
+                    let ending = self.judge(&header, verdict, inbound, out);
                     if ending.is_some() {
                         return ending;
                     }
@@ -105,16 +118,28 @@ impl Transmission {
     }
 
     /// A request's way: to its admission, to a refusal, or to the end of the session.
-    fn judge(&mut self, header: &Header, inbound: &mut Inbound, out: &mut Outbound) -> Option<Ending> {
-        match check(&self.negotiated, header) {
-            Verdict::Do(action) => self.waiting = Some(Admission { cookie: header.cookie, action }),
+    fn judge(
+        &mut self,
+        header: &Header,
+        verdict: Verdict,
+        inbound: &mut Inbound,
+        out: &mut Outbound,
+    ) -> Option<Ending> {
+        let to = ReplyTo { style: self.negotiated.style, cookie: header.cookie, offset: header.offset };
+        match verdict {
+            Verdict::Do(action) => self.waiting = Some(Admission { to, action }),
+            Verdict::Filter(len) => {
+                // A few bytes: they cost no room.
+                inbound.expect_payload(Buffer::alone(len));
+                self.expected = Some(Expected::Filter(*header));
+            }
             Verdict::Disconnect => return Some(Ending::Disconnected),
             Verdict::Hangup => return Some(Ending::TooLong(header.len)),
             Verdict::Refuse(refusal) => {
                 inbound.skip(refusal.payload_len);
                 let load = Load { requests: 1, bytes: 0 };
                 self.load.add(load);
-                self.reply(header.cookie, load, Answer::Failed(refusal.error, refusal.why.into()), out);
+                self.reply(to, load, Answer::Failed(refusal.error, refusal.why.into()), out);
             }
         }
         None
@@ -132,27 +157,24 @@ impl Transmission {
         tools: &mut Tools<I>,
         base: Token,
     ) {
-        let Admission { cookie, action } = admission;
-        self.load.add(Load { requests: 1, bytes: slot::bytes_of(&action) });
-        if let Action::Write { range, .. } = action {
+        self.load.add(Load { requests: 1, bytes: slot::bytes_of(&admission.action) });
+        if let Action::Write { range, .. } = admission.action {
             inbound.expect_payload(slot::take(tools, range.len()));
-            self.writing = Some(admission);
+            self.expected = Some(Expected::Write(admission));
         } else {
-            self.start(cookie, action, None, out, tools, base);
+            self.start(admission, None, out, tools, base);
         }
     }
 
     fn start<I: Io>(
         &mut self,
-        cookie: u64,
-        action: Action,
+        Admission { to, action }: Admission,
         payload: Option<Buffer>,
         out: &mut Outbound,
         tools: &mut Tools<I>,
         base: Token,
     ) {
-        let structured = self.negotiated.structured_replies;
-        let slot = Slot::start(cookie, action, payload, structured, &self.gate, tools);
+        let slot = Slot::start(to, action, payload, &self.gate, tools);
         let number = self.free.pop().expect("as many slots as requests");
         self.slots[number] = Some(slot);
         self.step(number, out, tools, base);
@@ -161,16 +183,16 @@ impl Transmission {
     /// Takes one slot as far as it goes, its reply included.
     fn step<I: Io>(&mut self, number: usize, out: &mut Outbound, tools: &mut Tools<I>, base: Token) {
         let Some(slot) = &mut self.slots[number] else { return };
-        if let Some(answer) = slot.step(&self.gate, tools, token(base, number)) {
-            let (cookie, load) = (slot.cookie, Load { requests: 1, bytes: slot.bytes });
+        if let Some(answer) = slot.step(&self.negotiated, &self.gate, tools, token(base, number)) {
+            let (to, load) = (slot.to, Load { requests: 1, bytes: slot.bytes });
             self.slots[number] = None;
             self.free.push(number);
-            self.reply(cookie, load, answer, out);
+            self.reply(to, load, answer, out);
         }
     }
 
-    fn reply(&self, cookie: u64, load: Load, answer: Answer, out: &mut Outbound) {
-        reply::put(out, self.negotiated.structured_replies, cookie, answer);
+    fn reply(&self, to: ReplyTo, load: Load, answer: Answer, out: &mut Outbound) {
+        reply::put(out, to, answer);
         out.ends_reply(load);
     }
 

@@ -4,6 +4,7 @@ use crate::nbd::export::BlockSizes;
 use crate::nbd::wire::transmission_flag;
 use proptest::prelude::*;
 
+const BASE_ALLOCATION: &str = "base:allocation";
 const GREETING_LEN: usize = 18;
 const FIXED: u32 = 1;
 const NO_ZEROES: u32 = 2;
@@ -17,6 +18,7 @@ fn export(name: &str, size: u64) -> ExportInfo {
         multi_conn: true,
         fast_zero: false,
         block_sizes: BlockSizes::default(),
+        bitmaps: Vec::new(),
     }
 }
 
@@ -132,6 +134,7 @@ fn export_name_answers_size_and_flags_and_zeroes_unless_declined() {
             | transmission_flag::READ_ONLY
             | transmission_flag::SEND_FLUSH
             | transmission_flag::SEND_FUA
+            | transmission_flag::SEND_CACHE
             | transmission_flag::CAN_MULTI_CONN;
         assert_eq!(heard.out[8..10], want.to_be_bytes());
         assert!(heard.out[10..].iter().all(|byte| *byte == 0));
@@ -165,7 +168,7 @@ fn go_tells_what_was_asked_for_and_enters_transmission() {
         .heard();
     let replies = heard.replies();
     assert_eq!(heard.kinds(), [rep::ACK, rep::INFO, rep::INFO, rep::INFO, rep::INFO, rep::ACK]);
-    let flags = exports()[0].transmission_flags(true);
+    let flags = exports()[0].transmission_flags(Style::Structured, false);
     assert_ne!(flags & transmission_flag::SEND_DF, 0);
     assert_eq!(replies[1].2, [&[0, 0][..], &(1_u64 << 30).to_be_bytes(), &flags.to_be_bytes()].concat());
     assert_eq!(replies[2].2, b"\x00\x01vda");
@@ -173,8 +176,8 @@ fn go_tells_what_was_asked_for_and_enters_transmission() {
     assert_eq!(replies[4].2, [0, 3, 0, 0, 0, 1, 0, 0, 0x10, 0, 2, 0, 0, 0]);
     assert_eq!(heard.rest, b"request");
     let negotiated = heard.negotiated();
-    assert!(negotiated.structured_replies && negotiated.block_sizes_told);
-    assert_eq!(negotiated.base_allocation, None);
+    assert!(negotiated.style == Style::Structured && negotiated.block_sizes_told);
+    assert_eq!(negotiated.contexts, []);
 }
 
 #[test]
@@ -206,11 +209,11 @@ fn list_names_every_export() {
 
 #[test]
 fn options_that_are_not_here_are_declined_and_change_nothing() {
-    for (option, data) in [(opt::STARTTLS, &b""[..]), (opt::EXTENDED_HEADERS, b""), (4, b""), (0, b"x"), (!0, b"xyz")] {
+    for (option, data) in [(opt::STARTTLS, &b""[..]), (4, b""), (0, b"x"), (!0, b"xyz")] {
         let heard = Said::flags(FIXED).opt(option, data).opt(opt::GO, &go("vda", &[])).heard();
         assert_eq!(heard.kinds(), [rep::ERR_UNSUP, rep::INFO, rep::ACK], "option {option}");
         assert_eq!(heard.replies()[0].0, option);
-        assert!(!heard.negotiated().structured_replies);
+        assert_eq!(heard.negotiated().style, Style::Simple);
     }
 }
 
@@ -226,7 +229,7 @@ fn contexts_come_after_structured_replies() {
     let data = queries("vda", &[BASE_ALLOCATION]);
     let heard = Said::flags(FIXED).opt(opt::SET_META_CONTEXT, &data).opt(opt::GO, &go("vda", &[])).heard();
     assert_eq!(heard.kinds()[0], rep::ERR_INVALID);
-    assert_eq!(heard.negotiated().base_allocation, None);
+    assert_eq!(heard.negotiated().contexts, []);
 }
 
 #[test]
@@ -239,7 +242,7 @@ fn a_context_is_given_once_with_its_number() {
         .heard();
     assert_eq!(heard.kinds(), [rep::ACK, rep::META_CONTEXT, rep::ACK, rep::INFO, rep::ACK]);
     assert_eq!(heard.replies()[1].2, b"\x00\x00\x00\x01base:allocation");
-    assert_eq!(heard.negotiated().base_allocation, Some(BASE_ALLOCATION_ID));
+    assert_eq!(heard.negotiated().contexts, [(1, Context::Allocation)]);
 }
 
 #[test]
@@ -249,21 +252,45 @@ fn contexts_are_lost_by_another_export_another_choice_and_a_failed_choice() {
             .opt(opt::STRUCTURED_REPLY, b"")
             .opt(opt::SET_META_CONTEXT, &queries("vda", &[BASE_ALLOCATION]))
     };
-    let base_allocation = |said: Said, name| said.opt(opt::GO, &go(name, &[])).heard().negotiated().base_allocation;
-    assert_eq!(base_allocation(chosen(), "vda"), Some(BASE_ALLOCATION_ID));
-    assert_eq!(base_allocation(chosen(), "vdb"), None);
+    let contexts = |said: Said, name| said.opt(opt::GO, &go(name, &[])).heard().negotiated().contexts.len();
+    assert_eq!(contexts(chosen(), "vda"), 1);
+    assert_eq!(contexts(chosen(), "vdb"), 0);
     let again = [queries("vdb", &[BASE_ALLOCATION]), queries("vda", &[]), queries("nobody", &["base:"]), vec![1]];
     for data in again.into_iter().chain([vec![0; OPTION_LEN_MAX as usize + 1]]) {
-        assert_eq!(base_allocation(chosen().opt(opt::SET_META_CONTEXT, &data), "vda"), None, "{} bytes", data.len());
+        assert_eq!(contexts(chosen().opt(opt::SET_META_CONTEXT, &data), "vda"), 0, "{} bytes", data.len());
     }
     let listed = chosen().opt(opt::LIST_META_CONTEXT, &queries("vda", &[]));
-    assert_eq!(base_allocation(listed, "vda"), Some(BASE_ALLOCATION_ID), "looking chooses nothing");
+    assert_eq!(contexts(listed, "vda"), 1, "looking chooses nothing");
+}
+
+#[test]
+fn extended_headers_imply_chunks_and_have_no_way_back() {
+    let heard = Said::flags(FIXED)
+        .opt(opt::STRUCTURED_REPLY, b"")
+        .opt(opt::EXTENDED_HEADERS, b"x")
+        .opt(opt::EXTENDED_HEADERS, b"")
+        .opt(opt::STRUCTURED_REPLY, b"")
+        .opt(opt::EXTENDED_HEADERS, b"")
+        .opt(opt::SET_META_CONTEXT, &queries("vda", &[BASE_ALLOCATION, "qemu:allocation-depth"]))
+        .opt(opt::GO, &go("vda", &[]))
+        .heard();
+    let mut want = vec![rep::ACK, rep::ERR_INVALID, rep::ACK, rep::ERR_EXT_HEADER_REQD, rep::ACK];
+    want.extend([rep::META_CONTEXT, rep::META_CONTEXT, rep::ACK, rep::INFO, rep::ACK]);
+    assert_eq!(heard.kinds(), want);
+    let told = u16::from_be_bytes(heard.replies()[8].2[10..12].try_into().expect("two bytes"));
+    let negotiated = heard.negotiated();
+    assert_eq!(negotiated.style, Style::Extended);
+    assert_eq!(negotiated.contexts, [(1, Context::Allocation), (2, Context::Depth)]);
+    assert_ne!(told & transmission_flag::BLOCK_STATUS_PAYLOAD, 0);
+    let without = Said::flags(FIXED).opt(opt::EXTENDED_HEADERS, b"").opt(opt::GO, &go("vda", &[])).heard();
+    assert_eq!(without.negotiated().transmission_flags() & transmission_flag::BLOCK_STATUS_PAYLOAD, 0);
 }
 
 #[test]
 fn contexts_can_be_listed() {
     for (data, kinds) in [
-        (queries("vda", &[]), &[rep::META_CONTEXT, rep::ACK][..]),
+        (queries("vda", &[]), &[rep::META_CONTEXT, rep::META_CONTEXT, rep::ACK][..]),
+        (queries("vda", &["qemu:"]), &[rep::META_CONTEXT, rep::ACK]),
         (queries("vda", &["base:"]), &[rep::META_CONTEXT, rep::ACK]),
         (queries("vda", &["x-other:", BASE_ALLOCATION]), &[rep::META_CONTEXT, rep::ACK]),
         (queries("vda", &["x-other:", "base:else"]), &[rep::ACK]),
@@ -285,7 +312,7 @@ fn surplus_behind_the_queries_is_invalid_and_never_the_next_option() {
         .opt(opt::GO, &go("vda", &[]))
         .heard();
     assert_eq!(heard.kinds(), [rep::ACK, rep::ERR_INVALID, rep::INFO, rep::ACK]);
-    assert_eq!(heard.negotiated().base_allocation, None);
+    assert_eq!(heard.negotiated().contexts, []);
 }
 
 #[test]
@@ -363,7 +390,7 @@ fn conversation() -> impl Strategy<Value = Vec<u8>> {
         (OPTION_LEN_MAX as usize..OPTION_LEN_MAX as usize + 3).prop_map(|len| vec![0; len]),
     ];
     // GO, INFO and EXPORT_NAME seldom, for they end it.
-    let option = prop_oneof![8 => 2_u32..12, 8 => 8_u32..11, 1 => any::<u32>(), 1 => Just(1)];
+    let option = prop_oneof![8 => 2_u32..12, 8 => 8_u32..12, 1 => any::<u32>(), 1 => Just(1)];
     (0_u32..5, prop::collection::vec((option, data), 0..8), prop::collection::vec(any::<u8>(), 0..30)).prop_map(
         |(flags, options, tail)| {
             let said = options.iter().fold(Said::flags(flags), |said, (option, data)| said.opt(*option, data));

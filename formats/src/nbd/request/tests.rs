@@ -1,5 +1,6 @@
 //! Each command with each flag, at each border, against tables that say what the protocol says.
 use super::*;
+use crate::nbd::context::Context;
 use crate::nbd::export::{BlockSizes, ExportInfo};
 use proptest::prelude::*;
 
@@ -14,7 +15,7 @@ const CACHE: u16 = 5;
 const WRITE_ZEROES: u16 = 6;
 const BLOCK_STATUS: u16 = 7;
 const RESIZE: u16 = 8;
-const RANGED: [u16; 5] = [READ, WRITE, TRIM, WRITE_ZEROES, BLOCK_STATUS];
+const RANGED: [u16; 6] = [READ, WRITE, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS];
 const CHANGING: [u16; 3] = [WRITE, TRIM, WRITE_ZEROES];
 
 /// Everything negotiated, everything announced.
@@ -28,9 +29,10 @@ fn negotiated() -> Negotiated {
             multi_conn: true,
             fast_zero: true,
             block_sizes: BlockSizes::default(),
+            bitmaps: Vec::new(),
         },
-        structured_replies: true,
-        base_allocation: Some(1),
+        style: Style::Structured,
+        contexts: vec![(1, Context::Allocation)],
         block_sizes_told: true,
     }
 }
@@ -62,8 +64,9 @@ fn right_requests_become_actions() {
         (WRITE_ZEROES, 0, Action::WriteZeroes { range, fua: false, keep: false, fast: false }),
         (WRITE_ZEROES, flag::NO_HOLE, Action::WriteZeroes { range, fua: false, keep: true, fast: false }),
         (WRITE_ZEROES, flag::FUA | flag::FAST_ZERO, Action::WriteZeroes { range, fua: true, keep: false, fast: true }),
-        (BLOCK_STATUS, 0, Action::BlockStatus { range, one: false, context: 1 }),
-        (BLOCK_STATUS, flag::REQ_ONE | flag::FUA, Action::BlockStatus { range, one: true, context: 1 }),
+        (CACHE, 0, Action::Cache { range }),
+        (BLOCK_STATUS, 0, Action::BlockStatus { range, one: false, contexts: Selection(1) }),
+        (BLOCK_STATUS, flag::REQ_ONE | flag::FUA, Action::BlockStatus { range, one: true, contexts: Selection(1) }),
     ];
     for (command, flags, action) in cases {
         assert_eq!(check(&n, &header(command, flags, 512, 512)), Verdict::Do(action));
@@ -75,7 +78,7 @@ fn right_requests_become_actions() {
 #[test]
 fn each_command_takes_its_own_flags_and_fua() {
     let n = negotiated();
-    for command in [READ, WRITE, FLUSH, TRIM, WRITE_ZEROES, BLOCK_STATUS] {
+    for command in [READ, WRITE, FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS] {
         let own = match command {
             READ => flag::DF,
             WRITE_ZEROES => flag::NO_HOLE | flag::FAST_ZERO,
@@ -95,7 +98,7 @@ fn each_command_takes_its_own_flags_and_fua() {
 #[test]
 fn flags_that_were_not_announced_are_refused() {
     let mut n = negotiated();
-    n.structured_replies = false;
+    n.style = Style::Simple;
     n.export.fast_zero = false;
     assert_eq!(refused(&n, header(READ, flag::DF, 0, 512)), Some((Errno::Inval, 0)));
     assert_eq!(refused(&n, header(WRITE_ZEROES, flag::FAST_ZERO, 0, 512)), Some((Errno::Inval, 0)));
@@ -135,12 +138,12 @@ fn lengths_have_bounds() {
         assert_eq!(refused(&n, header(command, 0, 0, PAYLOAD_MAX + 1)), want, "command {command}");
     }
     // Without payload all of the disk can be meant.
-    for command in [TRIM, WRITE_ZEROES, BLOCK_STATUS] {
+    for command in [TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS] {
         assert_eq!(refused(&n, header(command, 0, 0, SIZE)), None);
     }
     let mut large = negotiated();
     large.export.size = 1 << 40;
-    for command in [TRIM, WRITE_ZEROES, BLOCK_STATUS] {
+    for command in [TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS] {
         assert_eq!(refused(&large, header(command, 0, 0, u32::MAX.into())), None);
     }
 }
@@ -174,23 +177,66 @@ fn a_read_only_export_refuses_every_change_and_answers_the_rest() {
 #[test]
 fn block_status_needs_its_context() {
     let mut n = negotiated();
-    n.base_allocation = None;
+    n.contexts.clear();
     assert_eq!(refused(&n, header(BLOCK_STATUS, 0, 0, 512)), Some((Errno::Inval, 0)));
 }
 
 #[test]
-fn a_block_status_with_a_payload_is_no_request_of_this_server() {
-    // Without contexts it was an assertion in qemu-nbd; bit 5 is PAYLOAD_LEN of extended headers.
+fn a_payload_of_block_status_needs_extended_headers_and_contexts() {
     let mut n = negotiated();
-    assert_eq!(refused(&n, header(BLOCK_STATUS, 1 << 5, 0, 512)), Some((Errno::Inval, 0)));
-    n.base_allocation = None;
-    assert_eq!(refused(&n, header(BLOCK_STATUS, 1 << 5, 0, 512)), Some((Errno::Inval, 0)));
+    assert_eq!(refused(&n, header(BLOCK_STATUS, flag::PAYLOAD_LEN, 0, 12)), Some((Errno::Inval, 0)));
+    n.style = Style::Extended;
+    assert_eq!(check(&n, &header(BLOCK_STATUS, flag::PAYLOAD_LEN, 0, 12)), Verdict::Filter(12));
+    for len in [0, 8, 11, 13, 16, 1 << 20] {
+        let want = Some((Errno::Inval, len));
+        assert_eq!(refused(&n, header(BLOCK_STATUS, flag::PAYLOAD_LEN, 0, len)), want, "{len} bytes");
+    }
+    // It was an assertion in qemu-nbd.
+    n.contexts.clear();
+    assert_eq!(refused(&n, header(BLOCK_STATUS, flag::PAYLOAD_LEN, 0, 12)), Some((Errno::Inval, 12)));
+}
+
+#[test]
+fn a_filter_names_contexts_that_were_negotiated_once_each() {
+    let mut n = negotiated();
+    n.style = Style::Extended;
+    n.contexts = vec![(1, Context::Allocation), (2, Context::Depth), (5, Context::Bitmap("b".into()))];
+    let judge = |len: u64, numbers: &[u32]| {
+        let numbers = numbers.iter().flat_map(|number| number.to_be_bytes());
+        let payload: Vec<u8> = len.to_be_bytes().into_iter().chain(numbers).collect();
+        check_filter(&n, &header(BLOCK_STATUS, flag::PAYLOAD_LEN | flag::REQ_ONE, 512, payload.len() as u64), &payload)
+    };
+    let range = ByteRange { start: 512, end: SIZE };
+    let want = Action::BlockStatus { range, one: true, contexts: Selection(0b101) };
+    assert_eq!(judge(SIZE - 512, &[5, 1]), Verdict::Do(want));
+    for (len, numbers) in [(512, &[1, 1][..]), (512, &[3]), (512, &[1, 2, 6]), (0, &[1]), (SIZE, &[1])] {
+        let verdict = judge(len, numbers);
+        assert!(matches!(verdict, Verdict::Refuse(Refusal { error: Errno::Inval, payload_len: 0, .. })), "{numbers:?}");
+    }
+}
+
+#[test]
+fn with_extended_headers_a_flag_says_whether_a_payload_follows() {
+    let mut n = negotiated();
+    n.style = Style::Extended;
+    n.export.size = 1 << 50;
+    assert_eq!(refused(&n, header(WRITE, flag::PAYLOAD_LEN, 0, 512)), None);
+    assert_eq!(refused(&n, header(WRITE, 0, 0, 512)), None, "QEMU's client leaves the flag out");
+    for command in [READ, FLUSH, TRIM, CACHE, WRITE_ZEROES, 99] {
+        let payload = if command == 99 { 0 } else { 512 };
+        assert_eq!(refused(&n, header(command, flag::PAYLOAD_LEN, 0, 512)), Some((Errno::Inval, payload)));
+        let too_long = header(command, flag::PAYLOAD_LEN, 0, PAYLOAD_SKIP_MAX + 1);
+        assert!(command == 99 || check(&n, &too_long) == Verdict::Hangup);
+    }
+    for command in [TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS] {
+        assert_eq!(refused(&n, header(command, 0, 0, 1 << 49)), None, "command {command}: 64 bits of length");
+    }
 }
 
 #[test]
 fn unknown_commands_have_no_payload() {
     let n = negotiated();
-    for command in [CACHE, RESIZE, 9, 255, u16::MAX] {
+    for command in [RESIZE, 9, 255, u16::MAX] {
         assert_eq!(refused(&n, header(command, 0, 0, 4096)), Some((Errno::Inval, 0)), "command {command}");
     }
 }
@@ -221,6 +267,10 @@ fn a_minimum_block_size_is_kept_to() {
     }
 }
 
+fn style() -> impl Strategy<Value = Style> {
+    prop::sample::select(vec![Style::Simple, Style::Structured, Style::Extended])
+}
+
 /// Numbers around the borders, and any.
 fn number() -> impl Strategy<Value = u64> {
     let borders = [0, 1, 511, 512, PAYLOAD_MAX, PAYLOAD_SKIP_MAX, SIZE, 1 << 32, 1 << 63, u64::MAX];
@@ -235,17 +285,25 @@ proptest! {
     #[test]
     fn what_passes_is_inside_the_disk_and_allowed(
         command in 0_u16..10, flags in 0_u16..64, offset in number(), len in number(),
-        read_only: bool, structured_replies: bool, fast_zero: bool, contexts: bool,
+        read_only: bool, style in style(), fast_zero: bool, contexts: bool,
     ) {
-        let len = len & u64::from(u32::MAX);
+        let extended = style == Style::Extended;
+        let len = if extended { len } else { len & u64::from(u32::MAX) };
         let mut n = negotiated();
         n.export.read_only = read_only;
         n.export.fast_zero = fast_zero;
-        n.structured_replies = structured_replies;
-        n.base_allocation = contexts.then_some(1);
+        n.style = style;
+        if !contexts {
+            n.contexts.clear();
+        }
+        let flagged = extended && flags & flag::PAYLOAD_LEN != 0 && command < 8;
+        let has_payload = flagged || command == WRITE;
+        let filter = command == BLOCK_STATUS && has_payload;
         let inside = len > 0 && u128::from(offset) + u128::from(len) <= u128::from(SIZE);
         let flags_left = flags & !flag::FUA & !match command {
-            READ if structured_replies => flag::DF,
+            READ if style != Style::Simple => flag::DF,
+            WRITE if extended => flag::PAYLOAD_LEN,
+            BLOCK_STATUS if extended && contexts => flag::REQ_ONE | flag::PAYLOAD_LEN,
             WRITE_ZEROES if fast_zero => flag::NO_HOLE | flag::FAST_ZERO,
             WRITE_ZEROES => flag::NO_HOLE,
             BLOCK_STATUS => flag::REQ_ONE,
@@ -255,17 +313,20 @@ proptest! {
             READ => inside && len <= PAYLOAD_MAX,
             WRITE => inside && len <= PAYLOAD_MAX && !read_only,
             TRIM | WRITE_ZEROES => inside && !read_only,
+            CACHE => inside,
+            BLOCK_STATUS if filter => contexts && len == 12,
             BLOCK_STATUS => inside && contexts,
             FLUSH => offset == 0 && len == 0,
             _ => false,
         };
         match check(&n, &header(command, flags, offset, len)) {
-            Verdict::Do(_) => prop_assert!(may),
+            Verdict::Do(_) => prop_assert!(may && !filter),
+            Verdict::Filter(payload_len) => prop_assert!(may && filter && payload_len == 12),
             Verdict::Disconnect => prop_assert_eq!(command, DISC),
-            Verdict::Hangup => prop_assert!(command == WRITE && len > PAYLOAD_SKIP_MAX),
+            Verdict::Hangup => prop_assert!(has_payload && len > PAYLOAD_SKIP_MAX),
             Verdict::Refuse(refusal) => {
                 prop_assert!(!may && command != DISC);
-                prop_assert_eq!(refusal.payload_len, if command == WRITE { len } else { 0 });
+                prop_assert_eq!(refusal.payload_len, if has_payload { len } else { 0 });
             }
         }
     }

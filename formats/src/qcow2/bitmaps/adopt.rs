@@ -50,7 +50,7 @@ impl Shared {
         Self::settle_with(this, flush)?;
         this.write_autoclear(header.autoclear & !autoclear::BITMAPS)?;
         flush()?;
-        this.storage.write_at(at, &new.encode()).context(|| "writing the bitmaps extension of the header")?;
+        this.storage.write_at(at, &new.to_bytes()).context(|| "writing the bitmaps extension of the header")?;
         flush()?;
         this.write_autoclear(header.autoclear | autoclear::BITMAPS)?;
         flush()?;
@@ -129,7 +129,7 @@ impl Extension {
     const ENCODED_LEN: usize = 32;
 
     /// The extension with its own head.
-    fn encode(self) -> Vec<u8> {
+    fn to_bytes(self) -> Vec<u8> {
         let head = [EXTENSION_BITMAPS, 24, self.count, 0];
         let words = [self.directory_bytes, self.directory_offset];
         head.into_iter().flat_map(u32::to_be_bytes).chain(words.into_iter().flat_map(u64::to_be_bytes)).collect()

@@ -85,6 +85,8 @@ impl Shared {
         loop {
             match Self::settle(this, &mut progress)? {
                 Settle::Flush => flush()?,
+                // Durable already: nobody has written since the settle in front of the close.
+                Settle::FlushPayload => {}
                 Settle::Done => return Ok(()),
                 Settle::Busy => return Err(Error::invalid("somebody else is settling the image")),
             }

@@ -1,12 +1,12 @@
 //! Uses and refcounts side by side, then the copied flags, which say of a refcount that it is one.
 use super::Check;
 use super::counts::Counts;
-use super::entry::Seen;
+use super::entry::{Copied, Seen};
 use super::read_table;
 use super::survey::Survey;
 use super::uses::{User, Uses};
 use crate::error::{Context, Result};
-use crate::qcow2::entry::{COPIED, OFFSET};
+use crate::qcow2::entry::{COPIED, OFFSET, Words};
 use crate::qcow2::geometry::Geometry;
 use crate::qcow2::refcounts::read_count;
 use crate::storage::Storage;
@@ -79,8 +79,11 @@ pub fn flags(survey: &mut Survey<'_>, counts: &Counts<'_>, mend: Option<&dyn Sto
     let l1 = std::mem::take(&mut survey.l1);
     for (index, raw) in (0..).zip(&l1) {
         let host = raw & OFFSET;
-        let cluster = (host != 0).then_some(survey.geometry().host_cluster(host));
-        if let Some(right) = mismatch(survey, counts, *raw, cluster)? {
+        let copied = match host {
+            0 => Copied::Never,
+            _ => Copied::CountedOnce(survey.geometry().host_cluster(host)),
+        };
+        if let Some(right) = mismatch(survey, counts, *raw, copied)? {
             let entry = Wrong { at: header.l1_offset + index * 8, raw: *raw, right, times: 1 };
             entry.settle(&mut survey.found, l1_mend, || format!("L1 table: entry {index}"))?;
         }
@@ -104,26 +107,30 @@ fn flags_of_table(
     let geometry = survey.geometry();
     let aligned = table & (geometry.cluster_size() - 1) == 0;
     let mend = mend.filter(|_| aligned && survey.uses.is_only(table, geometry.cluster_size(), User::L2));
-    for (index, raw) in (0..).zip(read_table(survey.storage, table, 1 << geometry.l2_bits())?) {
-        let Some((_, cluster)) = Seen::new(geometry, raw).copied else { continue };
-        if let Some(right) = mismatch(survey, counts, raw, cluster)? {
-            let entry = Wrong { at: table + index * 8, raw, right, times };
+    let entries = read_table(survey.storage, table, geometry.cluster_size() as usize / 8)?;
+    for index in 0..1 << geometry.l2_bits() {
+        let words = Words::get(geometry, &entries, index as usize);
+        let Some(copied) = Seen::new(geometry, words).copied else { continue };
+        if let Some(right) = mismatch(survey, counts, words.descriptor, copied)? {
+            let at = table + (index << geometry.l2_words_bits()) * 8;
+            let entry = Wrong { at, raw: words.descriptor, right, times };
             entry.settle(&mut survey.found, mend, || format!("L2 table at {table}: entry {index}"))?;
         }
     }
     Ok(())
 }
 
-/// What the entry should be, where its flag is not what the refcount of `cluster` says.
-fn mismatch(survey: &Survey<'_>, counts: &Counts<'_>, raw: u64, cluster: Option<u64>) -> Result<Option<u64>> {
-    let once = match cluster {
-        None => false,
-        Some(cluster) => match survey.uses.is_counted_once(cluster) {
+/// What the entry should be, where its flag is not what it has to be.
+fn mismatch(survey: &Survey<'_>, counts: &Counts<'_>, raw: u64, copied: Copied) -> Result<Option<u64>> {
+    let right = match copied {
+        Copied::Never => false,
+        Copied::Always => true,
+        Copied::CountedOnce(cluster) => match survey.uses.is_counted_once(cluster) {
             Some(once) => once,
             None => counts.get(cluster)? == 1,
         },
     };
-    Ok((once != (raw & COPIED != 0)).then_some(raw ^ COPIED))
+    Ok((right != (raw & COPIED != 0)).then_some(raw ^ COPIED))
 }
 
 /// An entry with a wrong flag.

@@ -11,18 +11,23 @@
 //! ```
 //!
 //! The numbers are those of `qemu-img check`, and so is what a repair gives up: nothing but the place of
-//! zero clusters that has no cluster's start. On purpose it is otherwise here:
+//! clusters without payload that is no cluster's start. On purpose it is otherwise here:
 //!
 //! - a table that is used as anything else besides is a corruption even where it is counted right: guests
 //!   could write to it. QEMU counts it up and calls it clean;
-//! - a zero flag in version 2, and a copied flag without an offset, are corruptions: nobody may write them;
+//! - a zero flag in version 2 or in an extended entry, and a copied flag without an offset, are corruptions:
+//!   nobody may write them;
+//! - so is an offset in an external data file that is not the guest's own;
+//! - what a compressed cluster with a bitmap points at counts as used: guests read it;
 //! - a refcount block at no cluster's start is one corruption, which a repair mends; QEMU gives up;
 //! - a snapshot table or a bitmap directory that cannot be read ends the check, before what they use is
 //!   taken for leaks.
 //!
-//! Memory: four bytes a cluster of the file (64 MiB for 1 TiB in clusters of 64 KiB, 1 GiB at most), some 50
-//! bytes an L2 table (at most 2^24 of them), and one table at a time. Time: each L2 table is read once,
-//! however many snapshots share it; tables that overlap beyond measure are refused.
+//! Memory: four bytes for each cluster of the file that is used and for its neighbours in a run of 256 (64 MiB for
+//! 1 TiB in clusters of 64 KiB; never more than 1 GiB, nor than 1 KiB an entry), 8 bytes for each such run,
+//! some 50 bytes an L2 table (at most 2^24 of them), and one table at a time. Refcounts of what nobody uses take
+//! none. Time: each L2 table is read once, however many snapshots share it; tables that overlap beyond measure
+//! are refused.
 mod compare;
 mod counts;
 mod entry;

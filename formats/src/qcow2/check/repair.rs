@@ -4,7 +4,7 @@
 //! step                                        what the other order loses
 //! 1 autoclear bits that nobody knows          what they vouch for was changed, and they say it was not
 //!   flush
-//! 2 zero entries let go of crooked places     counted down first, they share what is given out next
+//! 2 empty entries let go of crooked places    counted down first, they share what is given out next
 //! 3 refcounts go up, or new ones are made     named before they are durable, nothing is counted
 //!   elsewhere; flush; the header names them
 //!   flush
@@ -17,7 +17,7 @@
 //!   flush
 //! ```
 //!
-//! Lost is what QEMU gives up too: the crooked place of a zero cluster, which nobody reads. An entry that
+//! Lost is what QEMU gives up too: the crooked place of a cluster without payload, which nobody reads. An entry that
 //! points past the file, or at no cluster's start, stays as it is.
 use super::compare;
 use super::counts::Counts;
@@ -78,18 +78,20 @@ fn clear_unknown_autoclear(storage: &dyn Storage, header: &Header, flush: Flush<
     flush()
 }
 
-/// Zero entries with a place that is no cluster's start get none; says how many did.
+/// Entries without payload whose place is no cluster's start get none; says how many did.
 fn straighten(storage: &dyn Storage, header: &Header) -> Result<u64> {
+    // The bitmap of an extended entry says by itself what reads as zeroes.
+    let homeless = if header.geometry.extended_l2 { 0 } else { ZERO };
     let mut fixed = 0;
     loop {
         let survey = Survey::take(storage, header, Scope::Everything)?;
         let may = |at: &&u64| survey.uses.is_only(**at, 8, User::L2);
-        let entries: Vec<u64> = survey.crooked_zeroes.iter().filter(may).copied().collect();
+        let entries: Vec<u64> = survey.crooked.iter().filter(may).copied().collect();
         if entries.is_empty() {
             return Ok(fixed);
         }
         for at in &entries {
-            storage.write_at(*at, &ZERO.to_be_bytes()).context(|| format!("writing a zero entry at {at}"))?;
+            storage.write_at(*at, &homeless.to_be_bytes()).context(|| format!("writing an entry at {at}"))?;
         }
         fixed += entries.len() as u64;
     }

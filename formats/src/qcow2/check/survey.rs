@@ -14,7 +14,7 @@ use super::entry::{L1_RESERVED, Seen};
 use super::uses::{User, Uses};
 use super::{Check, read_table};
 use crate::error::{Context, Error, Result};
-use crate::qcow2::entry::OFFSET;
+use crate::qcow2::entry::{OFFSET, Words};
 use crate::qcow2::geometry::Geometry;
 use crate::qcow2::header::{Header, autoclear};
 use crate::qcow2::refcounts::Run;
@@ -45,6 +45,8 @@ pub struct Visits {
     pub active: u64,
     /// All of them.
     pub all: u64,
+    /// The index of the first.
+    pub index: u64,
 }
 
 /// What was seen on the way.
@@ -57,8 +59,8 @@ pub struct Survey<'a> {
     pub l1: Vec<u64>,
     /// By offset in the file.
     pub tables: BTreeMap<u64, Visits>,
-    /// Where entries are that read as zeroes and keep no cluster's start.
-    pub crooked_zeroes: Vec<u64>,
+    /// Where entries are that have no payload and keep no cluster's start.
+    pub crooked: Vec<u64>,
     /// Clusters past the end of the file that something points at.
     pub past: Vec<Run>,
     /// New refcounts have to be made before any of the old ones can be changed.
@@ -78,7 +80,7 @@ impl<'a> Survey<'a> {
             found: Check { total_clusters: header.geometry.clusters(), ..Check::default() },
             l1: Vec::new(),
             tables: BTreeMap::new(),
-            crooked_zeroes: Vec::new(),
+            crooked: Vec::new(),
             past: Vec::new(),
             refcounts_unusable: false,
             // Tables do not overlap: all of them have less bytes than the file. Broken ones may overlap a little.
@@ -113,7 +115,7 @@ impl<'a> Survey<'a> {
         self.add("the L1 table", at, u64::from(entries) * 8, User::Alone, 1);
         self.l1 = self.read(at, u64::from(entries))?;
         let l1 = std::mem::take(&mut self.l1);
-        self.note_tables("the L1 table", &l1, Visits { active: 1, all: 1 })?;
+        self.note_tables("the L1 table", &l1, Visits { active: 1, all: 1, index: 0 })?;
         self.l1 = l1;
         Ok(())
     }
@@ -128,7 +130,7 @@ impl<'a> Survey<'a> {
         for ((at, entries), times) in l1s {
             self.add("a snapshot's L1 table", at, u64::from(entries) * 8, User::Alone, times);
             let l1 = self.read(at, u64::from(entries))?;
-            self.note_tables("a snapshot's L1 table", &l1, Visits { active: 0, all: times })?;
+            self.note_tables("a snapshot's L1 table", &l1, Visits { active: 0, all: times, index: 0 })?;
         }
         self.add("the snapshot table", header.snapshots_offset, snapshots::table_bytes(&all), User::Alone, 1);
         Ok(())
@@ -146,7 +148,7 @@ impl<'a> Survey<'a> {
             if host == 0 {
                 continue;
             }
-            let table = self.tables.entry(host).or_default();
+            let table = self.tables.entry(host).or_insert(Visits { index: index as u64, ..Visits::default() });
             table.active += visits.active;
             table.all += visits.all;
             if self.tables.len() > TABLES_MAX {
@@ -173,20 +175,26 @@ impl<'a> Survey<'a> {
 
     fn walk_l2(&mut self, table: u64, visits: Visits) -> Result<()> {
         let geometry = self.geometry();
-        let entries = self.read(table, 1 << geometry.l2_bits())?;
+        let entries = self.read(table, geometry.cluster_size() / 8)?;
         let mut next = None;
-        for (index, raw) in (0..).zip(entries) {
-            let seen = Seen::new(geometry, raw);
+        for index in 0..1 << geometry.l2_bits() {
+            let words = Words::get(geometry, &entries, index as usize);
+            let seen = Seen::new(geometry, words);
+            let told = |what| move || entry_words(table, index, words, what);
             for what in seen.wrong.into_iter().flatten() {
-                self.found.corrupt(visits.all, || entry_words(table, index, raw, what));
+                self.found.corrupt(visits.all, told(what));
             }
-            if seen.zero_without_place && self.crooked_zeroes.len() < CROOKED_MAX {
-                self.crooked_zeroes.push(table + index * 8);
+            if seen.crooked_and_empty && self.crooked.len() < CROOKED_MAX {
+                self.crooked.push(table + (index << geometry.l2_words_bits()) * 8);
             }
-            let Some((at, len)) = seen.used else { continue };
+            let Some((at, len)) = seen.place else { continue };
             self.count_fragments(seen, at, &mut next, visits.active);
-            if !self.count(at, len, User::Payload, visits.all) {
-                self.found.corrupt(visits.all, || entry_words(table, index, raw, "it points past the end of the file"));
+            let guest = ((visits.index << geometry.l2_bits()) + index) << geometry.cluster_bits;
+            if seen.is_misplaced(geometry, guest) {
+                self.found.corrupt(visits.all, told("its offset in the external data file is not its guest offset"));
+            }
+            if !geometry.external_data && !self.count(at, len, User::Payload, visits.all) {
+                self.found.corrupt(visits.all, told("it points past the end of the file"));
             }
         }
         Ok(())
@@ -291,6 +299,8 @@ impl<'a> Survey<'a> {
     }
 }
 
-fn entry_words(table: u64, index: u64, raw: u64, what: &str) -> String {
-    format!("L2 table at {table}: entry {index} is {raw:#018x}: {what}")
+fn entry_words(table: u64, index: u64, words: Words, what: &str) -> String {
+    let Words { descriptor, bitmap } = words;
+    let subclusters = if bitmap == 0 { String::new() } else { format!(" with bitmap {bitmap:#018x}") };
+    format!("L2 table at {table}: entry {index} is {descriptor:#018x}{subclusters}: {what}")
 }

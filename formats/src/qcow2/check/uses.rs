@@ -3,8 +3,10 @@ use crate::error::{Error, Result};
 use crate::qcow2::geometry::Geometry;
 use std::ops::Range;
 
-/// Clusters that can be counted: a file of 16 TiB with the default cluster size, 1 GiB of memory.
+/// Clusters that can be counted: a file of 16 TiB with the default cluster size; at most 1 GiB of memory.
 const CLUSTERS_MAX: u64 = 1 << 28;
+/// Slots come in runs of 2 to this clusters: 1 KiB, made when the first of them is used.
+const RUN_BITS: u32 = 8;
 
 // A slot: what the cluster is used as, whether its refcount is one, and how often it is used.
 const ALONE: u32 = 1 << 31;
@@ -24,11 +26,14 @@ pub enum User {
     Payload,
 }
 
+type Slots = [u32; 1 << RUN_BITS];
+
 /// The uses of all clusters.
 pub struct Uses {
     bits: u32,
     file_len: u64,
-    slots: Vec<u32>,
+    /// `None` where nothing uses any of the run's clusters.
+    runs: Vec<Option<Box<Slots>>>,
     len: u64,
 }
 
@@ -40,7 +45,8 @@ impl Uses {
             return Err(Error::unsupported(format!("a file of {len} clusters is too large to be checked")));
         }
         // The last cluster may begin in the file and end one further.
-        Ok(Self { bits: geometry.cluster_bits, file_len, slots: vec![0; len as usize + 1], len })
+        let runs = (len + 1).div_ceil(1 << RUN_BITS) as usize;
+        Ok(Self { bits: geometry.cluster_bits, file_len, runs: vec![None; runs], len })
     }
 
     /// Clusters that are looked at: those of the file, and one more where something ends there.
@@ -50,7 +56,11 @@ impl Uses {
 
     /// One past the last cluster that is used.
     pub fn end(&self) -> u64 {
-        self.slots.iter().rposition(|slot| slot & COUNT > 0).map_or(0, |last| last as u64 + 1)
+        let last = (0..self.runs.len() as u64).rev().find_map(|run| {
+            let in_run = self.run(run)?.iter().rposition(|slot| slot & COUNT > 0)?;
+            Some((run << RUN_BITS) + in_run as u64)
+        });
+        last.map_or(0, |last| last + 1)
     }
 
     /// Adds `times` uses of the `len` bytes at `at`. False where they end a cluster or more past the file:
@@ -69,7 +79,9 @@ impl Uses {
             User::Payload => PAYLOAD,
         };
         let (first, last) = (at >> self.bits, (end - 1) >> self.bits);
-        for slot in &mut self.slots[first as usize..=last as usize] {
+        for cluster in first..=last {
+            let run = self.runs[(cluster >> RUN_BITS) as usize].get_or_insert_with(|| Box::new([0; 1 << RUN_BITS]));
+            let slot = &mut run[in_run(cluster)];
             let count = u64::from(*slot & COUNT).saturating_add(times).min(u64::from(COUNT));
             *slot = *slot & !COUNT | kind | count as u32;
         }
@@ -84,8 +96,15 @@ impl Uses {
 
     /// True where nothing uses any of `clusters`.
     pub fn none_in(&self, clusters: Range<u64>) -> bool {
-        let end = clusters.end.min(self.slots.len() as u64) as usize;
-        self.slots.get(clusters.start as usize..end).is_none_or(|slots| slots.iter().all(|slot| slot & COUNT == 0))
+        let mut at = clusters.start;
+        while at < clusters.end {
+            match self.run(at >> RUN_BITS) {
+                None => at = ((at >> RUN_BITS) + 1) << RUN_BITS,
+                Some(run) if run[in_run(at)] & COUNT == 0 => at += 1,
+                Some(_) => return false,
+            }
+        }
+        true
     }
 
     /// True where `cluster` has a table and is something else besides, or a table that is used twice and
@@ -107,21 +126,32 @@ impl Uses {
         })
     }
 
-    /// Remembers whether the refcount of `cluster` is one.
+    /// Remembers whether the refcount of `cluster` is one, if anything uses it or one of its neighbours.
     pub fn set_counted_once(&mut self, cluster: u64, once: bool) {
-        if let Some(slot) = self.slots.get_mut(cluster as usize) {
+        if let Some(Some(run)) = self.runs.get_mut((cluster >> RUN_BITS) as usize) {
+            let slot = &mut run[in_run(cluster)];
             *slot = if once { *slot | COUNTED_ONCE } else { *slot & !COUNTED_ONCE };
         }
     }
 
-    /// Whether the refcount of `cluster` is one; `None` where nobody looked.
+    /// Whether the refcount of `cluster` is one; `None` where nobody looked or remembered.
     pub fn is_counted_once(&self, cluster: u64) -> Option<bool> {
-        (cluster < self.len).then(|| self.slot(cluster).is_some_and(|slot| slot & COUNTED_ONCE != 0))
+        let slot = self.slot(cluster).filter(|_| cluster < self.len)?;
+        Some(slot & COUNTED_ONCE != 0)
     }
 
     fn slot(&self, cluster: u64) -> Option<u32> {
-        self.slots.get(usize::try_from(cluster).ok()?).copied()
+        Some(self.run(cluster >> RUN_BITS)?[in_run(cluster)])
     }
+
+    fn run(&self, run: u64) -> Option<&Slots> {
+        self.runs.get(usize::try_from(run).ok()?)?.as_deref()
+    }
+}
+
+/// The number of `cluster` in its run.
+fn in_run(cluster: u64) -> usize {
+    (cluster & ((1 << RUN_BITS) - 1)) as usize
 }
 
 #[cfg(test)]
@@ -172,5 +202,18 @@ mod tests {
         assert!(uses.add(0, 1, User::Alone, 7));
         assert_eq!(uses.count(0), u64::from(super::COUNT));
         assert_eq!(uses.is_counted_once(0), Some(false));
+    }
+
+    #[test]
+    fn clusters_that_nothing_uses_take_no_memory() {
+        let mut uses = uses((super::CLUSTERS_MAX - 1) << 16);
+        let made = |uses: &Uses| uses.runs.iter().flatten().count();
+        uses.set_counted_once(70_000, true);
+        assert_eq!((made(&uses), uses.is_counted_once(70_000), uses.end()), (0, None, 0));
+        for at in [0, 255 << 16, 1 << 40] {
+            assert!(uses.add(at, 0x2_0000, User::Payload, 1));
+        }
+        assert_eq!((made(&uses), uses.end()), (3, (1 << 24) + 2));
+        assert!(uses.none_in(257..1 << 24) && !uses.none_in(0..257) && !uses.none_in(257..(1 << 24) + 1));
     }
 }

@@ -98,7 +98,9 @@ impl World {
 
     fn can_end(&self, op: &Op) -> bool {
         match op {
-            Op::Read { .. } | Op::Write { .. } | Op::Zero { .. } | Op::Flush { .. } => !self.disk_rests,
+            Op::Read { .. } | Op::Write { .. } | Op::Zero { .. } | Op::Flush { .. } | Op::Prefetch { .. } => {
+                !self.disk_rests
+            }
             Op::Receive { buf, whole, .. } => {
                 let wanted = if *whole && self.whole { buf.len() } else { 1 };
                 self.hung_up || self.to_server.len() >= wanted
@@ -159,7 +161,7 @@ impl World {
                 self.rung = false;
                 Ok(8)
             }
-            Op::Flush { .. } | Op::Timeout { .. } | Op::Accept { .. } => Ok(0),
+            Op::Flush { .. } | Op::Prefetch { .. } | Op::Timeout { .. } | Op::Accept { .. } => Ok(0),
         }
     }
 }
@@ -201,7 +203,7 @@ fn kind_of(op: &Op) -> Option<Done> {
         Op::Write { .. } => Done::Write,
         Op::Zero { .. } => Done::Zero,
         Op::Flush { .. } => Done::Flush,
-        Op::Timeout { .. } | Op::Wake { .. } | Op::Accept { .. } => return None,
+        Op::Prefetch { .. } | Op::Timeout { .. } | Op::Wake { .. } | Op::Accept { .. } => return None,
     })
 }
 
@@ -251,7 +253,7 @@ impl Image for Holey {
 pub fn disk(file: u32, size: u64) -> Arc<Disk> {
     let image = Box::new(Holey { size, data: Mutex::default() });
     let file = DataFile::buffered(File::simulated(file));
-    let layer = Layer { image, file, path: "disk".into(), format: "holey" };
+    let layer = Layer { image, file, path: "disk".into(), format: "holey", apart: None };
     Arc::new(Disk::new(Chain::new(vec![Arc::new(layer)]), false))
 }
 
@@ -263,7 +265,8 @@ pub struct One {
 
 impl Exports for One {
     fn lookup(&self, name: &str) -> Option<ExportInfo> {
-        std::slice::from_ref(&self.info).lookup(name)
+        let bitmaps = self.gate.route().bitmaps();
+        [ExportInfo { bitmaps, ..self.info.clone() }].lookup(name)
     }
 
     fn list(&self) -> Vec<ExportInfo> {
@@ -310,6 +313,7 @@ impl Scene {
             multi_conn: true,
             fast_zero: true,
             block_sizes: BlockSizes::default(),
+            bitmaps: Vec::new(),
         };
         let directory = Arc::new(One { info, gate: Arc::clone(&gate) });
         // Less than a session gets: buffers of their own come in too.
