@@ -10,13 +10,18 @@ use std::io;
 use std::path::Path;
 use std::process::Command;
 use std::sync::{Arc, Mutex};
-use support::damage::{self, Damage, Patient};
+use support::damage::{self, Damage, Kinds, Patient};
 use support::disk::Disk;
 use support::qemu::contents;
 use support::random::Random;
 
-/// How many broken images each test makes.
-const IMAGES: u64 = 40;
+/// How many broken images each test makes: `IMAGES`, or 20 where that is not given.
+fn images() -> u64 {
+    match std::env::var("IMAGES") {
+        Ok(text) => text.parse().unwrap_or_else(|error| panic!("IMAGES={text}: {error}")),
+        Err(_) => 20,
+    }
+}
 
 /// What qemu-img found: exit code, corruptions, leaks, the rest of the numbers.
 #[derive(Debug)]
@@ -43,7 +48,7 @@ fn qemu_check(folder: &Path, image: &str, more: &[&str]) -> Theirs {
 
 /// What is told on purpose where QEMU is content; see the module.
 fn on_purpose(found: &Check) -> u64 {
-    let ours_alone = ["used as something else besides", "version 2 has no zero flag"];
+    let ours_alone = ["used as something else besides", "no zero flag", "is not its guest offset"];
     found.problems.iter().filter(|problem| ours_alone.iter().any(|words| problem.contains(words))).count() as u64
 }
 
@@ -92,10 +97,14 @@ struct Case {
 impl Case {
     /// `None` where nothing could be broken.
     fn new(seed: u64, kinds: &[Damage]) -> Option<Self> {
+        Self::of(Kinds::QemuRepairs, seed, kinds)
+    }
+
+    fn of(images: Kinds, seed: u64, kinds: &[Damage]) -> Option<Self> {
         let folder = tempfile::tempdir().expect("a folder");
         let mut random = Random::new(seed);
         let mut what = format!("seed {seed}");
-        damage::make(folder.path(), &mut random, &mut what);
+        damage::make(folder.path(), images, &mut random, &mut what);
         let whole = std::fs::read(folder.path().join("image.qcow2")).expect("just made");
         let mut patient = Patient::new(whole.clone());
         let mut any = false;
@@ -139,25 +148,27 @@ impl Case {
 #[test]
 fn broken_images_are_judged_as_by_qemu() {
     let mut seen = [0; 4];
-    for seed in 1..=IMAGES * 2 {
+    for seed in 1..=images() * 2 {
         let kinds = if seed % 8 == 0 { &[Damage::Leak][..] } else { &Damage::ALL };
-        let Some(case) = Case::new(seed, kinds) else { continue };
+        let Some(case) = Case::of(Kinds::All, seed, kinds) else { continue };
         let whole = check(&Disk::with(&case.whole)).expect("a valid image");
         assert_eq!((whole.corruptions, whole.leaks), (0, 0), "{}: {:#?}", case.what, whole.problems);
         case.write("broken.qcow2", &case.broken);
         let theirs = qemu_check(case.folder.path(), "broken.qcow2", &[]);
         match check(&Disk::with(&case.broken)) {
             Ok(ours) => assert_agree(&ours, &theirs, &case.what),
+            // QEMU reads zeroes where the file was cut, and takes what snapshots use for leaks.
+            Err(error) if error.one_line().starts_with("the snapshot table") => {}
             Err(error) => assert_eq!(theirs.code, 1, "{}: {error}\n{theirs:?}", case.what),
         }
         seen[theirs.code as usize] += 1;
     }
-    assert!(seen[0] + seen[1] < IMAGES && seen[2] > IMAGES / 2 && seen[3] > 2, "{seen:?}");
+    assert!(seen[0] + seen[1] < images() && seen[2] > images() / 2 && seen[3] > 2, "{seen:?}");
 }
 
 #[test]
 fn what_guests_see_survives_a_repair() {
-    for seed in 1001..=1000 + IMAGES {
+    for seed in 1001..=1000 + images() {
         let Some(case) = Case::new(seed, &Damage::HARMLESS) else { continue };
         let (found, bytes) = case.repaired(Repair::All).expect("it can be mended");
         assert!(found.is_clean(), "{}\n{:#?}", case.what, found.problems);
@@ -173,7 +184,7 @@ fn what_guests_see_survives_a_repair() {
 #[test]
 fn a_repair_mends_what_qemu_mends() {
     let mut mended = 0;
-    for seed in 2001..=2000 + IMAGES {
+    for seed in 2001..=2000 + images() {
         let Some(case) = Case::new(seed, &Damage::ALL) else { continue };
         let folder = case.folder.path();
         case.write("theirs.qcow2", &case.broken);
@@ -203,13 +214,13 @@ fn a_repair_mends_what_qemu_mends() {
         assert!(contents(folder, "ours.qcow2") == contents(folder, "theirs.qcow2"), "{}", case.what);
         mended += 1;
     }
-    assert!(mended > IMAGES / 4, "{mended}");
+    assert!(mended > images() / 4, "{mended}");
 }
 
 #[test]
 fn leaks_alone_are_mended_as_by_qemu() {
     let mut mended = 0;
-    for seed in 3001..=3000 + IMAGES {
+    for seed in 3001..=3000 + images() {
         let Some(case) = Case::new(seed, &[Damage::Count, Damage::Leak, Damage::L2Flag]) else { continue };
         case.write("theirs.qcow2", &case.broken);
         let by_them = qemu_check(case.folder.path(), "theirs.qcow2", &["-r", "leaks"]);
@@ -222,6 +233,39 @@ fn leaks_alone_are_mended_as_by_qemu() {
         }
     }
     assert!(mended > 5, "{mended}");
+}
+
+/// Two entries of the L1 table had one L2 table, and a repair counted it so. Writing to such an image was refused,
+/// though a check calls it clean.
+#[test]
+fn what_a_repair_leaves_shared_is_written_apart() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let run = |program: &str, arguments: &[&str]| support::qemu::run(folder.path(), program, arguments);
+    run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", "cluster_size=4096", "image.qcow2", "4M"]);
+    run("qemu-io", &["-c", "write -P 1 0 8k", "-c", "write -P 2 2M 8k", "image.qcow2"]);
+    let path = folder.path().join("image.qcow2");
+    let disk = Disk::with(&std::fs::read(&path).expect("just made"));
+    let mut l1 = [0; 8];
+    disk.read_at(3 * 4096, &mut l1).expect("memory");
+    disk.write_at(3 * 4096 + 8, &l1).expect("memory");
+    let found = repair(&disk, &|| Ok(()), Repair::All).expect("it can be mended");
+    assert!(found.is_clean(), "{:#?}", found.problems);
+
+    std::fs::write(&path, disk.to_vec()).expect("room");
+    let before = contents(folder.path(), "image.qcow2");
+    assert!(before[..2 << 20] == before[2 << 20..], "they share the table");
+    let layer = support::file::Layer::open(&path, "qcow2", true);
+    layer.write(2 << 20, &[3; 4096]);
+    layer.close();
+    let after = contents(folder.path(), "image.qcow2");
+    assert!(after[..2 << 20] == before[..2 << 20] && after[2 << 20..][..4096] == [3; 4096]);
+    assert!(after[(2 << 20) + 4096..] == before[(2 << 20) + 4096..]);
+    let theirs = qemu_check(folder.path(), "image.qcow2", &[]);
+    assert_eq!(theirs.number("leaks"), 0, "{theirs:?}");
+    // Entries that are not shared any more may be without their flag: a needless copy, nothing worse.
+    let found = check(&Disk::with(&std::fs::read(&path).expect("it is there"))).expect("a valid image");
+    let flag = "the copied flag is not set, and its refcount is 1";
+    assert!(found.problems.iter().all(|told| told.ends_with(flag)), "{:#?}", found.problems);
 }
 
 /// A file whose power is cut, in copies of the world, around every write and flush.
@@ -285,6 +329,8 @@ fn view(disk: &Arc<Disk>) -> Vec<u8> {
         let here = &mut bytes[at as usize..extent.guest.end as usize];
         match extent.place {
             Place::Zero | Place::Absent => {}
+            // Payload in a file of its own is not looked at, nor changed.
+            Place::Data { .. } if image.header().data_file.is_some() => here.fill(1),
             Place::Data { host } => read_inside(disk, host, here),
             Place::Compressed { host, len, skip, inflated } => {
                 let (mut compressed, mut cluster) = (vec![0; len as usize], vec![0; inflated as usize]);
@@ -317,7 +363,7 @@ fn power_cuts_during_a_repair_make_nothing_worse() {
     use Damage::{BlockReserved, Count, CountZero, L1Flag, L2Flag, Leak, ZeroCrooked};
     let kinds = [Count, CountZero, Leak, Leak, L2Flag, L1Flag, ZeroCrooked, ZeroCrooked, ZeroCrooked, BlockReserved];
     let mut cuts = 0;
-    for seed in 4001..=4000 + IMAGES {
+    for seed in 4001..=4000 + images() {
         let Some(case) = Case::new(seed, &kinds) else { continue };
         let broken = Disk::with(&case.broken);
         let found = check(&broken).expect("it can be walked");

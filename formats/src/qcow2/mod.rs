@@ -292,6 +292,13 @@ impl Shared {
         }
     }
 
+    /// What was given room is about to be written.
+    fn mark_room(&self, reserve: &Reserve) {
+        if let Reserve::Room(reservation) = reserve {
+            self.bitmaps.mark(reservation.guest);
+        }
+    }
+
     fn check_inside(&self, guest: ByteRange) -> Result<()> {
         if guest.end <= self.geometry.size && !guest.is_empty() {
             return Ok(());
@@ -332,9 +339,7 @@ impl Image for Qcow2 {
 
     fn reserve(&self, guest: ByteRange) -> Result<Reserve> {
         let reserve = self.shared.watch(Shared::reserve(&self.shared, guest))?;
-        if let Reserve::Room(reservation) = &reserve {
-            self.shared.bitmaps.mark(reservation.guest);
-        }
+        self.shared.mark_room(&reserve);
         Ok(reserve)
     }
 
@@ -387,7 +392,9 @@ impl Image for Qcow2 {
     }
 
     fn reserve_compressed(&self, guest: ByteRange, len: u32) -> Result<Option<Reserve>> {
-        Shared::reserve_compressed(&self.shared, guest, len)
+        let reserve = self.shared.watch(Shared::reserve_compressed(&self.shared, guest, len))?;
+        reserve.iter().for_each(|reserve| self.shared.mark_room(reserve));
+        Ok(reserve)
     }
 
     fn deflate(&self, cluster: &[u8], compressed: &mut [u8]) -> Option<usize> {
