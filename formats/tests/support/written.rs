@@ -194,10 +194,11 @@ impl ImageWriter {
     }
 
     fn share(&mut self) {
-        let last =
-            self.entries.last().map(|last| last.raw).filter(|last| last & (COMPRESSED | ZERO) == 0 && *last != 0);
-        let Some(last) = last.filter(|_| self.shape.refcount_order > 0) else { return self.content(Content::Data) };
-        let host = last & !COPIED;
+        // All of it payload, or the two would not read alike.
+        let whole = |last: &&L2Entry| last.bitmap == u64::MAX >> SUBCLUSTERS;
+        let last = self.entries.last().filter(whole).filter(|_| self.shape.refcount_order > 0);
+        let Some(last) = last else { return self.content(Content::Data) };
+        let host = last.raw & !COPIED;
         let count = &mut self.counts[(host >> self.shape.cluster_bits) as usize];
         if *count < 2 {
             *count += 1;
