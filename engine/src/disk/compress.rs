@@ -19,7 +19,8 @@ use std::sync::Arc;
 const PARTS: usize = 4;
 /// Local tokens: a part's own operation, then the plain write of one part at a time, then the settle's.
 const PLAIN: u64 = PARTS as u64;
-const SETTLE: u64 = Task::TOKENS - 1;
+const SETTLE: u64 = PLAIN + super::write::TOKENS;
+const _: () = assert!(SETTLE < Task::TOKENS, "a token beyond is the next task's");
 
 pub(super) struct Compress {
     range: ByteRange,

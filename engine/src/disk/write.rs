@@ -23,7 +23,10 @@ const MERGE_MAX: u64 = 128 << 10;
 /// Local tokens: a part's own operation, then what the reads of all parts use, then the settle's.
 const READS: u64 = PARTS as u64;
 const READ_TOKENS: u64 = super::read::PARTS as u64;
-const SETTLE: u64 = Task::TOKENS - 1;
+const SETTLE: u64 = READS + PARTS as u64 * READ_TOKENS;
+
+/// How many tokens a write uses.
+pub(super) const TOKENS: u64 = SETTLE + 1;
 
 pub(super) struct Write {
     range: ByteRange,

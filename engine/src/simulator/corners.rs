@@ -129,13 +129,12 @@ impl Io for NoFlush {
 }
 
 /// Copies compressed and reads back in parts, in an order that the seed decides: clusters share their
-/// places, some do not shrink, some are zeroes, the last one is cut.
-fn copies_compressed(seed: u64) {
-    const CLUSTER_BITS: u32 = 12;
+/// places, some do not shrink, some are zeroes, the last one is cut. Memory for the tables is the least there is.
+fn copies_compressed(seed: u64, cluster_bits: u32) {
     let files = Files::default();
     let mut dice = Dice::new(seed);
-    let mut bytes = vec![0; DISK as usize - 1536];
-    for cluster in bytes.chunks_mut(1 << CLUSTER_BITS) {
+    let mut bytes = vec![0; 2 * DISK as usize - 1536];
+    for cluster in bytes.chunks_mut(1 << cluster_bits) {
         match dice.roll(4) {
             0 => cluster.fill_with(|| dice.roll(256) as u8),
             1 => {}
@@ -149,12 +148,12 @@ fn copies_compressed(seed: u64) {
     };
     let (from, to) = (files.add(bytes.clone()), files.add(Vec::new()));
     let size = bytes.len() as u64;
-    create(&*files.storage(to), &Create { cluster_bits: CLUSTER_BITS, ..Create::new(size) }).expect("valid options");
-    let open = Open { writable: true, has_backing: false, metadata_bytes_max: 1 << 20 };
+    create(&*files.storage(to), &Create { cluster_bits, ..Create::new(size) }).expect("valid options");
+    let open = Open { writable: true, has_backing: false, metadata_bytes_max: 0 };
     let target = Qcow2::open(files.storage(to), Arc::new(Forgetful), open).expect("a valid image");
     let source = disk(from, Box::new(Raw::new(files.storage(from), size)), "raw");
-    let mut mirror = Mirror::new(source, disk(to, Box::new(target), "qcow2"), CLUSTER_BITS, false);
-    mirror.compress = Some(1 << CLUSTER_BITS);
+    let mut mirror = Mirror::new(source, disk(to, Box::new(target), "qcow2"), cluster_bits, false);
+    mirror.compress = Some(1 << cluster_bits);
     let mirror = Arc::new(mirror);
     mirror.written(ByteRange { start: 0, end: size });
 
@@ -187,12 +186,19 @@ fn copies_compressed(seed: u64) {
     }
     let chain = mirror.target.chain();
     let is_compressed = |at| matches!(chain.map(at, 1, Look::Images), Ok((_, Source::Compressed { .. })));
-    assert!((0..size).step_by(1 << CLUSTER_BITS).any(is_compressed), "nothing was compressed");
+    assert!((0..size).step_by(1 << cluster_bits).any(is_compressed), "nothing was compressed");
 }
 
 #[test]
 fn a_compressed_copy_reads_like_its_source() {
-    (1..=200).for_each(copies_compressed);
+    (1..=200).for_each(|seed| copies_compressed(seed, 12));
+}
+
+/// A cluster that did not shrink and whose write had to settle first used a token of the next task's: that
+/// one took the flush for its own, and the first never heard of it. No test's tables were that many.
+#[test]
+fn a_compressed_copy_settles_whenever_it_has_to() {
+    (1..=100).for_each(|seed| copies_compressed(seed, 9));
 }
 
 /// A request got some of its claims, gave them back and rang: for itself, who had just begun to listen.
