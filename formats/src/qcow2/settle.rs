@@ -117,9 +117,9 @@ impl Shared {
         progress.hold = None;
     }
 
-    /// What was let go of before the last settle is free.
-    pub(super) fn recycle(&self) {
-        self.lock().release_awaiting();
+    /// What the first so many `settles` made durable that it was let go of is free.
+    pub(super) fn recycle(&self, settles: u64) {
+        self.lock().release_awaiting(settles);
     }
 
     fn write_counts(&self, frozen: &FrozenRefcounts) -> Result<()> {
