@@ -127,9 +127,12 @@ impl Write {
             let top = disk.chain().top();
             match top.image.reserve(ByteRange { start: self.at, end: self.range.end }).map_err(|e| at(top, e))? {
                 Reserve::Room(reservation) => {
+                    let span = span(disk, &reservation)?;
+                    // Nothing fails from here on: what is lent has to come back.
                     self.at = reservation.guest.end;
                     let payload = self.loan.lend(reservation.guest.len() as usize);
-                    self.parts[free] = Some(Part::new(disk, reservation, payload)?);
+                    self.parts[free] =
+                        Some(Part { at: span.start, reservation, span, payload: Some(payload), stage: Stage::Next });
                 }
                 Reserve::Busy => {
                     *blocked = true;
@@ -265,16 +268,6 @@ impl Write {
 }
 
 impl Part {
-    fn new(disk: &Disk, reservation: Reservation, payload: Buffer) -> Result<Self> {
-        let mut span = reservation.guest;
-        if needs_fill(disk, &reservation)? {
-            let [head, tail] = reservation.fill;
-            span.start = head.map_or(span.start, |head| head.start);
-            span.end = tail.map_or(span.end, |tail| tail.end);
-        }
-        Ok(Self { at: span.start, reservation, span, payload: Some(payload), stage: Stage::Next })
-    }
-
     /// Where in the file the next bytes go.
     fn host(&self) -> u64 {
         // The span may begin before the reservation's own bytes, at the same distance in the file.
@@ -324,6 +317,17 @@ impl Part {
         );
         Error::io(what, error)
     }
+}
+
+/// What is to be written for a reservation: its bytes, and around them where that must be filled.
+fn span(disk: &Disk, reservation: &Reservation) -> Result<ByteRange> {
+    let mut span = reservation.guest;
+    if needs_fill(disk, reservation)? {
+        let [head, tail] = reservation.fill;
+        span.start = head.map_or(span.start, |head| head.start);
+        span.end = tail.map_or(span.end, |tail| tail.end);
+    }
+    Ok(span)
 }
 
 /// False where nothing is around the payload, or only zeroes that are there already.

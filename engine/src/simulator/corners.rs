@@ -12,7 +12,7 @@ use crate::mirror::Mirror;
 use crate::pivot::{End, RecordFile};
 use formats::image::Image;
 use formats::journal::Forgetful;
-use formats::qcow2::{Create, Open, Qcow2, create};
+use formats::qcow2::{Create, Open, Qcow2, create, read_header};
 use formats::range::ByteRange;
 use formats::raw::Raw;
 use formats::record::{Record, SLOT_LEN};
@@ -199,6 +199,38 @@ fn a_compressed_copy_reads_like_its_source() {
 #[test]
 fn a_compressed_copy_settles_whenever_it_has_to() {
     (1..=100).for_each(|seed| copies_compressed(seed, 9));
+}
+
+/// What is below a new cluster was looked at when the payload had been lent out already: a layer that cannot
+/// be read there ended the thread, for the payload was not whole again. All tests' layers could be read.
+#[test]
+fn a_write_over_a_layer_that_cannot_be_read_is_an_error() {
+    let files = Files::default();
+    let open = Open { writable: true, has_backing: true, metadata_bytes_max: 1 << 20 };
+    let layer = |top: bool| {
+        let number = files.add(Vec::new());
+        let storage = files.storage(number);
+        create(&*storage, &Create::new(1 << 20)).expect("valid options");
+        if !top {
+            // Reserved bits of the only L1 entry.
+            let l1_offset = read_header(&*storage).expect("a valid header").l1_offset;
+            storage.write_at(l1_offset, &[0x7f; 8]).expect("memory");
+        }
+        let image = Qcow2::open(storage, Arc::new(Forgetful), Open { writable: top, has_backing: top, ..open });
+        let image = Box::new(image.expect("its header is valid"));
+        let file = DataFile::buffered(File::simulated(number));
+        Arc::new(Layer { image, file, path: format!("file{number}").into(), format: "qcow2", apart: None })
+    };
+    let disk = Arc::new(Disk::new(Chain::new(vec![layer(true), layer(false)]), false));
+    let (arena, waker) = (Arena::new(256 << 10), Waker::simulated(9));
+    let mut io = SimIo::new(&files, 1, 0);
+    let mut write = Task::write(disk, ByteRange { start: 4096, end: 8192 }, Buffer::alone(4096));
+    let status = write.step(&mut Tools { io: &mut io, arena: &arena, waker: &waker }, Token(0));
+    assert_eq!(status, Status::Done);
+    let (outcome, payload) = write.end();
+    let error = outcome.expect_err("nobody knows what is around the payload").one_line();
+    assert!(error.starts_with("file1: L1 table: entry 0"), "{error}");
+    assert_eq!(payload.map(|payload| payload.len()), Some(4096));
 }
 
 /// A request got some of its claims, gave them back and rang: for itself, who had just begun to listen.
