@@ -378,7 +378,11 @@ impl Image for Qcow2 {
     }
 
     fn reserve_compressed(&self, guest: ByteRange, len: u32) -> Result<Option<Reserve>> {
-        Shared::reserve_compressed(&self.shared, guest, len)
+        let reserve = Shared::reserve_compressed(&self.shared, guest, len)?;
+        if let Some(Reserve::Room(reservation)) = &reserve {
+            self.shared.bitmaps.mark(reservation.guest);
+        }
+        Ok(reserve)
     }
 
     fn deflate(&self, cluster: &[u8], compressed: &mut [u8]) -> Option<usize> {
