@@ -5,7 +5,7 @@
 //! reserve ─► [ read span ─► lay the payload over it ] ─► write ─► … ─► commit
 //! ```
 use super::Disk;
-use super::flush::Flush;
+use super::flush::Settling;
 use super::step::{Moved, Status, Tools, keep, scratch};
 use super::task::Task;
 use crate::chain::{Layer, Look, Source};
@@ -34,8 +34,7 @@ pub(super) struct Write {
     at: u64,
     loan: Loan,
     parts: [Option<Part>; PARTS],
-    /// The image asked to be settled before it gives more room.
-    settling: Option<Flush>,
+    settling: Settling,
     error: Option<Error>,
 }
 
@@ -67,7 +66,7 @@ enum Stage {
 impl Write {
     pub fn new(range: ByteRange, buf: Buffer) -> Self {
         let loan = Loan::new(buf);
-        Self { range, at: range.start, loan, parts: Default::default(), settling: None, error: None }
+        Self { range, at: range.start, loan, parts: Default::default(), settling: Settling::default(), error: None }
     }
 
     pub fn step<I: Io>(&mut self, disk: &Arc<Disk>, tools: &mut Tools<I>, base: Token) -> Status {
@@ -95,12 +94,12 @@ impl Write {
 
     fn is_over(&self) -> bool {
         let all = self.at == self.range.end || self.error.is_some();
-        all && self.settling.is_none() && self.parts.iter().all(Option::is_none)
+        all && !self.settling.is_under_way() && self.parts.iter().all(Option::is_none)
     }
 
     fn in_kernel(&self) -> bool {
         let busy = |part: &Part| matches!(part.stage, Stage::Reading(..) | Stage::Writing(_));
-        self.parts.iter().flatten().any(busy) || self.settling.as_ref().is_some_and(Flush::in_kernel)
+        self.parts.iter().flatten().any(busy) || self.settling.in_kernel()
     }
 
     /// Gets room for as much of the range as there are free parts.
@@ -113,15 +112,8 @@ impl Write {
     ) -> Result<()> {
         disk.refuse_poisoned()?;
         while self.at < self.range.end && self.error.is_none() {
-            if let Some(flush) = &mut self.settling {
-                match flush.step(disk, tools, Token(base.0 + SETTLE)) {
-                    Status::Busy => return Ok(()),
-                    Status::Blocked => {
-                        *blocked = true;
-                        return Ok(());
-                    }
-                    Status::Done => self.settling.take().expect("just stepped").end()?,
-                }
+            if !self.settling.step(disk, tools, Token(base.0 + SETTLE), blocked)? {
+                return Ok(());
             }
             let Some(free) = self.parts.iter().position(Option::is_none) else { return Ok(()) };
             let top = disk.chain().top();
@@ -138,7 +130,7 @@ impl Write {
                     *blocked = true;
                     return Ok(());
                 }
-                Reserve::Settle => self.settling = Some(Flush::default()),
+                Reserve::Settle => self.settling.begin(),
             }
         }
         Ok(())
@@ -219,10 +211,7 @@ impl Write {
 
     pub fn complete<I: Io>(&mut self, disk: &Disk, tools: &mut Tools<I>, base: Token, local: u64, done: Completion) {
         match local {
-            SETTLE => {
-                let flush = self.settling.as_mut().expect("a settle is under way");
-                flush.complete(disk, done.result);
-            }
+            SETTLE => self.settling.complete(disk, done.result),
             local if local >= READS => {
                 let number = (local - READS) / READ_TOKENS;
                 let part = self.parts[number as usize].as_mut().expect("a part that reads");
