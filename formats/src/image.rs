@@ -249,9 +249,19 @@ pub trait Image: Send + Sync {
         Err(Error::unsupported("this format has no bitmaps: they are dropped"))
     }
 
-    /// Space that was given up and that no operation begun before the last settle can still be
-    /// using: it may be used again. Called when the caller knows that.
-    fn recycle(&self) {}
+    /// How many settles have ended.
+    fn settles(&self) -> u64 {
+        0
+    }
+
+    /// Space that the first so many `settles` gave up may be used again: the caller knows that no
+    /// operation begun before they ended can still be using it.
+    fn recycle_of(&self, _settles: u64) {}
+
+    /// The same of all settles.
+    fn recycle(&self) {
+        self.recycle_of(u64::MAX);
+    }
 
     /// Stores what is kept in memory up to the end, and leaves the file no longer than it has to be.
     /// Called when everything is settled and nobody will use the image any more; `flush` makes the

@@ -130,6 +130,24 @@ fn what_we_write_is_marked_beside_what_was() {
     }
 }
 
+/// Room for a compressed cluster set no bit, and the bitmap was given back as if nobody had written. No guest
+/// compresses, so only a copy into an image that has bitmaps would have shown it.
+#[test]
+fn what_is_written_compressed_is_marked_too() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let folder = folder.path();
+    run(folder, "qemu-img", &["create", "-q", "-f", "qcow2", NAME, "1M"]);
+    run(folder, "qemu-img", &["bitmap", "--add", NAME, "live"]);
+    let image = Qcow2::open(FileStorage::open(&folder.join(NAME), true).expect("a file"), Arc::new(Forgetful), OPEN);
+    let image = image.expect("a valid image");
+    let cluster = ByteRange { start: 65536, end: 131_072 };
+    let room = image.reserve_compressed(cluster, 100).expect("a valid image");
+    let Some(Reserve::Room(room)) = room else { panic!("nobody else writes") };
+    image.commit(room).expect("a valid image");
+    image.close(&|| Ok(())).expect("a valid image");
+    assert_eq!(marked(folder, "live"), (128..256).collect());
+}
+
 #[test]
 fn what_was_killed_is_inconsistent_for_good() {
     let folder = tempfile::tempdir().expect("a folder");

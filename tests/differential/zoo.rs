@@ -40,6 +40,8 @@ pub struct Layer {
     /// Its payload is in a file of its own: it has no snapshots.
     apart: bool,
     snapshots: u64,
+    /// It has a bitmap: QEMU goes back to no snapshot then.
+    bitmaps: bool,
     /// No cluster has been given a place yet: QEMU compresses only into such.
     untouched: bool,
 }
@@ -112,6 +114,7 @@ impl Zoo {
             extended: false,
             apart: false,
             snapshots: 0,
+            bitmaps: false,
             untouched: false,
         });
     }
@@ -141,6 +144,7 @@ impl Zoo {
             extended,
             apart,
             snapshots: 0,
+            bitmaps: false,
             untouched,
         });
     }
@@ -185,7 +189,7 @@ impl Zoo {
                 self.img(&["snapshot", "-d", &format!("s{count}"), &file]);
                 count - 1
             }
-            (count @ 1.., 1) => {
+            (count @ 1.., 1) if !top.bitmaps => {
                 self.img(&["snapshot", "-a", &format!("s{count}"), &file]);
                 count
             }
@@ -238,6 +242,7 @@ impl Zoo {
     fn bitmap(&mut self, top: &Layer, random: &mut Random) {
         let name = format!("b{}", random.next());
         self.img(&["bitmap", "--add", "-f", "qcow2", &top.file.display().to_string(), &name]);
+        self.top_mut().bitmaps = true;
     }
 }
 

@@ -5,7 +5,7 @@
 //!         └► not    ─► written as any payload
 //! ```
 use super::Disk;
-use super::flush::Flush;
+use super::flush::Settling;
 use super::step::{Moved, Status, Tools, keep, scratch};
 use super::task::Task;
 use crate::io::{Buffer, Completion, Io, Op, Token, Work};
@@ -19,7 +19,8 @@ use std::sync::Arc;
 const PARTS: usize = 4;
 /// Local tokens: a part's own operation, then the plain write of one part at a time, then the settle's.
 const PLAIN: u64 = PARTS as u64;
-const SETTLE: u64 = Task::TOKENS - 1;
+const SETTLE: u64 = PLAIN + super::write::TOKENS;
+const _: () = assert!(SETTLE < Task::TOKENS, "a token beyond is the next task's");
 
 pub(super) struct Compress {
     range: ByteRange,
@@ -34,7 +35,7 @@ pub(super) struct Compress {
     plain: Option<Box<Task>>,
     /// Nothing of that is under way.
     plain_blocked: bool,
-    settling: Option<Flush>,
+    settling: Settling,
     error: Option<Error>,
 }
 
@@ -69,7 +70,7 @@ impl Compress {
             parts,
             plain: None,
             plain_blocked: false,
-            settling: None,
+            settling: Settling::default(),
             error: None,
         }
     }
@@ -82,11 +83,11 @@ impl Compress {
         let under_way = |part: &Part| matches!(part.stage, Stage::Deflating | Stage::Writing(..));
         let in_kernel = self.parts.iter().flatten().any(under_way)
             || self.plain.is_some() && !self.plain_blocked
-            || self.settling.as_ref().is_some_and(Flush::in_kernel);
+            || self.settling.in_kernel();
         if self.error.is_some() && !in_kernel {
             // What has only room gives it back.
             self.parts = Default::default();
-            (self.plain, self.settling) = (None, None);
+            (self.plain, self.settling) = (None, Settling::default());
             disk.bell.ring();
         }
         match () {
@@ -100,7 +101,7 @@ impl Compress {
     fn is_over(&self) -> bool {
         self.at == self.range.end
             && self.plain.is_none()
-            && self.settling.is_none()
+            && !self.settling.is_under_way()
             && self.parts.iter().all(Option::is_none)
     }
 
@@ -222,15 +223,8 @@ impl Compress {
         blocked: &mut bool,
     ) -> Result<()> {
         loop {
-            if let Some(flush) = &mut self.settling {
-                match flush.step(disk, tools, Token(base.0 + SETTLE)) {
-                    Status::Busy => return Ok(()),
-                    Status::Blocked => {
-                        *blocked = true;
-                        return Ok(());
-                    }
-                    Status::Done => self.settling.take().expect("just stepped").end()?,
-                }
+            if !self.settling.step(disk, tools, Token(base.0 + SETTLE), blocked)? {
+                return Ok(());
             }
             let part = self.parts[number].as_mut().expect("it is deflated");
             let Stage::Deflated(buf) = &part.stage else { return Ok(()) };
@@ -240,7 +234,7 @@ impl Compress {
                 None => part.stage = Stage::Plain,
                 Some(Reserve::Busy) => *blocked = true,
                 Some(Reserve::Settle) => {
-                    self.settling = Some(Flush::default());
+                    self.settling.begin();
                     continue;
                 }
                 Some(Reserve::Room(reservation)) => {
@@ -273,7 +267,7 @@ impl Compress {
 
     pub fn complete<I: Io>(&mut self, disk: &Disk, tools: &mut Tools<I>, base: Token, local: u64, done: Completion) {
         match local {
-            SETTLE => self.settling.as_mut().expect("a settle is under way").complete(disk, done.result),
+            SETTLE => self.settling.complete(disk, done.result),
             local if local >= PLAIN => {
                 let task = self.plain.as_mut().expect("a cluster is written as it is");
                 task.complete(tools, Token(base.0 + PLAIN), done);

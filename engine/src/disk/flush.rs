@@ -83,3 +83,41 @@ impl Flush {
         self.outcome.unwrap_or(Ok(()))
     }
 }
+
+/// A settle that the image asked for before it gives more room, if it has.
+#[derive(Default)]
+pub(super) struct Settling(Option<Flush>);
+
+impl Settling {
+    /// The image has asked.
+    pub fn begin(&mut self) {
+        self.0 = Some(Flush::default());
+    }
+
+    /// Goes on with it. True where the image can be asked for room again.
+    pub fn step<I: Io>(&mut self, disk: &Disk, tools: &mut Tools<I>, base: Token, blocked: &mut bool) -> Result<bool> {
+        let Some(flush) = &mut self.0 else { return Ok(true) };
+        match flush.step(disk, tools, base) {
+            Status::Busy => Ok(false),
+            Status::Blocked => {
+                *blocked = true;
+                Ok(false)
+            }
+            Status::Done => self.0.take().map_or(Ok(()), Flush::end).map(|()| true),
+        }
+    }
+
+    pub fn complete(&mut self, disk: &Disk, result: io::Result<u32>) {
+        self.0.as_mut().expect("a settle is under way").complete(disk, result);
+    }
+
+    /// True where it is not over.
+    pub fn is_under_way(&self) -> bool {
+        self.0.is_some()
+    }
+
+    /// True where the kernel has something of it.
+    pub fn in_kernel(&self) -> bool {
+        self.0.as_ref().is_some_and(Flush::in_kernel)
+    }
+}

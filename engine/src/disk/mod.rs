@@ -130,16 +130,16 @@ impl Disk {
 
     /// A settle is done: what it gave up may be used again when everybody who was inside has left.
     fn settled(&self) {
-        self.grace.settled();
         self.try_recycle();
         self.bell.ring();
     }
 
     fn try_recycle(&self) {
-        if self.grace.is_over() {
+        let image = &self.chain.top().image;
+        if let Some(settles) = self.grace.over(|| image.settles()) {
             // Before the places of what is kept can have other contents.
             self.inflated.clear();
-            self.chain.top().image.recycle();
+            image.recycle_of(settles);
         }
     }
 }

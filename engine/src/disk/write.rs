@@ -5,7 +5,7 @@
 //! reserve ─► [ read span ─► lay the payload over it ] ─► write ─► … ─► commit
 //! ```
 use super::Disk;
-use super::flush::Flush;
+use super::flush::Settling;
 use super::step::{Moved, Status, Tools, keep, scratch};
 use super::task::Task;
 use crate::chain::{Layer, Look, Source};
@@ -23,7 +23,10 @@ const MERGE_MAX: u64 = 128 << 10;
 /// Local tokens: a part's own operation, then what the reads of all parts use, then the settle's.
 const READS: u64 = PARTS as u64;
 const READ_TOKENS: u64 = super::read::PARTS as u64;
-const SETTLE: u64 = Task::TOKENS - 1;
+const SETTLE: u64 = READS + PARTS as u64 * READ_TOKENS;
+
+/// How many tokens a write uses.
+pub(super) const TOKENS: u64 = SETTLE + 1;
 
 pub(super) struct Write {
     range: ByteRange,
@@ -31,8 +34,7 @@ pub(super) struct Write {
     at: u64,
     loan: Loan,
     parts: [Option<Part>; PARTS],
-    /// The image asked to be settled before it gives more room.
-    settling: Option<Flush>,
+    settling: Settling,
     error: Option<Error>,
 }
 
@@ -64,7 +66,7 @@ enum Stage {
 impl Write {
     pub fn new(range: ByteRange, buf: Buffer) -> Self {
         let loan = Loan::new(buf);
-        Self { range, at: range.start, loan, parts: Default::default(), settling: None, error: None }
+        Self { range, at: range.start, loan, parts: Default::default(), settling: Settling::default(), error: None }
     }
 
     pub fn step<I: Io>(&mut self, disk: &Arc<Disk>, tools: &mut Tools<I>, base: Token) -> Status {
@@ -92,12 +94,12 @@ impl Write {
 
     fn is_over(&self) -> bool {
         let all = self.at == self.range.end || self.error.is_some();
-        all && self.settling.is_none() && self.parts.iter().all(Option::is_none)
+        all && !self.settling.is_under_way() && self.parts.iter().all(Option::is_none)
     }
 
     fn in_kernel(&self) -> bool {
         let busy = |part: &Part| matches!(part.stage, Stage::Reading(..) | Stage::Writing(_));
-        self.parts.iter().flatten().any(busy) || self.settling.as_ref().is_some_and(Flush::in_kernel)
+        self.parts.iter().flatten().any(busy) || self.settling.in_kernel()
     }
 
     /// Gets room for as much of the range as there are free parts.
@@ -110,29 +112,25 @@ impl Write {
     ) -> Result<()> {
         disk.refuse_poisoned()?;
         while self.at < self.range.end && self.error.is_none() {
-            if let Some(flush) = &mut self.settling {
-                match flush.step(disk, tools, Token(base.0 + SETTLE)) {
-                    Status::Busy => return Ok(()),
-                    Status::Blocked => {
-                        *blocked = true;
-                        return Ok(());
-                    }
-                    Status::Done => self.settling.take().expect("just stepped").end()?,
-                }
+            if !self.settling.step(disk, tools, Token(base.0 + SETTLE), blocked)? {
+                return Ok(());
             }
             let Some(free) = self.parts.iter().position(Option::is_none) else { return Ok(()) };
             let top = disk.chain().top();
             match top.image.reserve(ByteRange { start: self.at, end: self.range.end }).map_err(|e| at(top, e))? {
                 Reserve::Room(reservation) => {
+                    let span = span(disk, &reservation)?;
+                    // Nothing fails from here on: what is lent has to come back.
                     self.at = reservation.guest.end;
                     let payload = self.loan.lend(reservation.guest.len() as usize);
-                    self.parts[free] = Some(Part::new(disk, reservation, payload)?);
+                    self.parts[free] =
+                        Some(Part { at: span.start, reservation, span, payload: Some(payload), stage: Stage::Next });
                 }
                 Reserve::Busy => {
                     *blocked = true;
                     return Ok(());
                 }
-                Reserve::Settle => self.settling = Some(Flush::default()),
+                Reserve::Settle => self.settling.begin(),
             }
         }
         Ok(())
@@ -213,10 +211,7 @@ impl Write {
 
     pub fn complete<I: Io>(&mut self, disk: &Disk, tools: &mut Tools<I>, base: Token, local: u64, done: Completion) {
         match local {
-            SETTLE => {
-                let flush = self.settling.as_mut().expect("a settle is under way");
-                flush.complete(disk, done.result);
-            }
+            SETTLE => self.settling.complete(disk, done.result),
             local if local >= READS => {
                 let number = (local - READS) / READ_TOKENS;
                 let part = self.parts[number as usize].as_mut().expect("a part that reads");
@@ -262,16 +257,6 @@ impl Write {
 }
 
 impl Part {
-    fn new(disk: &Disk, reservation: Reservation, payload: Buffer) -> Result<Self> {
-        let mut span = reservation.guest;
-        if needs_fill(disk, &reservation)? {
-            let [head, tail] = reservation.fill;
-            span.start = head.map_or(span.start, |head| head.start);
-            span.end = tail.map_or(span.end, |tail| tail.end);
-        }
-        Ok(Self { at: span.start, reservation, span, payload: Some(payload), stage: Stage::Next })
-    }
-
     /// Where in the file the next bytes go.
     fn host(&self) -> u64 {
         // The span may begin before the reservation's own bytes, at the same distance in the file.
@@ -321,6 +306,17 @@ impl Part {
         );
         Error::io(what, error)
     }
+}
+
+/// What is to be written for a reservation: its bytes, and around them where that must be filled.
+fn span(disk: &Disk, reservation: &Reservation) -> Result<ByteRange> {
+    let mut span = reservation.guest;
+    if needs_fill(disk, reservation)? {
+        let [head, tail] = reservation.fill;
+        span.start = head.map_or(span.start, |head| head.start);
+        span.end = tail.map_or(span.end, |tail| tail.end);
+    }
+    Ok(span)
 }
 
 /// False where nothing is around the payload, or only zeroes that are there already.

@@ -380,8 +380,12 @@ impl Image for Qcow2 {
         self.shared.bitmaps.adopt(&self.header, bitmaps)
     }
 
-    fn recycle(&self) {
-        self.shared.recycle();
+    fn settles(&self) -> u64 {
+        self.shared.lock().settles()
+    }
+
+    fn recycle_of(&self, settles: u64) {
+        self.shared.recycle(settles);
     }
 
     fn replay(&self, changes: &[Change]) -> Result<()> {

@@ -131,10 +131,10 @@ impl Shared {
         progress.hold = None;
     }
 
-    /// What was let go of before the last settle is free.
-    pub(super) fn recycle(&self) {
+    /// What the first so many `settles` made durable that it was let go of is free.
+    pub(super) fn recycle(&self, settles: u64) {
         if self.damage.get().is_none() {
-            self.lock().release_awaiting();
+            self.lock().release_awaiting(settles);
         }
     }
 

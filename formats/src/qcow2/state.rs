@@ -51,8 +51,10 @@ pub struct State {
     promised: usize,
     /// Let go of by entries that are not durable.
     freed: Vec<Run>,
-    /// Let go of by entries that are durable; perhaps still being read.
-    awaiting: Vec<Run>,
+    /// Let go of by entries that are durable; perhaps still being read. With the number of their settle.
+    awaiting: Vec<(u64, Vec<Run>)>,
+    /// How many settles have ended.
+    settles: u64,
     settling: Option<Settling>,
     /// The journal was turned and not told to forget since.
     unforgotten: bool,
@@ -149,6 +151,7 @@ impl State {
             promised: 0,
             freed: Vec::new(),
             awaiting: Vec::new(),
+            settles: 0,
             settling: None,
             unforgotten: false,
             ids: 0,
@@ -389,10 +392,16 @@ impl State {
         }
     }
 
-    /// What was let go of before the last settle is free now.
-    pub fn release_awaiting(&mut self) {
+    /// How many settles have ended.
+    pub fn settles(&self) -> u64 {
+        self.settles
+    }
+
+    /// What the first so many `settles` made durable that it was let go of is free now.
+    pub fn release_awaiting(&mut self, settles: u64) {
         let Some(space) = &mut self.space else { return };
-        for run in std::mem::take(&mut self.awaiting) {
+        let over = self.awaiting.partition_point(|(settle, _)| *settle <= settles);
+        for run in self.awaiting.drain(..over).flat_map(|(_, runs)| runs) {
             // As above: a leak at worst.
             let _ = space.release(run);
         }
@@ -446,7 +455,8 @@ impl State {
             self.l1_dirty.extend(settling.frozen.l1.iter().map(|(index, _)| index));
             self.freed.extend(settling.freed);
         } else {
-            self.awaiting.extend(settling.freed);
+            self.settles += 1;
+            self.awaiting.push((self.settles, settling.freed));
         }
         true
     }

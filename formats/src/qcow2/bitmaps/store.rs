@@ -20,7 +20,7 @@ impl Shared {
         Self::store_tracked(this, &tracked, changed, flush)?;
         Self::store_adopted(this, flush)?;
         Self::settle_with(this, flush)?;
-        this.recycle();
+        this.recycle(u64::MAX);
         Self::settle_with(this, flush)
     }
 
