@@ -67,8 +67,12 @@ pub mod rep {
     pub const META_CONTEXT: u32 = 4;
     /// This option is not known here.
     pub const ERR_UNSUP: u32 = (1 << 31) + 1;
+    /// The server could, but was told not to.
+    pub const ERR_POLICY: u32 = (1 << 31) + 2;
     /// The option's data is wrong, or it does not belong here.
     pub const ERR_INVALID: u32 = (1 << 31) + 3;
+    /// Only inside TLS.
+    pub const ERR_TLS_REQD: u32 = (1 << 31) + 5;
     /// There is no such export.
     pub const ERR_UNKNOWN: u32 = (1 << 31) + 6;
     /// Ask for INFO_BLOCK_SIZE first.

@@ -27,7 +27,7 @@ use crate::disk::{Task, Tools};
 use crate::io::{Arena, Completion, File, Io, Op, Token, Waker};
 use formats::nbd::handshake::Reason;
 use formats::nbd::wire::Header;
-use formats::nbd::{Exports, Handshake, Outcome};
+use formats::nbd::{Exports, Handshake, Outcome, Tls};
 use inbound::{Inbound, STAGING_LEN};
 use outbound::Outbound;
 use std::sync::Arc;
@@ -207,7 +207,7 @@ impl Session {
 
     fn start<I: Io>(&mut self, io: &mut I) {
         let mut greeting = Vec::new();
-        self.phase = Phase::Handshake(Box::new(Handshake::new(&mut greeting)));
+        self.phase = Phase::Handshake(Box::new(Handshake::new(Tls::Off, &mut greeting)));
         self.outbound.bytes(&greeting);
         io.submit(self.token(WAKE), Op::Wake { waker: self.waker.clone() });
         io.submit(self.token(DEADLINE), Op::Timeout { after: HANDSHAKE_MAX });
@@ -306,6 +306,7 @@ impl Session {
             self.outbound.bytes(&out);
             match outcome {
                 Outcome::More => {}
+                Outcome::StartTls => unreachable!("TLS is off"),
                 Outcome::Closed(reason) => self.leave(io, Ending::Handshake(reason)),
                 Outcome::Transmission(negotiated) => match self.directory.gate(&negotiated.export.name) {
                     Some(gate) => {
