@@ -26,6 +26,7 @@ pub use map::{Run, Runs};
 use crate::control::options::{Access, ServeOptions};
 use crate::open::lasting_name;
 use crate::state::{StateFolder, is_volatile};
+use crate::tls::Credentials;
 use control_thread::ControlThread;
 use exports::{Export, Table, refuse_shared, refuse_twice};
 use formats::error::{Context, Error, Result};
@@ -45,6 +46,7 @@ pub fn serve(options: &ServeOptions, ready: impl FnOnce(&str)) -> Result<()> {
     if options.listeners.is_empty() && inherited.is_empty() {
         return Err(Error::invalid("nowhere to listen: name --socket or --listen, or start it by a systemd socket"));
     }
+    let credentials = options.tls.as_ref().map(Credentials::open).transpose()?.map(Arc::new);
     let state = StateFolder::open(&state_folder(options))?;
     if is_volatile(state.path()) {
         tracing::warn!(
@@ -60,7 +62,7 @@ pub fn serve(options: &ServeOptions, ready: impl FnOnce(&str)) -> Result<()> {
     let exports = options.exports.iter().map(open).collect::<Result<Vec<_>>>()?;
     refuse_shared(&exports)?;
     let table = Arc::new(Table::new(&exports));
-    let mut thread = ControlThread::new(exports, table, options.cache, state).context(|| "starting")?;
+    let mut thread = ControlThread::new(exports, table, options.cache, credentials, state).context(|| "starting")?;
     thread.resume_jobs();
     // Only now: who finds the sockets is served.
     let named = options.listeners.iter().map(Listening::at);
