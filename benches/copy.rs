@@ -26,9 +26,9 @@ const CHUNK_BITS: u32 = 16;
 const MEMORY_LEN: u64 = 64 << 20;
 const FILE_LEN: u64 = 128 << 20;
 /// As the daemon has it.
-const DEPTH: Depth = Depth { slots: 16, run_len: 1 << 20 };
+const DEPTH: Depth = Depth { slots: 16, run_len: 1 << 20, beside: 1 << 20 };
 /// One chunk an operation, as a map with single marks makes it.
-const SINGLE: Depth = Depth { slots: 32, run_len: 64 << 10 };
+const SINGLE: Depth = Depth { slots: 32, run_len: 64 << 10, beside: 64 << 10 };
 
 /// Source and target in memory.
 fn memory(c: &mut Criterion) {

@@ -1,4 +1,5 @@
 //! What can be said on the command line. Help and manual come from here.
+use crate::creation::{self, Settings};
 use crate::{export, listener, size};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgAction, ArgGroup, Args as Arguments, Parser, Subcommand};
@@ -138,6 +139,12 @@ pub struct Convert {
     /// The target's format; the source's where it is not given
     #[arg(long, value_name = "FORMAT", value_parser = formats())]
     pub format: Option<TargetFormat>,
+    /// How the target is made, by the names of `qemu-img create -o`; may be given several times
+    #[arg(short = 'o', long = "option", value_name = "KEY=VALUE[,…]", value_parser = creation::parse)]
+    pub options: Vec<Settings>,
+    /// Compress the target's clusters, on all processors; the target is a new qcow2
+    #[arg(short = 'c', long)]
+    pub compress: bool,
     /// Copy only what the top layer holds; the target gets the source's backing
     #[arg(long)]
     pub shallow: bool,
@@ -218,6 +225,9 @@ pub struct Mirror {
     /// The target's format; the source's where it is not given
     #[arg(long, value_name = "FORMAT", value_parser = formats())]
     pub format: Option<TargetFormat>,
+    /// How the target is made, by the names of `qemu-img create -o`; may be given several times
+    #[arg(short = 'o', long = "option", value_name = "KEY=VALUE[,…]", value_parser = creation::parse)]
+    pub options: Vec<Settings>,
     /// How guest writes are handled
     #[arg(long, default_value = "auto", value_parser = modes())]
     pub mode: Mode,

@@ -32,7 +32,7 @@ pub fn parse(word: &str) -> Result<ExportOptions, String> {
 }
 
 /// The parts between single commas; two commas are one of the part.
-fn split(text: &str) -> Vec<String> {
+pub fn split(text: &str) -> Vec<String> {
     let mut parts = vec![String::new()];
     let mut rest = text.chars().peekable();
     while let Some(letter) = rest.next() {

@@ -4,6 +4,7 @@ use engine::control::TargetFormat;
 use engine::control::options::Cache;
 use engine::io::FileStorage;
 use engine::open::{self, Access};
+use formats::backing::Location;
 use formats::error::{Context, Error, Result};
 use formats::probe::{self, Probed};
 use formats::storage::Storage;
@@ -20,11 +21,12 @@ const PROBE_LEN: u64 = 512;
 /// # Errors
 /// The engine's, with the path.
 pub fn open_chain(path: &Path, named: Option<TargetFormat>) -> Result<Chain> {
-    let format = match (named, probe(path)?) {
-        (None, Probed::Unknown) => Some(TargetFormat::Raw),
+    let location = Location::of_argument(path)?;
+    let format = match (named, &location) {
+        (None, Location::File(path)) if probe(path)? == Probed::Unknown => Some(TargetFormat::Raw),
         (named, _) => named,
     };
-    open::open_chain(path, format, Access::read_only(Cache::None))
+    open::open_chain(&location, format, Access::read_only(Cache::None))
 }
 
 /// What the first bytes of the file at `path` say.

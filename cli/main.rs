@@ -10,6 +10,7 @@
 mod args;
 mod bar;
 mod client;
+mod creation;
 mod demo;
 mod export;
 mod failure;

@@ -24,6 +24,11 @@ fn replay(target: &str, body: fn(&[u8])) {
 }
 
 #[test]
+fn nbd_servers() {
+    replay("nbd_client", fuzz::nbd_client::run);
+}
+
+#[test]
 fn nbd_handshakes() {
     replay("nbd_handshake", fuzz::nbd_handshake::run);
 }

@@ -95,6 +95,6 @@ fn nowhere_to_listen_is_an_error_that_says_so() {
         .output()
         .expect("the program");
     let said = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(output.status.code(), Some(2));
     assert!(said.contains("nowhere to listen: name --socket or --listen, or start it by a systemd socket"), "{said}");
 }

@@ -1,10 +1,12 @@
 //! `convert`: copies a chain that nobody writes to.
 use crate::args::Convert;
 use crate::bar::Bar;
+use crate::creation;
 use crate::failure::Failure;
 use crate::output::{remark, say};
 use crate::size;
 use engine::daemon::{ConvertOptions, convert};
+use formats::backing::Location;
 use std::path::absolute;
 use std::time::Instant;
 
@@ -13,11 +15,13 @@ pub fn run(args: Convert) -> Result<(), Failure> {
     let target =
         absolute(&args.target).map_err(|error| Failure::new(format!("target '{}': {error}", args.target.display())))?;
     let options = ConvertOptions {
-        source: args.source,
+        source: Location::of_argument(&args.source).map_err(|error| Failure::new(error.one_line()))?,
         source_format: args.source_format,
         target,
         format: args.format,
+        options: creation::all(&args.options).map_err(Failure::new)?,
         shallow: args.shallow,
+        compress: args.compress,
         reuse_external: args.reuse_external,
         cache: args.cache,
     };

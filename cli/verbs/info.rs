@@ -8,7 +8,7 @@ use crate::output::say;
 use crate::size;
 use engine::io::FileStorage;
 use engine::open::{LAYERS_MAX, identity};
-use formats::backing::BackingName;
+use formats::backing::{BackingName, Location};
 use formats::error::{Context, Error, Result};
 use formats::probe::Probed;
 use formats::qcow2;
@@ -186,14 +186,15 @@ fn with_header(raw: Facts, path: &Path, storage: &FileStorage) -> Result<Facts> 
     };
     let backing = info.backing.as_ref();
     // A name that cannot be followed is still a name to show.
-    let full = backing.and_then(|backing| BackingName::parse(&backing.name).ok());
+    let parent = Location::File(path.to_owned());
+    let full = backing.and_then(|backing| BackingName::parse(&backing.name).ok()?.location.seen_from(&parent).ok());
     Ok(Facts {
         format: "qcow2",
         virtual_size: info.virtual_size,
         dirty_flag: info.dirty,
         cluster_size: Some(info.cluster_size),
         backing_filename: backing.map(|backing| backing.name.clone()),
-        full_backing_filename: full.map(|name| name.resolve(path).display().to_string()),
+        full_backing_filename: full.map(|location| location.to_string()),
         backing_filename_format: backing.and_then(|backing| backing.format.clone()),
         snapshots: snapshots.into_iter().map(Snapshot::from).collect(),
         format_specific: Some(Specific { format: "qcow2", data }),
@@ -205,9 +206,16 @@ impl Facts {
     /// The image below, and its format where that is recorded.
     fn below(&self) -> Result<Option<(PathBuf, Option<String>)>> {
         let Some(name) = &self.backing_filename else { return Ok(None) };
-        let path =
-            BackingName::parse(name).map_err(|error| error.at(&self.filename))?.resolve(Path::new(&self.filename));
-        Ok(Some((path, self.backing_filename_format.clone())))
+        let parent = Location::File(PathBuf::from(&self.filename));
+        let name = BackingName::parse(name).map_err(|error| error.at(&self.filename))?;
+        let format = self.backing_filename_format.clone().or(name.format.map(str::to_owned));
+        match name.location.seen_from(&parent).map_err(|error| error.at(&self.filename))? {
+            Location::File(path) => Ok(Some((path, format))),
+            Location::Nbd(address) => Err(Error::unsupported(format!(
+                "{}: its backing is the export {address}, which only its server knows: ask with nbdinfo",
+                self.filename
+            ))),
+        }
     }
 
     fn lines(&self) -> Vec<String> {

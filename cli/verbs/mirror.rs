@@ -2,6 +2,7 @@
 use crate::args::Mirror;
 use crate::bar::Bar;
 use crate::client::Client;
+use crate::creation;
 use crate::failure::Failure;
 use crate::output::{remark, say};
 use crate::text;
@@ -67,6 +68,7 @@ fn request(args: Mirror) -> Result<MirrorRequest, Failure> {
         on_target_error: args.on_target_error,
         dry_run: args.dry_run,
         job_id: args.job_id,
+        options: creation::all(&args.options).map_err(Failure::new)?,
     })
 }
 

@@ -12,6 +12,10 @@ use std::os::unix::net::{SocketAddr, UnixDatagram};
 
 /// Serves until it is told to end.
 pub fn run(args: Serve) -> Result<(), Failure> {
+    if args.sockets.is_empty() && args.addresses.is_empty() && std::env::var_os("LISTEN_FDS").is_none() {
+        let message = "nowhere to listen: name --socket or --listen, or start it by a systemd socket; see serve --help";
+        return Err(Failure::FailedWith { status: 2, message: message.to_owned() });
+    }
     engine::daemon::serve(&options(args), ready).map_err(|error| Failure::new(error.one_line()))
 }
 

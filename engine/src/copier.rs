@@ -18,7 +18,6 @@ use crate::io::{Buffer, Completion, Io, Loan, Token};
 use crate::mirror::Mirror;
 use crate::zero::runs;
 use formats::error::{Error, Result};
-use formats::image::Zeroing;
 use formats::range::ByteRange;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -38,12 +37,14 @@ pub struct Depth {
     pub slots: usize,
     /// Bytes a run; a multiple of the chunk's length, or one chunk where that is longer.
     pub run_len: usize,
+    /// Bytes of memory beside the runs' own.
+    pub beside: usize,
 }
 
 impl Depth {
-    /// Memory that a copier wants for this, in bytes: its buffers, and room beside them.
+    /// Memory that a copier wants for this, in bytes.
     pub fn memory(self) -> usize {
-        (self.slots + 1) * self.run_len
+        self.slots * self.run_len + self.beside
     }
 
     /// How many operations it may have under way.
@@ -214,16 +215,22 @@ impl Slot {
     /// Finds out what the next bytes are and starts to bring them.
     fn look<I: Io>(&mut self, mirror: &Mirror, tools: &Tools<I>) -> Result<()> {
         let rest = ByteRange { start: self.at, end: self.range.end };
-        if let Some(below) = below_both(mirror, rest)? {
+        if let Some(below) = below_both(mirror, rest)?
+            && let below = mirror.whole(below)
+            && !below.is_empty()
+        {
             self.at = below.end;
             return Ok(());
         }
         let (mut piece, source) = mirror.source.chain().map(rest.start, rest.len(), Look::Holes)?;
-        if source == Source::Zero {
+        if source == Source::Zero
+            && let piece = mirror.whole(piece)
+            && !piece.is_empty()
+        {
             if planted(Fault::SkipZeroes) || is_hole(mirror, piece)? {
                 self.at = piece.end;
             } else {
-                let task = Task::zero(Arc::clone(&mirror.target), piece, Zeroing::Unmap);
+                let task = Task::zero(Arc::clone(&mirror.target), piece, mirror.zeroing);
                 self.stage = Stage::Zero(task, piece);
             }
             return Ok(());
@@ -239,6 +246,7 @@ impl Slot {
                 (more, _) => piece.end = more.end,
             }
         }
+        let piece = mirror.completed(piece);
         mirror.rate.spend(piece.len());
         let len = piece.len() as usize;
         let buf = tools.arena.take(len).unwrap_or_else(|| Buffer::alone(len));
@@ -253,7 +261,8 @@ impl Slot {
             Stage::Read(task, range) => match task.end() {
                 (Ok(()), Some(bytes)) => {
                     debug_assert!(range.start == self.at);
-                    let runs = runs(&bytes, ZERO_RUN_MIN).collect();
+                    let granule = mirror.compress.map_or(ZERO_RUN_MIN, |len| len as usize);
+                    let runs = runs(&bytes, granule).collect();
                     self.stage = Stage::Place(Placing { loan: Loan::new(bytes), runs, task: None });
                 }
                 (Err(error), _) => self.fail(mirror, false, error),
@@ -309,9 +318,12 @@ impl Placing {
             let target = Arc::clone(&mirror.target);
             let task = if zero {
                 self.loan.give_back(piece);
-                Task::zero(target, range, Zeroing::Unmap)
+                Task::zero(target, range, mirror.zeroing)
             } else {
-                Task::write(target, range, piece)
+                match mirror.compress {
+                    None => Task::write(target, range, piece),
+                    Some(cluster) => Task::compress(target, range, piece, cluster),
+                }
             };
             self.task = Some((task, len as u64));
         }

@@ -5,6 +5,7 @@ use crate::disk::Disk;
 use crate::rate::Rate;
 use crate::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard, Ordering};
 use formats::error::Error;
+use formats::image::Zeroing;
 use formats::range::ByteRange;
 use std::sync::{Arc, PoisonError};
 
@@ -18,6 +19,10 @@ pub struct Mirror {
     pub dirty: DirtyBitmap,
     /// Only what the source's top layer holds is copied; the target has the rest below it.
     pub shallow: bool,
+    /// What becomes of the target's space where the source reads as zeroes.
+    pub zeroing: Zeroing,
+    /// Bytes of a cluster of the target, where what is copied is compressed; chunks are whole clusters then.
+    pub compress: Option<u32>,
     /// How fast copiers may be.
     pub rate: Rate,
     /// What has been done.
@@ -57,7 +62,7 @@ pub struct Fault {
 }
 
 impl Mirror {
-    /// A mirror whose bitmap is clean, in background mode.
+    /// A mirror whose bitmap is clean, in background mode; zeroes become holes.
     pub fn new(source: Arc<Disk>, target: Arc<Disk>, chunk_bits: u32, shallow: bool) -> Self {
         let dirty = DirtyBitmap::new(source.size(), chunk_bits);
         Self {
@@ -65,6 +70,8 @@ impl Mirror {
             target,
             dirty,
             shallow,
+            zeroing: Zeroing::Unmap,
+            compress: None,
             rate: Rate::default(),
             stats: Stats::default(),
             work: Bell::default(),
@@ -76,6 +83,22 @@ impl Mirror {
             claims: AtomicU64::new(0),
             fault: Mutex::default(),
         }
+    }
+
+    /// The part of `range` that is of whole clusters, where the target's are compressed; its start is one's.
+    pub fn whole(&self, range: ByteRange) -> ByteRange {
+        match self.compress {
+            Some(len) if range.end < self.source.size() => {
+                ByteRange { start: range.start, end: range.end / u64::from(len) * u64::from(len) }
+            }
+            _ => range,
+        }
+    }
+
+    /// `range`, and what it lacks to whole clusters, where the target's are compressed.
+    pub fn completed(&self, range: ByteRange) -> ByteRange {
+        let len = self.compress.map_or(1, u64::from);
+        ByteRange { start: range.start, end: range.end.next_multiple_of(len).min(self.source.size()) }
     }
 
     /// Called when the source has a guest's write, or failed at it, and before the guest hears.

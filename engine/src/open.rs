@@ -7,16 +7,19 @@ use crate::chain::{Apart, Chain, Layer};
 use crate::control::TargetFormat;
 use crate::control::options::Cache;
 use crate::disk::{DataFile, Disk};
+use crate::io::remote::Remote;
 use crate::io::{File, FileStorage, PAGE};
-use formats::backing::BackingName;
+use formats::backing::{BackingName, Location};
 use formats::error::{Context, Error, Result};
 use formats::image::Image;
 use formats::journal::{Change, Forgetful, Journal};
+use formats::nbd::Address;
 use formats::probe::{Probed, probe};
-use formats::qcow2::{Open, Qcow2, read_header};
+use formats::qcow2::{Backing, Open, Qcow2, read_header};
 use formats::raw::Raw;
 use formats::storage::Storage;
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, StatxFlags};
+use rustix::io::Errno;
 use std::fs;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -57,36 +60,39 @@ impl Access {
 
 /// Opens the chain whose top is at `path`.
 pub fn open_disk(path: &Path, format: Option<TargetFormat>, access: Access) -> Result<Disk> {
-    let read_only = !access.writable;
-    Ok(Disk::new(open_chain(path, format, access)?, read_only))
+    open_disk_at(&Location::File(path.to_owned()), format, access)
 }
 
-/// Opens the chain whose top is at `path`: the top as `access` says, the rest for reading.
-pub fn open_chain(path: &Path, format: Option<TargetFormat>, access: Access) -> Result<Chain> {
+/// Opens the chain whose top is at `location`.
+pub fn open_disk_at(location: &Location, format: Option<TargetFormat>, access: Access) -> Result<Disk> {
+    let read_only = !access.writable;
+    Ok(Disk::new(open_chain(location, format, access)?, read_only))
+}
+
+/// Opens the chain whose top is at `location`: the top as `access` says, the rest for reading.
+pub fn open_chain(location: &Location, format: Option<TargetFormat>, access: Access) -> Result<Chain> {
     let cache = access.cache;
-    let top = Opened::new(path, format, &access)?;
-    let mut seen: Vec<Identity> = std::iter::once(top.identity).chain(top.data_identity).collect();
+    let top = Opened::at(location, format, &access)?;
+    let mut seen: Vec<Seen> = std::iter::once(top.identity).chain(top.data_identity).collect();
     let mut below = top.below;
     let mut layers = vec![Arc::new(top.layer)];
-    while let Some((path, format)) = below {
+    while let Some((location, format)) = below {
         let parent = layers.last().map(|layer| layer.path.display().to_string()).unwrap_or_default();
-        let opened = Opened::new(&path, format, &Access::read_only(cache));
-        let opened = opened.map_err(|error| error.at(format!("backing of {parent}")))?;
-        if seen.contains(&opened.identity) {
-            return Err(Error::malformed(format!(
-                "{parent}: its backing {} is a layer above it: the chain is a loop",
-                path.display()
-            )));
-        }
-        if opened.data_identity.is_some_and(|identity| seen.contains(&identity)) {
-            return Err(Error::malformed(format!(
-                "{parent}: its backing {} has a file of a layer above it for its data file",
-                path.display()
-            )));
-        }
         if layers.len() == LAYERS_MAX {
             return Err(Error::unsupported(format!(
                 "{parent}: the chain has more than {LAYERS_MAX} layers: commit or convert some"
+            )));
+        }
+        let opened = Opened::at(&location, format, &Access::read_only(cache));
+        let opened = opened.map_err(|error| error.at(format!("backing of {parent}")))?;
+        if seen.contains(&opened.identity) {
+            return Err(Error::malformed(format!(
+                "{parent}: its backing {location} is a layer above it: the chain is a loop"
+            )));
+        }
+        if opened.data_identity.as_ref().is_some_and(|identity| seen.contains(identity)) {
+            return Err(Error::malformed(format!(
+                "{parent}: its backing {location} has a file of a layer above it for its data file"
             )));
         }
         seen.extend(std::iter::once(opened.identity).chain(opened.data_identity));
@@ -168,13 +174,20 @@ pub fn probe_format(path: &Path) -> Result<TargetFormat> {
     decide_format(&storage, None).map_err(|error| error.at(path.display()))
 }
 
+/// What a layer is known by when it comes again.
+#[derive(PartialEq)]
+enum Seen {
+    File(Identity),
+    Export(Address),
+}
+
 /// One layer, and what it says is below it.
 struct Opened {
     layer: Layer,
-    identity: Identity,
+    identity: Seen,
     /// Of its external data file.
-    data_identity: Option<Identity>,
-    below: Option<(PathBuf, Option<TargetFormat>)>,
+    data_identity: Option<Seen>,
+    below: Below,
 }
 
 impl Opened {
@@ -183,74 +196,125 @@ impl Opened {
         Self::from_file(path, file, format, access).map_err(|error| error.at(path.display()))
     }
 
+    fn at(location: &Location, format: Option<TargetFormat>, access: &Access) -> Result<Self> {
+        match location {
+            Location::File(path) => Self::new(path, format, access),
+            Location::Nbd(address) => {
+                let remote = Remote::open(address)?;
+                Self::from_export(remote, format, access).map_err(|error| error.at(address))
+            }
+        }
+    }
+
+    fn from_export(remote: Arc<Remote>, format: Option<TargetFormat>, access: &Access) -> Result<Self> {
+        if access.writable {
+            return Err(Error::unsupported("an export of another server can be read only"));
+        }
+        let address = remote.address().clone();
+        let storage: Arc<dyn Storage> = Arc::clone(&remote) as _;
+        let identity = Seen::Export(address.clone());
+        let (image, below) = open_image(&Location::Nbd(address.clone()), &identity, storage, format, access)?;
+        let path = PathBuf::from(address.to_string());
+        let file = DataFile::buffered(File::remote(remote));
+        let layer = Layer { image: image.map, file, path, format: image.format, apart: None };
+        Ok(Self { layer, identity, data_identity: None, below })
+    }
+
     fn from_file(path: &Path, file: OpenFile, format: Option<TargetFormat>, access: &Access) -> Result<Self> {
         let storage = Arc::new(FileStorage::new(file.buffered.try_clone().context(|| "open")?));
-        let format = decide_format(&*storage, format)?;
-        let (image, name, grain, below, data) = match format {
-            TargetFormat::Raw => {
-                let len = storage.len().context(|| "length")?;
-                let size = access.size.unwrap_or(len);
-                if size > len {
-                    return Err(Error::malformed(format!("the disk has {size} bytes, the file only {len}")));
-                }
-                let image: Box<dyn Image> = Box::new(Raw::new(storage, size));
-                (image, "raw", u64::MAX, None, None)
-            }
-            TargetFormat::Qcow2 => {
-                let (image, below, data) = open_qcow2(path, storage, file.identity, access)?;
-                let grain = image.info().cluster_size;
-                (Box::new(image) as Box<dyn Image>, "qcow2", grain, below, data)
-            }
-        };
-        let identity = file.identity;
+        let (location, identity) = (Location::File(path.to_owned()), Seen::File(file.identity));
+        let (image, below) = open_image(&location, &identity, Arc::clone(&storage) as _, format, access)?;
+        if image.flush_first {
+            storage.flush().context(|| "flush")?;
+        }
         // Metadata goes through the page cache: direct payload may not share a page with it.
-        let cache = if grain < PAGE as u64 { Cache::Writeback } else { access.cache };
-        let (file, apart, data_identity) = match data {
+        let cache = if image.grain < PAGE as u64 { Cache::Writeback } else { access.cache };
+        let (file, apart, data_identity) = match image.data {
             None => (file.data_file(path, access.writable, cache)?, None, None),
             Some(data) => {
-                let identity = data.file.identity;
+                let identity = Seen::File(data.file.identity);
                 let tables = file.data_file(path, access.writable, Cache::Writeback)?.file().clone();
                 let (data_path, file) = data.taken(access)?;
                 (file, Some(Apart { tables, data_path }), Some(identity))
             }
         };
         let path = lasting_name(path).context(|| "looking up its full name")?;
-        Ok(Self { layer: Layer { image, file, path, format: name, apart }, identity, data_identity, below })
+        let layer = Layer { image: image.map, file, path, format: image.format, apart };
+        Ok(Self { layer, identity, data_identity, below })
     }
 }
 
-type Below = Option<(PathBuf, Option<TargetFormat>)>;
+/// An image whose metadata is open.
+struct OpenImage {
+    map: Box<dyn Image>,
+    /// The format's name.
+    format: &'static str,
+    /// What its payload lies at multiples of, in bytes.
+    grain: u64,
+    /// What opening it wrote has to be durable before anything else.
+    flush_first: bool,
+    /// The file that has its payload, where that is another.
+    data: Option<External>,
+}
+
+/// Where the image below is, and its format where that is known.
+type Below = Option<(Location, Option<TargetFormat>)>;
+
+fn open_image(
+    location: &Location,
+    own: &Seen,
+    storage: Arc<dyn Storage>,
+    format: Option<TargetFormat>,
+    access: &Access,
+) -> Result<(OpenImage, Below)> {
+    match decide_format(&*storage, format)? {
+        TargetFormat::Raw => {
+            let len = storage.len().context(|| "length")?;
+            let size = access.size.unwrap_or(len);
+            if size > len {
+                return Err(Error::malformed(format!("the disk has {size} bytes, the file only {len}")));
+            }
+            let map = Box::new(Raw::new(storage, size));
+            Ok((OpenImage { map, format: "raw", grain: u64::MAX, flush_first: false, data: None }, None))
+        }
+        TargetFormat::Qcow2 => open_qcow2(location, own, storage, access),
+    }
+}
 
 fn open_qcow2(
-    path: &Path,
-    storage: Arc<FileStorage>,
-    own: Identity,
+    location: &Location,
+    own: &Seen,
+    storage: Arc<dyn Storage>,
     access: &Access,
-) -> Result<(Qcow2, Below, Option<External>)> {
+) -> Result<(OpenImage, Below)> {
     let header = read_header(&*storage)?;
-    let below = match &header.backing {
-        None => None,
-        Some(backing) => {
-            let name = BackingName::parse(&backing.name)?;
-            let format = backing.format.as_deref().map(|format| backing_format(&backing.name, format)).transpose()?;
-            Some((name.resolve(path), format))
-        }
-    };
-    let data = match &header.data_file {
-        None => None,
-        Some(data_file) => Some(External::open(data_file.resolve(path)?, own, access)?),
-    };
+    let below = header.backing.as_ref().map(|backing| below(backing, location)).transpose()?;
+    let data = header.data_file.as_ref().map(|name| External::open(name, location, own, access)).transpose()?;
     let journal = access.journal.clone().unwrap_or_else(|| Arc::new(Forgetful));
     let open = Open { writable: access.writable, has_backing: below.is_some(), metadata_bytes_max: METADATA_MAX };
-    let image = Qcow2::open(Arc::clone(&storage) as Arc<dyn Storage>, journal, open)?;
-    if image.flush_first() {
-        storage.flush().context(|| "flush")?;
+    let mut image = Qcow2::open(storage, journal, open)?;
+    if let Some(data) = &data {
+        image = image.with_data_file(Arc::new(data.storage()?));
     }
-    let image = match &data {
-        None => image,
-        Some(data) => image.with_data_file(Arc::new(data.storage()?)),
+    let (grain, flush_first) = (image.info().cluster_size, image.flush_first());
+    Ok((OpenImage { map: Box::new(image), format: "qcow2", grain, flush_first, data }, below))
+}
+
+/// What the image at `parent` records of the one below it. The name may say the format too, and then the
+/// two have to agree: which of them a program follows is its own secret.
+fn below(backing: &Backing, parent: &Location) -> Result<(Location, Option<TargetFormat>)> {
+    let name = BackingName::parse(&backing.name)?;
+    let format = match (backing.format.as_deref(), name.format) {
+        (Some(recorded), Some(named)) if recorded != named => {
+            return Err(Error::malformed(format!(
+                "its backing {:?} is recorded with the format {recorded}: record one format, with qemu-img rebase -u -F",
+                backing.name
+            )));
+        }
+        (recorded, named) => recorded.or(named),
     };
-    Ok((image, below, data))
+    let format = format.map(|format| backing_format(&backing.name, format)).transpose()?;
+    Ok((name.location.seen_from(parent)?, format))
 }
 
 /// The external data file of an image, before anything is known to be its alone.
@@ -260,12 +324,18 @@ struct External {
 }
 
 impl External {
-    /// The file at `path`; `own` is the image's.
-    fn open(path: PathBuf, own: Identity, access: &Access) -> Result<Self> {
+    /// The file of this name; `own` is what the image at `image` is known by.
+    fn open(name: &formats::qcow2::DataFile, image: &Location, own: &Seen, access: &Access) -> Result<Self> {
+        let Location::File(image) = image else {
+            return Err(Error::unsupported(
+                "an image in an export cannot have its data in another file: bring it into one with qemu-img convert",
+            ));
+        };
+        let path = name.resolve(image)?;
         // QEMU takes a relative name from the folder that it runs in, so the file may be there.
         let named = "its data file (a relative name counts from the image's folder)";
         let file = open_file(&path, access.writable).map_err(|error| error.at(named))?;
-        if file.identity == own {
+        if Seen::File(file.identity) == *own {
             return Err(Error::malformed(format!("its data file {} is the image itself", path.display())));
         }
         Ok(Self { path, file })
@@ -290,7 +360,8 @@ fn backing_format(name: &str, format: &str) -> Result<TargetFormat> {
         "raw" => Ok(TargetFormat::Raw),
         "qcow2" => Ok(TargetFormat::Qcow2),
         other => Err(Error::unsupported(format!(
-            "its backing {name} has the format {other}, which is not supported: convert that layer to qcow2"
+            "its backing {name} has the format {other}, which is not supported: bring that layer into qcow2 with \
+             qemu-img convert -f {other} -O qcow2, and name the new one with qemu-img rebase -u"
         ))),
     }
 }
@@ -325,17 +396,22 @@ struct OpenFile {
 fn open_file(path: &Path, writable: bool) -> Result<OpenFile> {
     // Not blocking: a FIFO with nobody at the other end would keep us for good.
     let flags = OFlags::CLOEXEC | OFlags::NONBLOCK | if writable { OFlags::RDWR } else { OFlags::RDONLY };
-    let opened = rustix::fs::open(path, flags, Mode::empty()).map_err(std::io::Error::from);
+    let opened = match rustix::fs::open(path, flags, Mode::empty()) {
+        // A directory that is to be written, a socket.
+        Err(Errno::ISDIR | Errno::NXIO) => return Err(no_image(path)),
+        opened => opened.map_err(std::io::Error::from),
+    };
     let buffered = fs::File::from(opened.context(|| format!("{}: open", path.display()))?);
     let metadata = buffered.metadata().context(|| format!("{}: stat", path.display()))?;
     let kind = metadata.file_type();
     if !kind.is_file() && !kind.is_block_device() {
-        return Err(Error::invalid(format!(
-            "{}: neither a regular file nor a block device, so no image can be in it",
-            path.display()
-        )));
+        return Err(no_image(path));
     }
     Ok(OpenFile { buffered, identity: identity_of(&metadata) })
+}
+
+fn no_image(path: &Path) -> Error {
+    Error::invalid(format!("{}: neither a regular file nor a block device, so no image can be in it", path.display()))
 }
 
 impl OpenFile {

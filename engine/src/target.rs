@@ -11,16 +11,22 @@
 //!    x      .    x   refused, unless the source is one raw file
 //!    .      x    x   there already, raw; the whole chain
 //! ```
+mod creation;
+mod data_file;
+
 use crate::chain::Layer;
+use crate::control::creation::Preallocation;
 use crate::control::options::Cache;
 use crate::control::{Code, MirrorRequest, Refusal, TargetFormat};
 use crate::disk::Disk;
 use crate::io::FileStorage;
 use crate::open::{Access, files_of, identity, lasting_name, open_disk, open_on, probe_format, sync_folder};
+use creation::{Creation, SECTOR};
 use formats::error::{Context, Error, Result};
+use formats::image::Zeroing;
 use formats::journal::Journal;
 use formats::qcow2::header::autoclear;
-use formats::qcow2::{Backing, Create, Header, create, read_header};
+use formats::qcow2::{Header, read_header};
 use formats::storage::Storage;
 use std::fs;
 use std::os::unix::fs::FileTypeExt;
@@ -32,8 +38,6 @@ const GRANULARITY_MIN: u64 = 512;
 const GRANULARITY_MAX: u64 = 64 << 20;
 /// A chunk's size where nobody chose one.
 const GRANULARITY: u64 = 64 << 10;
-/// Virtual sizes are whole sectors of so many bytes.
-const SECTOR: u64 = 512;
 
 /// A request that was found to be possible.
 #[derive(Debug)]
@@ -44,8 +48,8 @@ pub struct Plan {
     pub format: TargetFormat,
     /// Only what the source's top layer holds is copied.
     pub shallow: bool,
-    /// The target has to be made.
-    pub create: bool,
+    /// How the target is made, where it has to be.
+    creation: Option<Creation>,
     /// What is there.
     found: Found,
     /// Chunks have 2 to this bytes.
@@ -92,13 +96,17 @@ pub fn plan(request: &MirrorRequest, source: &Disk) -> std::result::Result<Plan,
     if let Some(header) = top_header(source).map_err(|error| failed(&error))? {
         notes.extend(what_stays(&header, format));
     }
-    let plan = Plan { path, format, shallow, create, found, chunk_bits, notes };
-    if !create || found == Found::Device {
+    let creation = match create {
+        true => {
+            let creation = Creation::plan(&request.options, format, &path, layers, shallow);
+            Some(creation.map_err(|refusal| named(&path, refusal))?)
+        }
+        false => None,
+    };
+    let plan = Plan { path, format, shallow, creation, found, chunk_bits, notes };
+    plan.check_options(request)?;
+    if plan.creation.is_none() || found == Found::Device {
         plan.check_size(source)?;
-    }
-    if plan.create && plan.format == TargetFormat::Qcow2 {
-        // What cannot be created is refused before a file is made.
-        plan.creation(source).map_err(|error| failed(&error))?;
     }
     Ok(plan)
 }
@@ -114,17 +122,33 @@ impl Plan {
 
     /// Leaves what was there before the target was made: nothing, an empty file, or a device.
     pub fn unmake(&self) {
-        // Whoever removed it already wanted the same.
-        let _ = match self.found {
-            Found::Nothing => fs::remove_file(&self.path),
-            Found::Empty => fs::File::options().write(true).truncate(true).open(&self.path).map(drop),
-            Found::File | Found::Device => Ok(()),
+        self.found.leave(&self.path);
+        self.creation.as_ref().and_then(|creation| creation.data_file.as_ref()).inspect(|data_file| data_file.unmake());
+    }
+
+    /// Has what is copied compressed, in chunks of whole clusters.
+    pub fn compress(&mut self) -> std::result::Result<(), Refusal> {
+        let refuse = |why: &str| Err(invalid(format!("{}: --compress: {why}", self.path.display())));
+        let cluster_bits = match &self.creation {
+            None => return refuse("the target is there already, and may have clusters that are not"),
+            Some(creation) => match creation.compressible() {
+                Ok(cluster_bits) => cluster_bits,
+                Err(why) => return refuse(why),
+            },
         };
+        self.chunk_bits = self.chunk_bits.max(cluster_bits);
+        Ok(())
+    }
+
+    /// How zeroes of the source are brought over: space that was taken in advance is kept.
+    pub fn zeroing(&self) -> Zeroing {
+        let sparse = self.creation.as_ref().is_none_or(Creation::is_sparse);
+        if sparse { Zeroing::Unmap } else { Zeroing::Keep }
     }
 
     fn try_open(&self, source: &Disk, cache: Cache, journals: Journals) -> Result<Target> {
-        if self.create {
-            self.make(source)?;
+        if let Some(creation) = &self.creation {
+            self.make(creation)?;
         }
         let path = lasting_name(&self.path).context(|| self.path.display().to_string())?;
         let access = Access {
@@ -132,16 +156,17 @@ impl Plan {
             size: (self.format == TargetFormat::Raw).then_some(source.size()),
             ..Access::writable(cache)
         };
-        let disk = match self.create && self.shallow {
+        let create = self.creation.is_some();
+        let disk = match create && self.shallow {
             true => open_on(&self.path, self.format, access, &source.chain().layers()[1..])?,
             false => open_disk(&self.path, Some(self.format), access)?,
         };
         // A block device keeps what was on it.
-        let is_zero = self.create && fs::metadata(&self.path).is_ok_and(|metadata| metadata.is_file());
-        Ok(Target { disk, is_zero: is_zero || self.format == TargetFormat::Qcow2 && self.create })
+        let is_zero = create && fs::metadata(&self.path).is_ok_and(|metadata| metadata.is_file());
+        Ok(Target { disk, is_zero: is_zero || self.format == TargetFormat::Qcow2 && create })
     }
 
-    fn make(&self, source: &Disk) -> Result<()> {
+    fn make(&self, creation: &Creation) -> Result<()> {
         let named = |what: &str| format!("{}: {what}", self.path.display());
         let file = fs::File::options().read(true).write(true).create(true).truncate(false).open(&self.path);
         let file = file.context(|| named("create"))?;
@@ -150,37 +175,28 @@ impl Plan {
             // The record will name it.
             sync_folder(folder)?;
         }
-        let storage = FileStorage::new(file);
-        match self.format {
-            TargetFormat::Raw if is_file => {
-                storage.set_len(source.size().next_multiple_of(SECTOR)).context(|| named("setting its length"))
-            }
-            TargetFormat::Raw => Ok(()),
-            TargetFormat::Qcow2 => create(&storage, &self.creation(source)?).map_err(|error| error.at(named("create"))),
-        }
+        creation.make(file, is_file).map_err(|error| error.at(named("create")))
     }
 
-    /// A qcow2 target is like the source's top layer, where that is one.
-    fn creation(&self, source: &Disk) -> Result<Create> {
-        let layers = source.chain().layers();
-        let mut creation = Create::new(source.size().next_multiple_of(SECTOR));
-        if let Some(header) = top_header(source)? {
-            creation.cluster_bits = header.geometry.cluster_bits;
-            // A copy of few subclusters must not become one of whole clusters.
-            creation.extended_l2 = header.geometry.extended_l2;
+    /// Options are of what is made, and a device has its space already.
+    fn check_options(&self, request: &MirrorRequest) -> std::result::Result<(), Refusal> {
+        let path = self.path.display();
+        if self.creation.is_none() && !request.options.is_empty() {
+            return Err(invalid(format!(
+                "{path}: options are of a target that is made, and this one is there already"
+            )));
         }
-        if let (true, Some(backing)) = (self.shallow, layers.get(1)) {
-            let name = backing.path.to_str().ok_or_else(|| {
-                Error::unsupported(format!("{}: a backing's name has to be UTF-8", backing.path.display()))
-            })?;
-            creation.backing = Some(Backing { name: name.to_owned(), format: Some(backing.format.to_owned()) });
+        match request.options.preallocation {
+            Some(what) if what != Preallocation::Off && self.found == Found::Device => Err(invalid(format!(
+                "{path}: preallocation={what}: a block device has its space already: leave it out"
+            ))),
+            _ => Ok(()),
         }
-        Ok(creation)
     }
 
     /// Smaller is refused; a larger raw target keeps the source's size; qcow2 has to be equal.
     fn check_size(&self, source: &Disk) -> std::result::Result<(), Refusal> {
-        if self.create && self.format == TargetFormat::Qcow2 {
+        if self.creation.is_some() && self.format == TargetFormat::Qcow2 {
             return Ok(());
         }
         let found = virtual_size(&self.path, self.format).map_err(|error| failed(&error))?;
@@ -206,7 +222,8 @@ impl Plan {
 /// The header of the source's top layer, where that is a qcow2 image.
 fn top_header(source: &Disk) -> Result<Option<Header>> {
     let top = source.chain().top();
-    if top.format != "qcow2" {
+    // What an export has inside is told by its server alone.
+    if top.format != "qcow2" || top.file.file().as_remote().is_some() {
         return Ok(None);
     }
     let file = fs::File::open(&top.path).context(|| format!("{}: open", top.path.display()))?;
@@ -254,6 +271,16 @@ impl Found {
         }
     }
 
+    /// Leaves what was found, after something else was made there.
+    fn leave(self, path: &Path) {
+        // Whoever removed it already wanted the same.
+        let _ = match self {
+            Self::Nothing => fs::remove_file(path),
+            Self::Empty => fs::File::options().write(true).truncate(true).open(path).map(drop),
+            Self::File | Self::Device => Ok(()),
+        };
+    }
+
     /// The format of a target that has to be there.
     fn reuse(self, path: &Path, named: Option<TargetFormat>) -> std::result::Result<TargetFormat, Refusal> {
         match (self, named) {
@@ -293,6 +320,11 @@ impl Found {
             }
         }
     }
+}
+
+/// The same refusal, of the target at `path`.
+fn named(path: &Path, refusal: Refusal) -> Refusal {
+    Refusal { message: format!("{}: {}", path.display(), refusal.message), ..refusal }
 }
 
 fn chunk_bits(granularity: u64) -> std::result::Result<u32, Refusal> {

@@ -1,12 +1,38 @@
 //! What an image records of the image below it.
+//!
+//! ```text
+//! base.qcow2  /images/base  file:base     a file
+//! nbd://…  nbd+unix://…  nbd:…            an NBD server's export; see `nbd::Address`
+//! json:{…}                                one of these, and its format, by QEMU's words: see `json`
+//! ```
+//!
+//! A name says what is opened, so what is not understood of it is refused and never left out.
+mod json;
+
 use crate::error::{Error, Result};
+use crate::nbd::Address;
+use std::fmt;
 use std::path::{Path, PathBuf};
+
+/// Longest name that is looked at, in bytes. What an image can record is shorter.
+pub const NAME_LEN_MAX: usize = 4096;
 
 /// A backing name that was understood.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum BackingName {
-    /// A file's path; a relative one counts from the folder of the image that records it.
+pub struct BackingName {
+    /// Where the image below is.
+    pub location: Location,
+    /// Its format, `raw` or `qcow2`, where the name itself says it.
+    pub format: Option<&'static str>,
+}
+
+/// Where an image is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Location {
+    /// In a file of this path.
     File(PathBuf),
+    /// In an NBD server's export.
+    Nbd(Address),
 }
 
 impl BackingName {
@@ -19,22 +45,59 @@ impl BackingName {
         if name.contains('\0') {
             return Err(Error::malformed("the recorded backing name has a NUL byte in it"));
         }
-        let Some((protocol, rest)) = protocol(name) else { return Ok(Self::File(name.into())) };
-        match protocol {
-            "file" if !rest.is_empty() => Ok(Self::File(rest.into())),
-            _ => Err(Error::unsupported(format!(
-                "its backing {name:?} is not a file's name ({protocol}:), which is not supported: make it one with \
-                 qemu-img rebase -u"
-            ))),
+        if name.len() > NAME_LEN_MAX {
+            let len = name.len();
+            return Err(Error::malformed(format!("the recorded backing name has {len} bytes, above {NAME_LEN_MAX}")));
+        }
+        let in_name = |error: Error| error.at(format_args!("its backing {name:?}"));
+        let location = match protocol(name) {
+            None => Location::File(name.into()),
+            Some(("json", text)) => return json::parse(text).map_err(in_name),
+            Some(("file", path)) if !path.is_empty() => Location::File(path.into()),
+            Some(_) if Address::is_named_by(name) => {
+                Location::Nbd(Address::parse(name).map_err(|error| error.at("its backing"))?)
+            }
+            Some((protocol, _)) => {
+                let why = format!("{protocol}: is neither a file's name nor an NBD address; {REMEDY}");
+                return Err(in_name(Error::unsupported(why)));
+            }
+        };
+        Ok(Self { location, format: None })
+    }
+}
+
+/// What helps against a name of another kind.
+const REMEDY: &str = "name it by file:, nbd: or json: with these, with qemu-img rebase -u";
+
+impl Location {
+    /// What a command line names: an NBD address, or else a file, whatever colons are in its name.
+    pub fn of_argument(argument: &Path) -> Result<Self> {
+        match argument.to_str().filter(|name| Address::is_named_by(name)) {
+            Some(name) => Ok(Self::Nbd(Address::parse(name)?)),
+            None => Ok(Self::File(argument.into())),
         }
     }
 
-    /// The path to open, for an image at `parent`.
-    pub fn resolve(&self, parent: &Path) -> PathBuf {
-        let Self::File(path) = self;
-        match parent.parent() {
-            Some(folder) => folder.join(path),
-            None => path.clone(),
+    /// What an image at `parent` means by it: a relative path counts from that image's folder,
+    /// in whatever manner it is recorded.
+    pub fn seen_from(self, parent: &Self) -> Result<Self> {
+        match (self, parent) {
+            (Self::File(path), Self::File(parent)) => Ok(Self::File(parent.with_file_name("").join(path))),
+            (Self::File(path), Self::Nbd(_)) if path.is_relative() => Err(Error::unsupported(format!(
+                "its backing {} counts from a folder, and an export is in none: record a full path or an NBD \
+                 address, with qemu-img rebase -u",
+                path.display()
+            ))),
+            (location, _) => Ok(location),
+        }
+    }
+}
+
+impl fmt::Display for Location {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File(path) => path.display().fmt(f),
+            Self::Nbd(address) => address.fmt(f),
         }
     }
 }
@@ -46,27 +109,4 @@ fn protocol(name: &str) -> Option<(&str, &str)> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::BackingName;
-    use std::path::Path;
-
-    fn resolved(name: &str) -> Option<String> {
-        let name = BackingName::parse(name).ok()?;
-        Some(name.resolve(Path::new("/images/top.qcow2")).display().to_string())
-    }
-
-    #[test]
-    fn names_count_from_the_image_that_records_them() {
-        assert_eq!(resolved("base.qcow2").as_deref(), Some("/images/base.qcow2"));
-        assert_eq!(resolved("/other/base").as_deref(), Some("/other/base"));
-        assert_eq!(resolved("file:base").as_deref(), Some("/images/base"));
-        assert_eq!(resolved("./a:b").as_deref(), Some("/images/./a:b"));
-    }
-
-    #[test]
-    fn other_protocols_are_refused_by_name() {
-        for name in ["", "a\0b", "file:", "json:{}", "nbd://host/x", "nbd+unix:///x?socket=s", "rbd:pool/x"] {
-            assert_eq!(resolved(name), None, "{name}");
-        }
-    }
-}
+mod tests;

@@ -3,6 +3,7 @@
 //! ```text
 //! read    map ─► the caller reads there
 //! write   reserve ─► (fill around the payload) ─► the caller writes there ─► commit
+//!         or, compressed, deflate ─► reserve_compressed ─► …
 //! zero    zero ─► done, or a place to punch, or "write zeroes yourself"
 //! flush   settle ─► Flush ─► the caller flushes the file ─► settle ─► … ─► Done
 //!
@@ -265,6 +266,24 @@ pub trait Image: Send + Sync {
             [] => Ok(()),
             _ => Err(Error::malformed("the journal has changes for an image that keeps none")),
         }
+    }
+
+    /// Bytes of a cluster that can be compressed, where the format has such.
+    fn compressible(&self) -> Option<u32> {
+        None
+    }
+
+    /// Room for one whole cluster, the disk's last one cut to the disk, that was compressed to `len`
+    /// bytes: as `reserve`, of any alignment, so that it is written through the page cache. `None` where
+    /// this cluster can only be written as it is.
+    fn reserve_compressed(&self, _guest: ByteRange, _len: u32) -> Result<Option<Reserve>> {
+        Ok(None)
+    }
+
+    /// Compresses one whole cluster, zeroes behind the disk's end included; says to how many bytes.
+    /// `None` where it does not shrink to what fits.
+    fn deflate(&self, _cluster: &[u8], _compressed: &mut [u8]) -> Option<usize> {
+        None
     }
 
     /// Inflates one compressed cluster into `cluster`, whose length is the extent's `inflated`.

@@ -27,9 +27,11 @@ pub trait Storage: Send + Sync {
 
     /// The first offset from `at` on that is not in a hole; `None` where only a hole follows.
     ///
-    /// A storage that knows no holes says `Some(at)` for everything before its end.
+    /// A storage that knows no holes says `Some(at)` for everything before its end. One that has looked
+    /// only so far may answer with where it stopped, behind `at`.
     fn next_data(&self, at: u64) -> io::Result<Option<u64>>;
 
-    /// The first offset from `at` on that is in a hole, or the end of the file.
+    /// The first offset from `at` on that is in a hole, or the end of the file; or, as above, where the
+    /// storage stopped to look.
     fn next_hole(&self, at: u64) -> io::Result<u64>;
 }

@@ -83,6 +83,7 @@ fn images_of_ours_are_right() {
             model[..both].copy_from_slice(&below[..both]);
             asked.backing = Some(Backing { name: "below.raw".into(), format: Some("raw".into()) });
         }
+        asked.preallocated = asked.backing.is_none() && random.one_in(2);
         let path = folder.path().join("ours.qcow2");
         create(&*FileStorage::open(&path, true).expect("a file"), &asked).expect("valid options");
         let what = format!("seed {seed}: {asked:?}");

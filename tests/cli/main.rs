@@ -2,9 +2,12 @@
 //! speaks through the real session.
 #![expect(clippy::unwrap_used, reason = "where the test itself cannot go on, it ends")]
 mod alone;
+mod compress;
+mod creation;
 mod fake;
 
 use assert_cmd::Command;
+use engine::control::creation::{Compat, CreateOptions};
 use engine::control::qmp::Call;
 use engine::control::{Code, MirrorRequest, Mode, OnError, Refusal, Reply, Request, Started, Status, TargetFormat};
 use fake::Fake;
@@ -152,6 +155,10 @@ fn a_mirror_has_every_word_of_its_request() {
             "enospc",
             "--job-id",
             "j",
+            "-o",
+            "cluster_size=4k,compat=0.10",
+            "--option",
+            "cluster_size=8k",
         ],
     );
     assert_eq!(run.code, Some(0), "{run:?}");
@@ -169,6 +176,7 @@ fn a_mirror_has_every_word_of_its_request() {
         on_target_error: OnError::Enospc,
         dry_run: false,
         job_id: Some("j".into()),
+        options: CreateOptions { cluster_size: Some(8192), compat: Some(Compat::V2), ..CreateOptions::default() },
     };
     assert_eq!(fake.calls(), [Call { request: Request::Mirror(request), wait: true }]);
 }

@@ -4,13 +4,16 @@
 //!
 //! ```text
 //! qmp      one client's session: bytes to requests, replies and events to bytes
+//! creation how a target is made
 //! libvirt  the same requests by libvirt's numbers
 //! options  what a daemon is started with
 //! ```
+pub mod creation;
 pub mod libvirt;
 pub mod options;
 pub mod qmp;
 
+use creation::CreateOptions;
 use serde::{Deserialize, Serialize};
 
 /// One wish of an operator.
@@ -86,6 +89,9 @@ pub struct MirrorRequest {
     /// Name of the job; the export's name where it is not given.
     #[serde(default)]
     pub job_id: Option<String>,
+    /// How the target is made.
+    #[serde(default, skip_serializing_if = "CreateOptions::is_empty")]
+    pub options: CreateOptions,
 }
 
 /// Formats that a target can have.

@@ -1,13 +1,15 @@
 //! `convert`: a mirror without a guest.
 use super::jobs::copiers;
 use super::threads::Worker;
+use crate::control::creation::CreateOptions;
 use crate::control::options::Cache;
 use crate::control::{MirrorRequest, TargetFormat};
 use crate::io::{Arena, Io, Op, Ring, Token, Wait, Waker};
 use crate::mirror::Mirror;
-use crate::open::{Access, open_disk};
+use crate::open::{Access, open_disk_at};
 use crate::seed::Seeder;
 use crate::target::plan;
+use formats::backing::Location;
 use formats::error::{Context, Error, Result};
 use formats::journal::Forgetful;
 use std::path::PathBuf;
@@ -24,15 +26,19 @@ const LOOKS: usize = 4096;
 #[derive(Clone, Debug)]
 pub struct ConvertOptions {
     /// The top layer of the source's chain.
-    pub source: PathBuf,
+    pub source: Location,
     /// Its format, where it was named.
     pub source_format: Option<TargetFormat>,
     /// Full path of the target.
     pub target: PathBuf,
     /// Its format, where it was named.
     pub format: Option<TargetFormat>,
+    /// How the target is made.
+    pub options: CreateOptions,
     /// Only what the top layer holds.
     pub shallow: bool,
+    /// The target's clusters are compressed; it is a qcow2 that is made.
+    pub compress: bool,
     /// The target is there already.
     pub reuse_external: bool,
     /// Whether images go through the page cache.
@@ -52,23 +58,39 @@ pub struct Copied {
 /// much.
 pub fn convert(options: &ConvertOptions, mut progress: impl FnMut(Copied)) -> Result<(Vec<String>, Copied)> {
     let access = Access::read_only(options.cache);
-    let source = Arc::new(open_disk(&options.source, options.source_format, access)?);
+    let source = Arc::new(open_disk_at(&options.source, options.source_format, access)?);
     let request = MirrorRequest {
         target: options.target.display().to_string(),
         shallow: options.shallow,
         reuse_external: options.reuse_external,
         format: options.format,
+        options: options.options.clone(),
         ..MirrorRequest::default()
     };
     let refused = |refusal: crate::control::Refusal| Error::invalid(refusal.message);
-    let plan = plan(&request, &source).map_err(refused)?;
-    let target = plan.open(&source, options.cache, &|_| Ok(Arc::new(Forgetful))).map_err(refused)?;
-    let mirror = Arc::new(Mirror::new(source, Arc::new(target.disk), plan.chunk_bits, plan.shallow));
+    let mut plan = plan(&request, &source).map_err(refused)?;
+    if options.compress {
+        plan.compress().map_err(refused)?;
+    }
+    let cache = target_cache(options);
+    let target = plan.open(&source, cache, &|_| Ok(Arc::new(Forgetful))).map_err(refused)?;
+    let mut mirror = Mirror::new(source, Arc::new(target.disk), plan.chunk_bits, plan.shallow);
+    mirror.zeroing = plan.zeroing();
+    mirror.compress = mirror.target.chain().top().image.compressible().filter(|_| options.compress);
+    let mirror = Arc::new(mirror);
     let copied = copy(&mirror, options.cache, target.is_zero, &mut progress).inspect_err(|_| {
         // Half a copy is of no use to anybody.
         plan.unmake();
     })?;
     Ok((plan.notes, copied))
+}
+
+/// Compressed clusters share pages, so they go through the page cache.
+fn target_cache(options: &ConvertOptions) -> Cache {
+    match options.cache {
+        Cache::None if options.compress => Cache::Writeback,
+        cache => cache,
+    }
 }
 
 fn copy(mirror: &Arc<Mirror>, cache: Cache, target_is_zero: bool, progress: &mut impl FnMut(Copied)) -> Result<Copied> {

@@ -2,6 +2,7 @@
 use super::exports::Export;
 use super::threads::Worker;
 use super::wait::until_image_is_free;
+use crate::control::creation::{CreateOptions, Preallocation};
 use crate::control::options::Cache;
 use crate::control::{Code, MirrorRequest, Refusal, Started, Status};
 use crate::copier::Depth;
@@ -24,7 +25,7 @@ use std::time::{Duration, Instant};
 
 /// What one copy thread has under way. Runs of 1 MiB took a seventh longer with direct I/O, and four times
 /// the memory; runs of 64 KiB took as long as these and more of the processor.
-pub(super) const DEPTH: Depth = Depth { slots: 16, run_len: 256 << 10 };
+pub(super) const DEPTH: Depth = Depth { slots: 16, run_len: 256 << 10, beside: 256 << 10 };
 /// How long a pivot may keep the guest waiting for its last pass.
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 /// Over how long the copy's rate is measured.
@@ -70,6 +71,11 @@ impl Active {
             let message = format!("{}: a record's names have to be UTF-8: rename the file", export.origin.display());
             return Err(Refusal { code: Code::OperationUnsupported, message });
         }
+        if request.options.preallocation == Some(Preallocation::Full) {
+            let message = "preallocation=full: the daemon would serve nobody while it writes zeroes: take falloc, or \
+                           make the target first and use --reuse-external";
+            return Err(Refusal::new(Code::OperationUnsupported, message));
+        }
         let plan = plan(request, &source)?;
         let id = request.job_id.clone().unwrap_or_else(|| export.name.clone());
         let started = Started { job: id.clone(), notes: plan.notes.clone() };
@@ -84,7 +90,9 @@ impl Active {
         })?;
         let journal = journal.into_inner();
         let path = target.disk.chain().top().path.clone();
-        let mirror = Arc::new(Mirror::new(source, Arc::new(target.disk), plan.chunk_bits, plan.shallow));
+        let mut mirror = Mirror::new(source, Arc::new(target.disk), plan.chunk_bits, plan.shallow);
+        mirror.zeroing = plan.zeroing();
+        let mirror = Arc::new(mirror);
         mirror.rate.set(request.speed);
         let kept = MirrorRequest {
             target: path.display().to_string(),
@@ -92,6 +100,7 @@ impl Active {
             reuse_external: true,
             format: Some(plan.format),
             job_id: Some(id.clone()),
+            options: CreateOptions::default(),
             ..request.clone()
         };
         let keep = |target_identity| KeptJob { source: mirror.source.name(), target_identity, request: kept };
@@ -231,5 +240,21 @@ impl Active {
 pub(super) fn copiers(mirror: &Arc<Mirror>) -> std::io::Result<Vec<Worker>> {
     let direct = mirror.target.chain().top().file.is_direct();
     let count = if direct { 1 } else { 2 };
-    (0..count).map(|number| Worker::copier(Arc::clone(mirror), DEPTH, number, count)).collect()
+    let depth = depth(mirror);
+    (0..count).map(|number| Worker::copier(Arc::clone(mirror), depth, number, count)).collect()
+}
+
+/// Runs of whole clusters, for one that is compressed would be inflated once for each run that it is in;
+/// fewer of them where those are long, and a few always.
+fn depth(mirror: &Mirror) -> Depth {
+    const SLOTS_MIN: usize = 4;
+    const RUNS_MAX: usize = 8 << 20;
+    let layers = mirror.source.chain().layers();
+    let clusters: Vec<u32> = layers.iter().filter_map(|layer| layer.image.compressible()).collect();
+    let (compressible, longest) = (!clusters.is_empty(), clusters.into_iter().max().unwrap_or(0) as usize);
+    let run_len = longest.max(DEPTH.run_len);
+    let slots = (RUNS_MAX / run_len).clamp(SLOTS_MIN, DEPTH.slots);
+    // Each run may be read as compressed clusters, which have whole pages each.
+    let beside = if compressible { slots * run_len * 5 / 4 } else { DEPTH.beside };
+    Depth { slots, run_len, beside }
 }

@@ -4,6 +4,7 @@
 //! control thread   sockets, QMP clients, jobs, pivots: `control_thread`
 //! nbd threads      one a connection: a `Session`
 //! copy threads     one or two a job: a `Copier`
+//! pool             one a processor: what inflates and deflates for them
 //! ```
 //!
 //! The threads meet at four places: the gate (sessions, pivot), the bitmap (sessions, copiers), the
@@ -16,6 +17,7 @@ mod exports;
 mod jobs;
 mod listen;
 mod map;
+mod pool;
 mod threads;
 mod wait;
 
@@ -44,7 +46,9 @@ pub fn serve(options: &ServeOptions, ready: impl FnOnce(&str)) -> Result<()> {
     }
     let inherited = Listening::inherited()?;
     if options.listeners.is_empty() && inherited.is_empty() {
-        return Err(Error::invalid("nowhere to listen: name --socket or --listen, or start it by a systemd socket"));
+        return Err(Error::invalid(
+            "nowhere to listen: no address was named, and none of LISTEN_FDS is for this process",
+        ));
     }
     let credentials = options.tls.as_ref().map(Credentials::open).transpose()?.map(Arc::new);
     let state = StateFolder::open(&state_folder(options))?;

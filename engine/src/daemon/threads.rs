@@ -1,9 +1,11 @@
 //! The threads: one a connection, one to a few for each job's copies. Each has a ring and memory of
 //! its own, steps one thing, and waits in its ring.
+use super::pool::pool;
 use crate::copier::{Copier, Depth, Progress};
 use crate::disk::Tools;
 use crate::export::session::{self, ARENA_LEN, Directory, RING_DEPTH, Session};
-use crate::io::{Arena, File, Io, Op, Ring, Token, Wait, Waker};
+use crate::io::remote::Remotes;
+use crate::io::{Arena, File, Io, Op, Ring, Token, Turn, Wait, Waker};
 use crate::mirror::Mirror;
 use crate::tls::Credentials;
 use std::io;
@@ -91,7 +93,7 @@ fn serve(
     stop: Arc<AtomicBool>,
 ) -> io::Result<()> {
     let arena = Arena::new(ARENA_LEN);
-    let mut ring = Ring::new(RING_DEPTH, &arena)?;
+    let mut ring = Remotes::new(Ring::new(RING_DEPTH, &arena)?.helped_by(pool(), Turn::Guest)?);
     let session = Session::new(socket.clone(), directory, arena, waker, Token(0));
     let mut session = session.with_tls(credentials).stopped_by(stop);
     let mut done = Vec::new();
@@ -106,7 +108,7 @@ fn serve(
 
 fn copy(mirror: &Arc<Mirror>, depth: Depth, start: u64, waker: &Waker, stop: &AtomicBool) -> io::Result<()> {
     let arena = Arena::new(depth.memory());
-    let mut ring = Ring::new(depth.operations(), &arena)?;
+    let mut ring = Remotes::new(Ring::new(depth.operations(), &arena)?.helped_by(pool(), Turn::Copy)?);
     let mut copier = Copier::new(Arc::clone(mirror), depth, start);
     let mut done = Vec::new();
     let mut timed = false;

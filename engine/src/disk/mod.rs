@@ -3,8 +3,10 @@
 //!
 //! A `Task` is one operation on a disk, stepped: it asks the images where bytes live, moves them
 //! through the caller's queue and tells the top image when they are there.
+mod compress;
 mod flush;
 mod grace;
+mod inflated;
 mod prefetch;
 mod read;
 mod step;
@@ -21,6 +23,7 @@ use crate::chain::Chain;
 use formats::error::{Error, Result};
 use formats::image::Zeroing;
 use grace::Grace;
+use inflated::Inflated;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// A disk that can be read and, unless it is read-only, written, zeroed and flushed.
@@ -30,6 +33,7 @@ pub struct Disk {
     /// Rings when something ends that another task may be waiting for.
     bell: Bell,
     grace: Grace,
+    inflated: Inflated,
     poisoned: AtomicBool,
     /// The file system said that it cannot make holes, or cannot zero in place.
     no_unmap: AtomicBool,
@@ -44,6 +48,7 @@ impl Disk {
             read_only,
             bell: Bell::default(),
             grace: Grace::default(),
+            inflated: Inflated::default(),
             poisoned: AtomicBool::new(false),
             no_unmap: AtomicBool::new(false),
             no_zero_range: AtomicBool::new(false),
@@ -112,6 +117,8 @@ impl Disk {
 
     fn try_recycle(&self) {
         if self.grace.is_over() {
+            // Before the places of what is kept can have other contents.
+            self.inflated.clear();
             self.chain.top().image.recycle();
         }
     }

@@ -1,11 +1,18 @@
 //! Reading a range of a disk: each run from where it lives, several at once.
+//!
+//! ```text
+//! data        read ─► there
+//! compressed  read ─► inflate ─► there, or the part of it that was asked for
+//! ```
 use super::Disk;
+use super::inflated::Cluster;
 use super::step::{Moved, Status, Tools, keep, scratch};
 use crate::chain::{Look, Source};
-use crate::io::{Buffer, Io, Loan, Op, Token};
+use crate::io::{Buffer, Io, Loan, Op, Token, Work};
 use formats::error::{Error, Result};
 use formats::range::ByteRange;
 use std::io;
+use std::sync::Arc;
 
 /// How many operations one read has under way at most.
 pub(super) const PARTS: usize = 8;
@@ -22,8 +29,21 @@ pub(super) struct Read {
 
 /// What the end of one operation needs to know.
 enum Part {
-    Data { layer: usize, host: u64 },
-    Compressed { layer: usize, skip: u32, inflated: u32, piece: Buffer },
+    Data {
+        layer: usize,
+        host: u64,
+    },
+    Compressed {
+        cluster: Cluster,
+        skip: u32,
+        piece: Buffer,
+    },
+    /// The piece goes along where all of the cluster was asked for.
+    Inflating {
+        cluster: Cluster,
+        skip: u32,
+        piece: Option<Buffer>,
+    },
 }
 
 impl Read {
@@ -51,7 +71,12 @@ impl Read {
             }
             Source::Data { layer, host } => self.submit(disk, tools, base, layer, host, piece),
             Source::Compressed { layer, host, len, skip, inflated } => {
-                let slot = self.slot(Part::Compressed { layer, skip, inflated, piece });
+                let cluster = Cluster { layer, host, len: inflated };
+                if disk.inflated.copy(cluster, skip, &mut piece) {
+                    self.loan.give_back(piece);
+                    return Ok(());
+                }
+                let slot = self.slot(Part::Compressed { cluster, skip, piece });
                 let file = disk.chain().layers()[layer].file.file().clone();
                 tools.io.submit(Token(base.0 + slot), Op::Read { file, at: host, buf: scratch(tools, len as usize) });
             }
@@ -102,23 +127,66 @@ impl Read {
                     self.loan.give_back(piece);
                 }
             },
-            Part::Compressed { layer, skip, inflated, mut piece } => {
-                let layer = &disk.chain().layers()[layer];
-                let Op::Read { buf, at, .. } = op else { unreachable!("compressed bytes are read") };
-                let outcome = result
-                    .map_err(|error| Error::io(format!("read of a compressed cluster at {at}"), error))
-                    .and_then(|count| {
-                        let mut cluster = vec![0; inflated as usize];
-                        layer.image.inflate(&buf[..count as usize], &mut cluster)?;
-                        let len = piece.len();
-                        piece.copy_from_slice(&cluster[skip as usize..][..len]);
-                        Ok(())
-                    });
-                self.loan.give_back(piece);
-                if let Err(error) = outcome {
-                    keep(&mut self.error, error.at(layer.path.display()));
+            Part::Compressed { cluster, skip, piece } => match (op, result) {
+                (Op::Read { mut buf, .. }, Ok(count)) => {
+                    buf.truncate(count as usize);
+                    self.inflate(disk, tools, base, cluster, skip, buf, piece);
                 }
+                (_, result) => {
+                    self.loan.give_back(piece);
+                    self.fail(disk, cluster, "read", result);
+                }
+            },
+            Part::Inflating { cluster, skip, piece } => {
+                let Op::Compute { to, .. } = op else { unreachable!("it is being inflated") };
+                match piece {
+                    None => self.loan.give_back(to),
+                    Some(mut piece) => {
+                        let len = piece.len();
+                        piece.copy_from_slice(&to[skip as usize..][..len]);
+                        self.loan.give_back(piece);
+                        if result.is_ok() {
+                            disk.inflated.keep(cluster, &to);
+                        }
+                    }
+                }
+                self.fail(disk, cluster, "inflating", result);
             }
+        }
+    }
+
+    /// Has the pool inflate a cluster: into its place, where all of it was asked for.
+    #[expect(clippy::too_many_arguments, reason = "a part's own fields, and its surroundings")]
+    fn inflate<I: Io>(
+        &mut self,
+        disk: &Disk,
+        tools: &mut Tools<I>,
+        base: Token,
+        cluster: Cluster,
+        skip: u32,
+        from: Buffer,
+        piece: Buffer,
+    ) {
+        let len = cluster.len as usize;
+        let (to, piece) = match piece.len() == len {
+            true => (piece, None),
+            false => (scratch(tools, len), Some(piece)),
+        };
+        let layer = Arc::clone(&disk.chain().layers()[cluster.layer]);
+        let work = Work::new(move |from, to| {
+            layer.image.inflate(from, to).map_err(|error| io::Error::other(error.one_line()))?;
+            Ok(to.len())
+        });
+        let slot = self.slot(Part::Inflating { cluster, skip, piece });
+        tools.io.submit(Token(base.0 + slot), Op::Compute { from, to, work });
+    }
+
+    /// Remembers why a compressed cluster cannot be had, if it cannot.
+    fn fail(&mut self, disk: &Disk, cluster: Cluster, doing: &str, result: io::Result<u32>) {
+        if let Err(error) = result {
+            let path = disk.chain().layers()[cluster.layer].path.display();
+            let what = format!("{path}: {doing} of the compressed cluster at {}", cluster.host);
+            keep(&mut self.error, Error::io(what, error));
         }
     }
 

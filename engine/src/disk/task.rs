@@ -9,6 +9,7 @@
 //! A task numbers its operations from the token that its owner gives, below `Task::TOKENS`. It may
 //! be dropped only when nothing of it is under way.
 use super::Disk;
+use super::compress::Compress;
 use super::flush::Flush;
 use super::prefetch::Prefetch;
 use super::read::Read;
@@ -32,6 +33,7 @@ pub struct Task {
 enum Kind {
     Read(Read),
     Write(Write),
+    Compress(Box<Compress>),
     Zero(Zero),
     Flush(Flush),
     Prefetch(Prefetch),
@@ -51,6 +53,13 @@ impl Task {
     pub fn write(disk: Arc<Disk>, range: ByteRange, buf: Buffer) -> Self {
         assert!(range.len() == buf.len() as u64, "a buffer of the range's length");
         Self::new(disk, Kind::Write(Write::new(range, buf)))
+    }
+
+    /// Writes `buf` to `range`, of the same length, compressed: whole clusters of `cluster` bytes, the disk's
+    /// last one cut to the disk.
+    pub fn compress(disk: Arc<Disk>, range: ByteRange, buf: Buffer, cluster: u32) -> Self {
+        assert!(range.len() == buf.len() as u64, "a buffer of the range's length");
+        Self::new(disk, Kind::Compress(Box::new(Compress::new(range, buf, cluster))))
     }
 
     /// Makes `range` read as zeroes.
@@ -94,6 +103,7 @@ impl Task {
         match &mut self.kind {
             Kind::Read(read) => read.step(&self.disk, tools, base),
             Kind::Write(write) => write.step(&self.disk, tools, base),
+            Kind::Compress(compress) => compress.step(&self.disk, tools, base),
             Kind::Zero(zero) => zero.step(&self.disk, tools, base),
             Kind::Flush(flush) => flush.step(&self.disk, tools, base),
             Kind::Prefetch(prefetch) => prefetch.step(&self.disk, tools, base),
@@ -107,6 +117,7 @@ impl Task {
         match &mut self.kind {
             Kind::Read(read) => read.complete(&self.disk, tools, base, local, done.op, done.result),
             Kind::Write(write) => write.complete(&self.disk, tools, base, local, done),
+            Kind::Compress(compress) => compress.complete(&self.disk, tools, base, local, done),
             Kind::Zero(zero) => zero.complete(&self.disk, tools, base, local, done),
             Kind::Flush(flush) => flush.complete(&self.disk, done.result),
             Kind::Prefetch(prefetch) => prefetch.complete(),
@@ -119,6 +130,7 @@ impl Task {
         match std::mem::replace(&mut self.kind, nothing) {
             Kind::Read(read) => read.end(),
             Kind::Write(write) => write.end(),
+            Kind::Compress(compress) => compress.end(),
             Kind::Zero(zero) => (zero.end(), None),
             Kind::Flush(flush) => (flush.end(), None),
             Kind::Prefetch(_) => (Ok(()), None),

@@ -1,4 +1,5 @@
-//! Open files and sockets, and the bell-push of a thread that waits in its ring.
+//! Open files and sockets, exports of other servers, and the bell-push of a thread that waits in its ring.
+use super::remote::Remote;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -12,6 +13,7 @@ pub struct File(Arc<Inner>);
 #[derive(Debug)]
 enum Inner {
     Open(OwnedFd),
+    Remote(Arc<Remote>),
     Simulated(Simulated),
 }
 
@@ -28,6 +30,19 @@ impl File {
         Self(Arc::new(Inner::Open(fd.into())))
     }
 
+    /// An export; only a `Remotes` queue can work on it.
+    pub fn remote(remote: Arc<Remote>) -> Self {
+        Self(Arc::new(Inner::Remote(remote)))
+    }
+
+    /// The export that it is, if it is one.
+    pub fn as_remote(&self) -> Option<&Arc<Remote>> {
+        match &*self.0 {
+            Inner::Remote(remote) => Some(remote),
+            Inner::Open(_) | Inner::Simulated(_) => None,
+        }
+    }
+
     /// A simulator's: nothing but a number.
     pub fn simulated(number: u32) -> Self {
         Self(Arc::new(Inner::Simulated(Simulated { number, woken: AtomicBool::new(false) })))
@@ -36,7 +51,7 @@ impl File {
     /// The simulator's number; `None` for a real file.
     pub fn number(&self) -> Option<u32> {
         match &*self.0 {
-            Inner::Open(_) => None,
+            Inner::Open(_) | Inner::Remote(_) => None,
             Inner::Simulated(simulated) => Some(simulated.number),
         }
     }
@@ -84,7 +99,7 @@ impl File {
     pub fn as_fd(&self) -> Option<BorrowedFd<'_>> {
         match &*self.0 {
             Inner::Open(fd) => Some(fd.as_fd()),
-            Inner::Simulated(_) => None,
+            Inner::Remote(_) | Inner::Simulated(_) => None,
         }
     }
 
@@ -114,13 +129,14 @@ impl Waker {
             // Fails only where the counter is full: then the thread is being woken already.
             Inner::Open(fd) => drop(rustix::io::write(fd, &1u64.to_ne_bytes())),
             Inner::Simulated(simulated) => simulated.woken.store(true, Ordering::SeqCst),
+            Inner::Remote(_) => unreachable!("a waker has an eventfd"),
         }
     }
 
     /// Whether a simulator's was woken since this was asked last.
     pub fn was_woken(&self) -> bool {
         match &*self.0.0 {
-            Inner::Open(_) => false,
+            Inner::Open(_) | Inner::Remote(_) => false,
             Inner::Simulated(simulated) => simulated.woken.swap(false, Ordering::SeqCst),
         }
     }

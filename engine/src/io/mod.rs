@@ -5,10 +5,12 @@
 //! queue is `Ring`; a simulator implements `Io` too and drives the same code in any order.
 //!
 //! This folder is the only one that has `unsafe`: memory that the kernel writes to, the ring's
-//! entries, and memory that outlives the process.
+//! entries, and memory that outlives the process. What the processor does for long goes to a `Pool`.
 mod arena;
 mod file;
 mod gather;
+mod pool;
+pub mod remote;
 mod ring;
 mod storage;
 mod words;
@@ -16,10 +18,12 @@ mod words;
 pub use arena::{Arena, Buffer, Loan, PAGE};
 pub use file::{File, Waker};
 pub use gather::Gather;
+pub use pool::{Pool, Turn, Work};
 pub use ring::Ring;
 pub use storage::FileStorage;
 pub use words::Words;
 
+use rustix::net::SocketAddrAny;
 use std::io;
 use std::time::Duration;
 
@@ -95,6 +99,22 @@ pub enum Op {
         listener: File,
         /// Who came.
         accepted: Option<File>,
+    },
+    /// Make `to` of `from`, on a thread of the pool. The result is how many bytes of `to` were made.
+    Compute {
+        /// Of what.
+        from: Buffer,
+        /// Into what.
+        to: Buffer,
+        /// How.
+        work: Work,
+    },
+    /// Reach the server at `peer`.
+    Connect {
+        /// With what; not connected yet.
+        socket: File,
+        /// Who.
+        peer: SocketAddrAny,
     },
     /// Be done after some time. The result is `Ok(0)`.
     Timeout {

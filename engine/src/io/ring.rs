@@ -1,11 +1,13 @@
 //! The kernel's queue: it owns every operation from its submission to its completion.
 // UNSAFETY: submission entries carry raw pointers into what this module owns.
 #![expect(unsafe_code)]
+use super::pool::{Helpers, Pool, Turn};
 use super::{Arena, Buffer, Completion, File, Gather, Io, Op, Token, Wait};
 use io_uring::types::{CancelBuilder, Fd, FsyncFlags, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
+use rustix::net::SocketAddrAny;
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -18,12 +20,17 @@ pub struct Ring {
     free: Vec<usize>,
     /// Memory that the kernel knows already, if it took it.
     registered: Option<Arena>,
+    /// Who computes for it; itself where there is nobody.
+    helpers: Option<Helpers>,
+    /// What it computed itself and nobody took yet.
+    computed: Vec<Completion>,
     started: Instant,
 }
 
 /// An operation that the kernel has, and what its entry points to beside its buffers.
 struct InKernel {
-    token: Token,
+    /// `None` where the ring itself wants to know.
+    token: Option<Token>,
     op: Op,
     #[expect(dead_code, reason = "owned for the kernel, which has its address")]
     extra: Extra,
@@ -36,6 +43,7 @@ enum Extra {
     Message(Box<Message>),
     Time(Box<Timespec>),
     Count(Box<u64>),
+    Peer(Box<SocketAddrAny>),
 }
 
 /// The pieces of one send, as `sendmsg(2)` wants them.
@@ -77,8 +85,25 @@ impl Ring {
             in_kernel: Vec::new(),
             free: Vec::new(),
             registered: registered.is_ok().then(|| arena.clone()),
+            helpers: None,
+            computed: Vec::new(),
             started: Instant::now(),
         })
+    }
+
+    /// The same ring, whose `Op::Compute`s go to `pool`.
+    pub fn helped_by(mut self, pool: Option<Pool>, turn: Turn) -> io::Result<Self> {
+        self.helpers = pool.map(|pool| Helpers::new(pool, turn)).transpose()?;
+        self.listen();
+        Ok(self)
+    }
+
+    /// Wants to be woken when work comes back from the pool.
+    fn listen(&mut self) {
+        if let Some(helpers) = &self.helpers {
+            let waker = helpers.waker().clone();
+            self.start(None, Op::Wake { waker });
+        }
     }
 
     /// The cheapest kind of ring that this kernel has.
@@ -129,6 +154,13 @@ impl Ring {
                     .flags(libc::SOCK_CLOEXEC)
                     .build()
             }
+            Op::Compute { .. } => unreachable!("the kernel does not compute"),
+            Op::Connect { socket, peer } => {
+                let peer = Box::new(peer.clone());
+                let entry = opcode::Connect::new(fd(socket), peer.as_ptr().cast(), peer.addr_len()).build();
+                *extra = Extra::Peer(peer);
+                entry
+            }
             Op::Timeout { after } => {
                 let time = Box::new(Timespec::from(*after));
                 let entry = opcode::Timeout::new(&raw const *time).build();
@@ -169,11 +201,22 @@ impl Ring {
     }
 
     fn take_done(&mut self, done: &mut Vec<Completion>) {
+        let mut woken = false;
         for entry in self.ring.completion() {
             let slot = entry.user_data() as usize;
             let InKernel { token, op, .. } = self.in_kernel[slot].take().expect("one completion a submission");
             self.free.push(slot);
-            done.push(completion(token, op, &entry));
+            match token {
+                Some(token) => done.push(completion(token, op, &entry)),
+                None => woken = true,
+            }
+        }
+        if woken {
+            self.listen();
+        }
+        done.append(&mut self.computed);
+        if let Some(helpers) = &self.helpers {
+            helpers.take(done);
         }
     }
 
@@ -201,8 +244,8 @@ impl Ring {
     }
 }
 
-impl Io for Ring {
-    fn submit(&mut self, token: Token, mut op: Op) {
+impl Ring {
+    fn start(&mut self, token: Option<Token>, mut op: Op) {
         let slot = self.slot();
         let mut extra = Extra::None;
         let entry = self.entry(&mut op, &mut extra).user_data(slot as u64);
@@ -220,9 +263,22 @@ impl Io for Ring {
             }
         }
     }
+}
+
+impl Io for Ring {
+    fn submit(&mut self, token: Token, op: Op) {
+        match (op, &self.helpers) {
+            (Op::Compute { from, to, work }, Some(helpers)) => helpers.put(token, from, to, work),
+            (Op::Compute { from, mut to, work }, None) => {
+                let result = work.run(&from, &mut to);
+                self.computed.push(Completion { token, op: Op::Compute { from, to, work }, result });
+            }
+            (op, _) => self.start(Some(token), op),
+        }
+    }
 
     fn reap(&mut self, wait: Wait, done: &mut Vec<Completion>) -> io::Result<()> {
-        self.enter(wait)?;
+        self.enter(if self.computed.is_empty() { wait } else { Wait::No })?;
         self.take_done(done);
         Ok(())
     }
@@ -236,6 +292,8 @@ impl Drop for Ring {
     /// Buffers may go only when the kernel has let go of them.
     fn drop(&mut self) {
         let mut done = Vec::new();
+        // What the pool has keeps its own buffers, and comes back to nobody.
+        self.helpers = None;
         while self.in_kernel.len() > self.free.len() {
             // What is only queued cannot be cancelled: the wait below would start it, and a waking that
             // nobody sends is waited for without end.
@@ -277,7 +335,7 @@ fn completion(token: Token, mut op: Op, entry: &cqueue::Entry) -> Completion {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Arena, Buffer, File, Gather, Io, Op, Token, Wait, Waker};
+    use super::super::{Arena, Buffer, File, Gather, Io, Op, Pool, Token, Turn, Wait, Waker, Work};
     use super::Ring;
     use std::time::Duration;
 
@@ -367,6 +425,44 @@ mod tests {
             }
             drop(ring);
             assert!(arena.take(4096).is_some(), "the buffer came back");
+        }
+    }
+
+    /// Rings with helpers and without: everything comes back, each with its own buffers and error.
+    #[test]
+    fn what_is_computed_comes_back_like_any_operation() {
+        let pool = Pool::default();
+        for _ in 0..2 {
+            let pool = pool.clone();
+            std::thread::spawn(move || pool.serve());
+        }
+        let arena = Arena::new(1 << 20);
+        for helpers in [None, Some(pool)] {
+            let ring = Ring::new(4, &arena).and_then(|ring| ring.helped_by(helpers, Turn::Guest));
+            let mut ring = ring.expect("a ring");
+            let compute = |number: u8| {
+                let mut from = Buffer::alone(100);
+                from.fill(number);
+                let work = Work::new(|from, to| {
+                    to[..from.len()].copy_from_slice(from);
+                    if from[0] == 7 { Err(std::io::Error::other("seven")) } else { Ok(from.len()) }
+                });
+                Op::Compute { from, to: Buffer::alone(200), work }
+            };
+            (0..40).for_each(|number| ring.submit(Token(u64::from(number)), compute(number)));
+            let mut done = Vec::new();
+            while done.len() < 40 {
+                ring.reap(Wait::One, &mut done).expect("a ring");
+            }
+            done.sort_unstable_by_key(|completion| completion.token);
+            for (number, completion) in (0..).zip(done) {
+                let Op::Compute { to, .. } = completion.op else { panic!("not what was asked") };
+                assert_eq!(completion.token, Token(u64::from(number)));
+                assert!(to[..100] == [number; 100]);
+                assert_eq!(completion.result.ok(), (number != 7).then_some(100));
+            }
+            // A ring may go while the pool works for it.
+            (0..40).for_each(|number| ring.submit(Token(0), compute(number)));
         }
     }
 }

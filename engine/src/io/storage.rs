@@ -1,6 +1,6 @@
 //! An image's metadata in a real file, by way of the page cache.
 use formats::storage::Storage;
-use rustix::fs::SeekFrom;
+use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::Errno;
 use std::fs::File;
 use std::io;
@@ -22,6 +22,11 @@ impl FileStorage {
     /// Makes everything durable that was written before. Waits.
     pub fn flush(&self) -> io::Result<()> {
         self.0.sync_data()
+    }
+
+    /// Takes the file system's space for `len` bytes from `at` on; they read as before. Waits.
+    pub fn allocate(&self, at: u64, len: u64) -> io::Result<()> {
+        Ok(rustix::fs::fallocate(&self.0, FallocateFlags::empty(), at, len)?)
     }
 }
 

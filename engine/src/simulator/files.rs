@@ -224,6 +224,7 @@ impl SimIo {
                 }
                 Ok(0)
             }
+            Op::Compute { from, to, work } => work.run(from, to),
             Op::Prefetch { .. } | Op::Timeout { .. } => Ok(0),
             op => unreachable!("not simulated: {op:?}"),
         }

@@ -314,7 +314,7 @@ impl World {
             on_target_error: OnError::Ignore,
             pause_max: Duration::from_secs(3600),
         });
-        let copier = Copier::new(mirror, Depth { slots: 3, run_len: 16 << 10 }, 0);
+        let copier = Copier::new(mirror, Depth { slots: 3, run_len: 16 << 10, beside: 16 << 10 }, 0);
         let io = SimIo::new(&self.files, self.plan.seed ^ 0xc09, self.plan.fail_one_in);
         life.job = Some((job, journal, copier, io));
     }

@@ -65,13 +65,15 @@ pub mod rep {
     pub const INFO: u32 = 3;
     /// One metadata context.
     pub const META_CONTEXT: u32 = 4;
+    /// What makes a reply an error.
+    pub const ERROR: u32 = 1 << 31;
     /// This option is not known here.
     pub const ERR_UNSUP: u32 = (1 << 31) + 1;
     /// The server could, but was told not to.
     pub const ERR_POLICY: u32 = (1 << 31) + 2;
     /// The option's data is wrong, or it does not belong here.
     pub const ERR_INVALID: u32 = (1 << 31) + 3;
-    /// Only inside TLS.
+    /// Go inside TLS first.
     pub const ERR_TLS_REQD: u32 = (1 << 31) + 5;
     /// There is no such export.
     pub const ERR_UNKNOWN: u32 = (1 << 31) + 6;
@@ -149,6 +151,8 @@ pub mod chunk {
     pub const BLOCK_STATUS: u16 = 5;
     /// The same with 64-bit extents.
     pub const BLOCK_STATUS_EXT: u16 = 6;
+    /// What makes a chunk an error.
+    pub const ERROR_BIT: u16 = 1 << 15;
     /// The request failed.
     pub const ERROR: u16 = (1 << 15) + 1;
     /// The request failed at an offset.
@@ -277,6 +281,14 @@ impl Header {
             offset: fields.u64()?,
             len: if extended { fields.u64()? } else { fields.u32()?.into() },
         })
+    }
+
+    /// The bytes that ask for it, in 28 bytes. `len` has 32 bits.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let len = u32::try_from(self.len).expect("a length that this header has room for");
+        let kind = [self.flags, self.command].map(u16::to_be_bytes).concat();
+        let place = [self.cookie, self.offset].map(u64::to_be_bytes).concat();
+        [&REQUEST_MAGIC.to_be_bytes()[..], &kind, &place, &len.to_be_bytes()].concat()
     }
 }
 

@@ -1,11 +1,13 @@
 //! Empty images, as `qemu-img create` makes them.
 //!
 //! ```text
-//!  header  refcount table  refcount blocks  L1 table  L2 tables
-//!    0         1 …              …              …          …       clusters, all in use, nothing else
+//!  header  refcount table  refcount blocks  L1 table  [ L2 tables  payload ]
+//!    0         1 …              …              …           …         …          clusters, all in use
 //! ```
 //!
-//! There are L2 tables only with a raw data file, all of which is the disk from the start.
+//! What is in brackets is there where the metadata is preallocated: each cluster of the disk has its
+//! place then, in order, in a file that has a hole there. With a raw data file it always is, and the
+//! places are there.
 use super::data_file::DataFile;
 use super::entry::{COPIED, Standard};
 use super::geometry::Geometry;
@@ -16,6 +18,7 @@ use super::header::{
 use super::refcounts::write_count;
 use super::table;
 use crate::error::{Context, Error, Result};
+use crate::range::ByteRange;
 use crate::storage::Storage;
 
 /// QEMU's length of a version 3 header: up to the padding behind the compression type.
@@ -24,8 +27,8 @@ const V3_LEN: usize = 112;
 /// Bytes between the extensions and the backing name: as many as the extension of bitmaps has.
 const LATER_LEN: usize = 32;
 
-/// L2 entries are written in pieces of so many.
-const ENTRIES_MAX: usize = 1 << 17;
+/// Tables are written in pieces of so many bytes.
+const PIECE: usize = 1 << 20;
 
 /// Names for programs that do not know a bit: type, bit, name, as QEMU writes them.
 const FEATURES: [(u8, u8, &str); 8] = [
@@ -61,6 +64,9 @@ pub struct Create {
     /// The file that the payload will be in, where it is another (version 3). Its maker gives it the
     /// disk's length; a raw one has to read as zeroes.
     pub data_file: Option<DataFile>,
+    /// Every cluster of the disk gets its place at once. Only without an image below, which the
+    /// zeroes in those places would hide.
+    pub preallocated: bool,
 }
 
 impl Create {
@@ -76,7 +82,14 @@ impl Create {
             lazy_refcounts: false,
             backing: None,
             data_file: None,
+            preallocated: false,
         }
+    }
+
+    /// Whether it can be made.
+    pub fn check(&self) -> Result<()> {
+        let (geometry, layout) = layout(self)?;
+        header(self, geometry, &layout).map(drop)
     }
 
     fn geometry(&self) -> Result<Geometry> {
@@ -93,60 +106,81 @@ struct Layout {
     blocks: u64,
     block_clusters: u64,
     l1: u64,
+    /// The first L2 table, where there are any, and the first cluster of payload.
     l2: u64,
+    payload: u64,
     end: u64,
 }
 
 impl Layout {
-    /// With so many L2 tables.
-    fn new(geometry: Geometry, l2_tables: u64) -> Self {
+    /// With so many L2 tables and clusters of payload.
+    fn new(geometry: Geometry, l2_tables: u64, payload: u64) -> Self {
         let cluster = geometry.cluster_size();
         let l1_clusters = (geometry.l1_entries() * 8).div_ceil(cluster).max(1);
         let (mut reftable_clusters, mut block_clusters) = (1, 1);
         // Blocks count themselves and their table, so their number is approached from below.
         loop {
             let l2 = 1 + reftable_clusters + block_clusters + l1_clusters;
-            let end = l2 + l2_tables;
+            let end = l2 + l2_tables + payload;
             let blocks = end.div_ceil(1 << geometry.block_bits());
             let tables = (blocks * 8).div_ceil(cluster);
             if blocks <= block_clusters && tables <= reftable_clusters {
                 let (blocks, l1) = (1 + reftable_clusters, 1 + reftable_clusters + block_clusters);
-                return Self { reftable: 1, reftable_clusters, blocks, block_clusters, l1, l2, end };
+                let payload = l2 + l2_tables;
+                return Self { reftable: 1, reftable_clusters, blocks, block_clusters, l1, l2, payload, end };
             }
             (block_clusters, reftable_clusters) = (blocks.max(block_clusters), tables.max(reftable_clusters));
         }
     }
 }
 
-/// Makes an empty image in `storage`. Nothing is flushed.
+/// Makes an empty image in `storage`. Nothing is flushed. Says where in the file the payload is that
+/// was preallocated; it is for the caller to give that space to the file.
 ///
 /// An empty file gets its length and its tables; in anything else, such as a device, the clusters
-/// of the tables are overwritten as well.
-pub fn create(storage: &dyn Storage, create: &Create) -> Result<()> {
+/// of the tables are overwritten as well, and nothing can be preallocated.
+pub fn create(storage: &dyn Storage, create: &Create) -> Result<ByteRange> {
     let (geometry, layout) = layout(create)?;
     let header = header(create, geometry, &layout)?;
     let write = |at: u64, bytes: &[u8]| {
         storage.write_at(at, bytes).context(|| format!("writing {} bytes of a new image at {at}", bytes.len()))
     };
-    clear(storage, layout.end << geometry.cluster_bits)?;
+    clear(storage, layout.end << geometry.cluster_bits, layout.payload < layout.end)?;
     let mut reftable = Vec::new();
     table::encode((0..layout.block_clusters).map(|nth| (layout.blocks + nth) << geometry.cluster_bits), &mut reftable);
     write(layout.reftable << geometry.cluster_bits, &reftable)?;
-    let mut blocks = vec![0; (layout.block_clusters << geometry.cluster_bits) as usize];
-    for cluster in 0..layout.end {
-        write_count(&mut blocks, geometry.refcount_order, cluster as usize, 1);
-    }
-    write(layout.blocks << geometry.cluster_bits, &blocks)?;
-    let tables = (layout.l2..layout.end).map(|table| table << geometry.cluster_bits | COPIED);
-    let clusters = if layout.l2 < layout.end { geometry.clusters() } else { 0 };
+    write_counts(geometry, &layout, &write)?;
+    let tables = (layout.l2..layout.payload).map(|table| table << geometry.cluster_bits | COPIED);
+    let clusters = if layout.l2 < layout.payload { geometry.clusters() } else { 0 };
+    // In a data file each cluster has the place that it has on the disk.
+    let first = if geometry.external_data { 0 } else { layout.payload };
     write_entries(layout.l1 << geometry.cluster_bits, tables, &write)?;
     let data = (0..clusters).flat_map(|cluster| {
-        let host = Some((cluster << geometry.cluster_bits, true));
+        let host = Some(((first + cluster) << geometry.cluster_bits, true));
         let words = Standard { host, data: geometry.all_subclusters(), zero: 0 }.encode(geometry);
         std::iter::once(words.descriptor).chain(geometry.extended_l2.then_some(words.bitmap))
     });
     write_entries(layout.l2 << geometry.cluster_bits, data, &write)?;
-    write(0, &header)
+    write(0, &header)?;
+    Ok(ByteRange { start: layout.payload << geometry.cluster_bits, end: layout.end << geometry.cluster_bits })
+}
+
+/// Counts each cluster once.
+fn write_counts(geometry: Geometry, layout: &Layout, write: &impl Fn(u64, &[u8]) -> Result<()>) -> Result<()> {
+    let order = geometry.refcount_order;
+    let mut at = layout.blocks << geometry.cluster_bits;
+    let mut left = layout.end;
+    while left > 0 {
+        let count = left.min(((PIECE as u64) << 3) >> order);
+        let mut piece = vec![0; ((count << order) as usize).div_ceil(8)];
+        for index in 0..count {
+            write_count(&mut piece, order, index as usize, 1);
+        }
+        write(at, &piece)?;
+        at += piece.len() as u64;
+        left -= count;
+    }
+    Ok(())
 }
 
 /// Writes entries of a table from `at` on.
@@ -157,7 +191,7 @@ fn write_entries(
 ) -> Result<()> {
     loop {
         let mut bytes = Vec::new();
-        table::encode(entries.by_ref().take(ENTRIES_MAX), &mut bytes);
+        table::encode(entries.by_ref().take(PIECE / 8), &mut bytes);
         if bytes.is_empty() {
             return Ok(());
         }
@@ -170,7 +204,19 @@ fn write_entries(
 fn layout(create: &Create) -> Result<(Geometry, Layout)> {
     let geometry = create.geometry()?;
     let is_raw = create.data_file.as_ref().is_some_and(|data_file| data_file.raw);
-    Ok((geometry, Layout::new(geometry, if is_raw { geometry.l1_entries() } else { 0 })))
+    let l2_tables = if is_raw || create.preallocated { geometry.l1_entries() } else { 0 };
+    let payload = if create.preallocated && !geometry.external_data { geometry.clusters() } else { 0 };
+    let layout = Layout::new(geometry, l2_tables, payload);
+    match layout.reftable_clusters << geometry.cluster_bits {
+        len if len <= Geometry::REFTABLE_BYTES_MAX => Ok((geometry, layout)),
+        len => Err(Error::invalid(format!(
+            "preallocated, {} bytes in clusters of {} need a refcount table of {len} bytes, {} being the most: take \
+             larger clusters",
+            create.size,
+            geometry.cluster_size(),
+            Geometry::REFTABLE_BYTES_MAX
+        ))),
+    }
 }
 
 /// The header alone.
@@ -181,9 +227,12 @@ pub(super) fn header_bytes(create: &Create) -> Result<Vec<u8>> {
 }
 
 /// Makes the first `len` bytes read as zeroes.
-fn clear(storage: &dyn Storage, len: u64) -> Result<()> {
+fn clear(storage: &dyn Storage, len: u64, preallocated: bool) -> Result<()> {
     if storage.len().context(|| "asking for the file's length")? == 0 {
         return storage.set_len(len).context(|| format!("growing the file to {len} bytes"));
+    }
+    if preallocated {
+        return Err(Error::invalid("only a new file can be preallocated: what is there already would be its payload"));
     }
     let zeroes = vec![0; 1 << 20];
     let mut at = 0;
@@ -250,6 +299,9 @@ fn check(create: &Create, geometry: Geometry) -> Result<()> {
     if create.version == 2 && (create.lazy_refcounts || create.compression != Compression::Zlib) {
         return Err(Error::invalid("version 2 has neither lazy refcounts nor a compression type: ask for version 3"));
     }
+    if create.preallocated && create.backing.is_some() {
+        return Err(Error::invalid("what is preallocated hides the backing image: leave one of the two out"));
+    }
     Ok(())
 }
 
@@ -312,14 +364,14 @@ mod tests {
 
     #[test]
     fn the_default_image_is_laid_out_as_by_qemu() {
-        let layout = Layout::new(Geometry::new(3, 16, 4, 1 << 40).expect("valid"), 0);
+        let layout = Layout::new(Geometry::new(3, 16, 4, 1 << 40).expect("valid"), 0, 0);
         assert_eq!((layout.reftable, layout.blocks, layout.l1, layout.end), (1, 2, 3, 4));
     }
 
     #[test]
     fn refcount_blocks_count_everything_there_is() {
         // The largest L1 table in the smallest clusters with the widest refcounts.
-        let layout = Layout::new(Geometry::new(3, 9, 6, 128 << 30).expect("valid"), 0);
+        let layout = Layout::new(Geometry::new(3, 9, 6, 128 << 30).expect("valid"), 0, 0);
         assert!(layout.block_clusters * 64 >= layout.end);
         assert!(layout.reftable_clusters * 64 >= layout.block_clusters);
         assert_eq!(layout.end, 1 + layout.reftable_clusters + layout.block_clusters + 65536);

@@ -130,9 +130,19 @@ impl Entry {
         Ok(Self::Standard(Standard { host: placed.then_some((host, copied)), data, zero }))
     }
 
+    /// The entry of a compressed cluster of `len` bytes from `host` on.
+    pub fn encode_compressed(geometry: Geometry, host: u64, len: u32) -> u64 {
+        let sectors = ((host + u64::from(len) - 1) >> 9) - (host >> 9);
+        COMPRESSED | sectors << compressed_offset_bits(geometry) | host
+    }
+
+    /// How far into the file compressed clusters can be.
+    pub fn compressed_end_max(geometry: Geometry) -> u64 {
+        1 << compressed_offset_bits(geometry).min(56)
+    }
+
     fn compressed(geometry: Geometry, raw: u64) -> Self {
-        // The spec's x: the offset has the bits below it, the count of further sectors those from it on.
-        let x = 62 - (geometry.cluster_bits - 8);
+        let x = compressed_offset_bits(geometry);
         let host = raw & ((1 << x) - 1);
         let sectors = ((raw & !(COPIED | COMPRESSED)) >> x) + 1;
         // At most 2^13 sectors: 4 MiB.
@@ -163,6 +173,11 @@ impl Entry {
             Self::Compressed { host, len } => Some((host, u64::from(len))),
         }
     }
+}
+
+/// The spec's x: the offset has the bits below it, the count of further sectors those from it on.
+fn compressed_offset_bits(geometry: Geometry) -> u32 {
+    62 - (geometry.cluster_bits - 8)
 }
 
 fn malformed(geometry: Geometry, cluster: u64, words: Words, what: &str) -> Error {
@@ -279,6 +294,22 @@ mod tests {
         // 2 MiB clusters: x = 49, and the most sectors there can be.
         let entry = decode(geometry(3, 21), COMPRESSED | 0x1fff << 49 | 0x200, 0);
         assert_eq!(entry, Some(Entry::Compressed { host: 0x200, len: 4 << 20 }));
+    }
+
+    #[test]
+    fn compressed_entries_are_read_as_they_were_made() {
+        for (bits, host, len, up_to) in [
+            (16, 0x5_0123, 700, 0x5_0400),
+            (16, 0x5_0200, 512, 0x5_0400),
+            (16, 0x5_01ff, 1, 0x5_0200),
+            (21, 0x1_ffff_fe00, (2 << 20) - 1, 0x2_001f_fe00),
+            (9, 0x1ff, 2, 0x400),
+        ] {
+            let g = geometry(3, bits);
+            let words = Words { descriptor: Entry::encode_compressed(g, host, len), bitmap: 0 };
+            let entry = Entry::decode(g, 0, words).ok();
+            assert_eq!(entry, Some(Entry::Compressed { host, len: (up_to - host) as u32 }), "{host:#x}, {len}");
+        }
     }
 
     #[test]

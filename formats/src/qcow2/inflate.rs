@@ -2,7 +2,8 @@
 use super::header::Compression;
 use crate::error::{Error, Result};
 use flate2::{Decompress, FlushDecompress, Status};
-use std::io::Read;
+use std::cell::RefCell;
+use zstd::stream::raw::{DParameter, Decoder, InBuffer, Operation, OutBuffer};
 
 /// Inflates `compressed` to fill `cluster`. What follows the stream is ignored: an entry counts
 /// whole sectors, and the last one has the next cluster's bytes or padding.
@@ -26,18 +27,32 @@ fn inflate_deflate(compressed: &[u8], cluster: &mut [u8]) -> Result<()> {
 }
 
 fn inflate_zstd(compressed: &[u8], cluster: &mut [u8]) -> Result<()> {
+    thread_local!(static DECODER: RefCell<Option<Decoder<'static>>> = const { RefCell::new(None) });
     let wrong = |error| Error::malformed(format!("a compressed cluster is no zstd frame: {error}"));
-    let mut decoder = zstd::stream::read::Decoder::with_buffer(compressed).map_err(wrong)?;
-    // The bound on the window bounds the memory: no cluster has more than 2 MiB.
-    decoder.window_log_max(23).map_err(wrong)?;
-    let mut done = 0;
-    while done < cluster.len() {
-        match decoder.read(&mut cluster[done..]).map_err(wrong)? {
-            0 => return Err(short(done as u64, cluster.len())),
-            len => done += len,
+    DECODER.with_borrow_mut(|kept| {
+        let decoder = match kept {
+            Some(decoder) => decoder,
+            None => kept.insert(new_decoder().map_err(wrong)?),
+        };
+        decoder.reinit().map_err(wrong)?;
+        let len = cluster.len();
+        let (mut from, mut to) = (InBuffer::around(compressed), OutBuffer::around(cluster));
+        while to.pos() < len {
+            let before = (from.pos(), to.pos());
+            let more = decoder.run(&mut from, &mut to).map_err(wrong)?;
+            if to.pos() < len && (more == 0 || (from.pos(), to.pos()) == before) {
+                return Err(short(to.pos() as u64, len));
+            }
         }
-    }
-    Ok(())
+        Ok(())
+    })
+}
+
+fn new_decoder() -> std::io::Result<Decoder<'static>> {
+    let mut decoder = Decoder::new()?;
+    // The bound on the window bounds the memory: no cluster has more than 2 MiB.
+    decoder.set_parameter(DParameter::WindowLogMax(23))?;
+    Ok(decoder)
 }
 
 fn short(got: u64, wanted: usize) -> Error {

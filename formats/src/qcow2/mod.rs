@@ -10,6 +10,8 @@
 //!   refcounts   how often each host cluster is used
 //!   space       which of them are free
 //! map, reserve, zero     what guests ask
+//! pack        room for compressed clusters
+//! inflate, deflate       what is in them
 //! describe    what `map` tells beyond that
 //! settle      brings the tables into the file, in order
 //! replay      takes back what the journal kept through a kill
@@ -33,12 +35,14 @@ pub mod bitmaps;
 pub mod check;
 pub mod create;
 mod data_file;
+mod deflate;
 mod describe;
 mod entry;
 mod geometry;
 pub mod header;
 mod inflate;
 mod map;
+mod pack;
 mod protected;
 mod records;
 mod refcounts;
@@ -362,6 +366,19 @@ impl Image for Qcow2 {
 
     fn replay(&self, changes: &[Change]) -> Result<()> {
         self.shared.replay(changes)
+    }
+
+    fn compressible(&self) -> Option<u32> {
+        // At most 2 MiB.
+        Some(self.shared.geometry.cluster_size() as u32)
+    }
+
+    fn reserve_compressed(&self, guest: ByteRange, len: u32) -> Result<Option<Reserve>> {
+        Shared::reserve_compressed(&self.shared, guest, len)
+    }
+
+    fn deflate(&self, cluster: &[u8], compressed: &mut [u8]) -> Option<usize> {
+        deflate::deflate(self.header.compression, cluster, compressed)
     }
 
     fn inflate(&self, compressed: &[u8], cluster: &mut [u8]) -> Result<()> {

@@ -86,6 +86,7 @@ impl Shared {
             match known.then(|| Entry::decode(self.geometry, *cluster, *words)).transpose()? {
                 Some(Entry::Standard(_)) if self.geometry.external_data => {}
                 Some(Entry::Standard(standard)) if standard.host.is_none_or(|(host, _)| host < len) => {}
+                Some(Entry::Compressed { host, len: bytes }) if host + u64::from(bytes) <= len => {}
                 _ => return wrong("guest cluster", *cluster, words.descriptor),
             }
         }
@@ -95,7 +96,7 @@ impl Shared {
     /// Counts everything that the changes point at, before a new refcount block could take its place.
     fn count_replayed(&self, tables: &BTreeMap<u64, u64>, entries: &BTreeMap<u64, Words>) -> Result<()> {
         // By host cluster: whether what we noted has it for itself.
-        let mut used = BTreeMap::new();
+        let (mut used, mut packed) = (BTreeMap::new(), Vec::new());
         let cluster = |host| self.geometry.host_cluster(host);
         for (index, raw) in tables {
             used.extend(l2_table(self.geometry, *index, *raw)?.map(|host| (cluster(host), true)));
@@ -103,17 +104,23 @@ impl Shared {
         for (guest, words) in entries {
             let entry = Entry::decode(self.geometry, *guest, *words)?;
             let alone = entry.standard().host.is_some_and(|(_, copied)| copied);
-            used.extend(entry.used(self.geometry).map(|(host, _)| (cluster(host), alone)));
+            match (entry, entry.used(self.geometry)) {
+                (Entry::Compressed { .. }, Some((host, len))) => packed.extend(cluster(host)..=cluster(host + len - 1)),
+                (_, found) => used.extend(found.map(|(host, _)| (cluster(host), alone))),
+            }
         }
         let mut state = self.lock();
         let space = state.space()?;
-        space.step_over(used.keys().next_back().copied());
-        // What we point at anew we have alone. A cluster that several shared before, compressed ones for
-        // instance, may still be counted for all of them in the file; one of which some subclusters
-        // became zeroes is still shared.
+        space.step_over(used.keys().chain(&packed).max().copied());
+        // What we point at anew and is not compressed we have alone. A cluster that several shared before
+        // may still be counted for all of them in the file; one of which some subclusters became zeroes is
+        // still shared.
         used.into_iter().try_for_each(|(cluster, alone)| match alone {
             true => space.mark_used_alone(cluster),
             false => space.mark_used(cluster),
-        })
+        })?;
+        // How many share one that has compressed ones only the file knows, and whether it counted these
+        // already nobody does: too high a count is a leak, nothing worse.
+        packed.into_iter().try_for_each(|cluster| space.count_once_more(cluster))
     }
 }

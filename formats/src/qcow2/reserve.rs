@@ -98,7 +98,7 @@ impl Shared {
             let guest = guest.prefix(len);
             let span = self.cut(guest.align_outward(1 << g.subcluster_bits()));
             let count = ((guest.end - 1) >> bits) - first + 1;
-            return Ok(Some((Reserved { first, count, host, span, taken: false }, false)));
+            return Ok(Some((Reserved { first, count, host, span, taken: false, compressed: None }, false)));
         }
         let homeless = |_, entry: Entry| if entry.standard().host.is_none() { g.all_subclusters() } else { 0 };
         let len = state.run(guest, homeless)?;
@@ -111,7 +111,7 @@ impl Shared {
         };
         let (count, host) = (taken.run.count, taken.run.start << bits);
         let span = self.moving(state, guest.prefix(((first + count) << bits) - guest.start))?;
-        Ok(Some((Reserved { first, count, host, span, taken: !g.external_data }, taken.zeroed)))
+        Ok(Some((Reserved { first, count, host, span, taken: !g.external_data, compressed: None }, taken.zeroed)))
     }
 
     /// What has to be in new clusters for `guest`: its subclusters, and all payload of the old ones.
@@ -143,6 +143,10 @@ impl Shared {
         let reserved = reserved.ok_or_else(|| Error::invalid("the reservation is of another image"))?;
         for nth in 0..reserved.count {
             let cluster = reserved.first + nth;
+            if let Some(packed) = reserved.packed_entry(g) {
+                state.change_entry(cluster, packed, &*self.journal)?;
+                continue;
+            }
             let host = reserved.host + (nth << g.cluster_bits);
             let (old, new) = (state.entry(cluster)?.standard(), g.subclusters_in(reserved.span, cluster));
             let now = Standard { host: Some((host, true)), data: old.data | new, zero: old.zero & !new };

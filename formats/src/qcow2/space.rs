@@ -58,6 +58,8 @@ pub struct Space {
     cursor: u64,
     /// Some free runs were more than can be remembered: the cursor has to go round again.
     forgot: bool,
+    /// Where the next compressed cluster may be packed: inside a cluster that is in use.
+    packed_to: Option<u64>,
     protected: Protected,
     /// Where refcount tables were: in use until the header that names the new place is durable.
     pub retired: Vec<Run>,
@@ -79,6 +81,7 @@ impl Space {
             next_fit: 0,
             cursor: 0,
             forgot: false,
+            packed_to: None,
             protected,
             retired: Vec::new(),
         };
@@ -126,6 +129,45 @@ impl Space {
             }
         }
         self.take_beyond(wanted)
+    }
+
+    /// Takes room for `len` bytes, fewer than a cluster has: behind those that were taken last where that
+    /// can be. Each cluster that they touch is counted once more.
+    pub fn take_bytes(&mut self, len: u64) -> Result<u64> {
+        let (bits, mask) = (self.geometry.cluster_bits, self.geometry.cluster_size() - 1);
+        let open = match self.packed_to.take() {
+            Some(at) if self.refs.get(at >> bits)? < self.geometry.refcount_max() => Some(at),
+            _ => None,
+        };
+        let fits = |at: &u64| (at & mask) + len <= mask + 1;
+        let at = match open {
+            Some(at) if fits(&at) => {
+                self.count_once_more(at >> bits)?;
+                at
+            }
+            _ => {
+                let start = self.take(1)?.run.start;
+                match open.filter(|at| (at >> bits) + 1 == start) {
+                    Some(at) => {
+                        self.count_once_more(at >> bits)?;
+                        at
+                    }
+                    None => start << bits,
+                }
+            }
+        };
+        self.packed_to = Some(at + len).filter(|end| end & mask != 0);
+        Ok(at)
+    }
+
+    /// Raises the refcount of `cluster`, unless it is as high as it can be.
+    pub fn count_once_more(&mut self, cluster: u64) -> Result<()> {
+        self.ensure_block(cluster)?;
+        let count = self.refs.get(cluster)?;
+        if count == 0 {
+            self.forget_free(cluster, 1);
+        }
+        self.refs.set(cluster, (count + 1).min(self.geometry.refcount_max()))
     }
 
     /// Takes one cluster for a table and sees to it that it reads as zeroes.
@@ -310,6 +352,8 @@ impl Space {
                 1 => {
                     self.refs.set(cluster, 0)?;
                     self.remember_free(cluster, 1);
+                    // It may be anything soon.
+                    self.packed_to = self.packed_to.filter(|at| at >> self.geometry.cluster_bits != cluster);
                 }
                 more => self.refs.set(cluster, more - 1)?,
             }

@@ -70,6 +70,25 @@ pub struct Reserved {
     pub span: ByteRange,
     /// The room was taken for it, and is given back when it is dropped.
     pub taken: bool,
+    /// How many bytes the cluster has, where it is compressed.
+    pub compressed: Option<u32>,
+}
+
+impl Reserved {
+    /// The clusters of the file that it uses.
+    fn run(&self, geometry: Geometry) -> Run {
+        let start = geometry.host_cluster(self.host);
+        match self.compressed {
+            None => Run { start, count: self.count },
+            Some(len) => Run { start, count: geometry.host_cluster(self.host + u64::from(len) - 1) + 1 - start },
+        }
+    }
+
+    /// The entry of the cluster, where it is compressed.
+    pub fn packed_entry(&self, geometry: Geometry) -> Option<Words> {
+        let descriptor = Entry::encode_compressed(geometry, self.host, self.compressed?);
+        Some(Words { descriptor, bitmap: 0 })
+    }
 }
 
 /// What a settle under way writes.
@@ -349,7 +368,7 @@ impl State {
     /// Gives the room of a reservation back, if it has not ended.
     pub fn drop_reservation(&mut self, id: u64) {
         let Some(reserved) = self.take_reservation(id).filter(|reserved| reserved.taken) else { return };
-        let run = Run { start: self.geometry.host_cluster(reserved.host), count: reserved.count };
+        let run = reserved.run(self.geometry);
         if let Some(space) = &mut self.space {
             // What cannot be counted down leaks; nothing worse, and nobody is there to hear of it.
             let _ = space.release(run);

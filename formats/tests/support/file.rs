@@ -1,5 +1,5 @@
 //! Images in files, read and written the slow and obvious way.
-use formats::backing::BackingName;
+use formats::backing::{BackingName, Location};
 use formats::image::{Image, Place, Progress, Reserve, Settle, Zeroed, Zeroing};
 use formats::journal::Forgetful;
 use formats::qcow2::{Open, Qcow2};
@@ -68,8 +68,10 @@ impl Layer {
         let open = Open { writable, has_backing: header.backing.is_some(), metadata_bytes_max: 1 << 16 };
         let image = Qcow2::open(storage.clone(), Arc::new(Forgetful), open).expect("a valid image");
         let below = image.backing().map(|backing| {
-            let BackingName::File(name) = BackingName::parse(&backing.name).expect("a file's name");
-            let below = path.parent().expect("a folder").join(name);
+            let name = BackingName::parse(&backing.name).expect("a name").location;
+            let Ok(Location::File(below)) = name.seen_from(&Location::File(path.into())) else {
+                panic!("{}: not a file's name", backing.name)
+            };
             Box::new(Self::open(&below, backing.format.as_deref().expect("a recorded format"), false))
         });
         let storage = match &image.header().data_file {

@@ -33,6 +33,8 @@ struct InFlight {
     tag: u64,
     begun: u64,
     written: bool,
+    /// The payload, where it is compressed.
+    compressed: Option<Vec<u8>>,
 }
 
 /// A read of one sector that knows where to look, and has not looked yet.
@@ -67,6 +69,8 @@ pub struct Guest {
     snapshots: Vec<(u64, u32, Vec<u64>)>,
     /// The power is cut, in a copy of the world, in front of every flush.
     pub cut_at_flushes: bool,
+    /// Some writes are of compressed clusters.
+    pub compresses: bool,
     pub stats: Stats,
 }
 
@@ -81,6 +85,7 @@ pub struct Stats {
     pub asked_to_settle: u64,
     pub kills: u64,
     pub zeroed_places: u64,
+    pub compressed: u64,
 }
 
 impl Guest {
@@ -113,6 +118,7 @@ impl Guest {
             last_settled: 0,
             snapshots: Vec::new(),
             cut_at_flushes: false,
+            compresses: false,
             stats: Stats::default(),
         }
     }
@@ -121,6 +127,7 @@ impl Guest {
     pub fn step(&mut self) {
         self.time += 1;
         match self.random.below(20) {
+            0 if self.compresses => self.begin_compressed_write(),
             0..=4 => self.begin_write(),
             5..=9 => self.advance(),
             10 => self.zero(),
@@ -152,10 +159,38 @@ impl Guest {
                 let tag = self.written.len() as u64;
                 self.written.push(reservation.guest);
                 self.stats.zeroed_places += u64::from(reservation.zeroed);
-                self.in_flight.push(InFlight { reservation, tag, begun: self.time, written: false });
+                self.in_flight.push(InFlight { reservation, tag, begun: self.time, written: false, compressed: None });
             }
             Reserve::Busy => self.stats.busy += 1,
             Reserve::Settle => self.settle_as_asked(),
+        }
+    }
+
+    fn begin_compressed_write(&mut self) {
+        let (info, sector) = (self.image.info(), self.random.below(self.versions.len() as u64));
+        let start = sector * SECTOR_BYTES / info.cluster_size * info.cluster_size;
+        let range = ByteRange { start, end: (start + info.cluster_size).min(info.virtual_size) };
+        if self.in_flight.len() >= IN_FLIGHT_MAX || self.meets_another(range) {
+            return;
+        }
+        let tag = self.written.len() as u64;
+        let cluster: Vec<u8> = tag.to_le_bytes().into_iter().cycle().take(info.cluster_size as usize).collect();
+        let mut payload = vec![0; cluster.len()];
+        let len = self.image.deflate(&cluster, &mut payload).expect("the same again and again");
+        // Longer than it has to be, so that few of them fill a cluster and some reach into the next.
+        let len = len + self.random.below((cluster.len() - len) as u64) as usize;
+        payload.truncate(len);
+        match self.image.reserve_compressed(range, len as u32).expect("a valid image") {
+            Some(Reserve::Room(reservation)) => {
+                assert_eq!((reservation.guest, reservation.fill), (range, [None, None]));
+                self.written.push(range);
+                let compressed = Some(payload);
+                self.in_flight.push(InFlight { reservation, tag, begun: self.time, written: false, compressed });
+                self.stats.compressed += 1;
+            }
+            Some(Reserve::Busy) => self.stats.busy += 1,
+            Some(Reserve::Settle) => self.settle_as_asked(),
+            None => {}
         }
     }
 
@@ -178,7 +213,7 @@ impl Guest {
             self.write_payload(at);
             return;
         }
-        let InFlight { reservation, tag, .. } = self.in_flight.swap_remove(at);
+        let InFlight { reservation, tag, compressed, .. } = self.in_flight.swap_remove(at);
         let (guest, host, in_place) = (reservation.guest, reservation.host, reservation.hold.is_none());
         self.image.commit(reservation).expect("a valid image");
         self.stats.committed += 1;
@@ -188,6 +223,14 @@ impl Guest {
                 true => versions.last_mut().expect("never empty").committed = self.time,
                 false => versions.push(Version { tag, committed: self.time }),
             }
+        }
+        if compressed.is_some() {
+            let bytes = self.image.info().cluster_size;
+            let gone = self.places_of(ByteRange { start: guest.start / bytes * bytes, end: guest.end }, 1 << 40);
+            for (subcluster, _) in gone {
+                self.places.remove(&subcluster);
+            }
+            return;
         }
         for (subcluster, place) in self.places_of(guest, host) {
             self.places.insert(subcluster, place);
@@ -208,7 +251,12 @@ impl Guest {
     }
 
     fn write_payload(&mut self, at: usize) {
-        let InFlight { reservation, tag, .. } = &self.in_flight[at];
+        let InFlight { reservation, tag, compressed, .. } = &self.in_flight[at];
+        if let Some(payload) = compressed {
+            self.disk.write_at(reservation.host, payload).expect("memory");
+            self.in_flight[at].written = true;
+            return;
+        }
         let (guest, host, fill, tag) = (reservation.guest, reservation.host, reservation.fill, *tag);
         let (zeroed, in_place) = (reservation.zeroed, reservation.hold.is_none());
         if zeroed {
@@ -380,7 +428,15 @@ impl Guest {
             Place::Data { host } => read_tag(disk, host + nth * SECTOR_BYTES),
             Place::Absent if self.open.has_backing => BACKING + sector,
             Place::Absent | Place::Zero => 0,
-            Place::Compressed { .. } => panic!("nobody compresses"),
+            Place::Compressed { host, len, skip, inflated } => {
+                let inside = u64::from(len).min(disk.len().expect("memory").saturating_sub(host));
+                let mut compressed = vec![0; inside as usize];
+                disk.read_at(host, &mut compressed).expect("memory");
+                let mut cluster = vec![0; inflated as usize];
+                self.image.inflate(&compressed, &mut cluster).expect("what was compressed");
+                let at = skip as usize + nth as usize * SECTOR;
+                tag_in(&cluster[at..][..SECTOR], host)
+            }
         }
     }
 
@@ -524,6 +580,10 @@ fn read_tag(disk: &Disk, at: u64) -> u64 {
         // Past the end of the file.
         return 0;
     }
+    tag_in(&bytes, at)
+}
+
+fn tag_in(bytes: &[u8], at: u64) -> u64 {
     let mut tag = [0; 8];
     tag.copy_from_slice(&bytes[..8]);
     assert!(bytes.chunks(8).all(|part| part == tag), "a torn sector at {at}");

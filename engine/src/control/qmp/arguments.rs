@@ -1,5 +1,6 @@
 //! The arguments of each command, by QEMU's names where QEMU has the command.
 use super::problem::Problem;
+use crate::control::creation::CreateOptions;
 use crate::control::{MirrorRequest, Mode, OnError, Request, TargetFormat};
 use serde::Deserialize;
 
@@ -150,6 +151,9 @@ pub(super) struct DriveMirror {
     on_target_error: OnError,
     #[serde(default)]
     copy_mode: Mode,
+    /// Ours alone: how the target is made.
+    #[serde(default)]
+    options: CreateOptions,
     #[serde(default = "yes")]
     unmap: bool,
     #[serde(default = "yes")]
@@ -197,6 +201,7 @@ impl DriveMirror {
             on_target_error: self.on_target_error,
             dry_run: false,
             job_id: self.job_id,
+            options: self.options,
         })
     }
 

@@ -1,5 +1,6 @@
 //! A client's session seen from both of its ends.
 use super::{Call, Client, MESSAGE_LEN_MAX, OUTPUT_LEN_MAX};
+use crate::control::creation::{Compat, CreateOptions, Preallocation};
 use crate::control::{
     Code, Event, MirrorRequest, Mode, OnError, Refusal, Reply, Request, Started, Status, TargetFormat,
 };
@@ -148,6 +149,7 @@ fn drive_mirror_means_the_same_as_in_qemu() {
         "device": "vda", "target": "/t", "format": "raw", "sync": "top", "mode": "existing", "speed": 5,
         "granularity": 65536, "buf-size": 1, "on-source-error": "report", "on-target-error": "enospc",
         "copy-mode": "write-blocking", "unmap": true, "job-id": "j", "auto-finalize": true, "auto-dismiss": true,
+        "options": { "cluster-size": 4096, "compat": "0.10" },
     });
     let request = MirrorRequest {
         export: "vda".into(),
@@ -161,6 +163,7 @@ fn drive_mirror_means_the_same_as_in_qemu() {
         on_target_error: OnError::Enospc,
         dry_run: false,
         job_id: Some("j".into()),
+        options: CreateOptions { cluster_size: Some(4096), compat: Some(Compat::V2), ..CreateOptions::default() },
     };
     let asked = send(&mut client, &json!({ "execute": "drive-mirror", "arguments": all }));
     assert_eq!(asked, call(Request::Mirror(request), false));
@@ -198,6 +201,7 @@ fn our_own_mirror_takes_every_member_of_the_request() {
         on_target_error: OnError::Ignore,
         dry_run: true,
         job_id: Some("j".into()),
+        options: CreateOptions { preallocation: Some(Preallocation::Falloc), ..CreateOptions::default() },
     };
     let mut client = client();
     let asked = send(&mut client, &json!({ "execute": "blkmirror-mirror", "arguments": request }));

@@ -110,7 +110,8 @@ impl World {
             Op::Send { .. } => !self.deaf || self.hung_up,
             Op::Timeout { .. } => self.expired,
             Op::Wake { .. } => self.rung,
-            Op::Accept { .. } => false,
+            Op::Compute { .. } => true,
+            Op::Accept { .. } | Op::Connect { .. } => false,
         }
     }
 
@@ -159,11 +160,14 @@ impl World {
                 self.to_client.extend(gather.slices().flatten().take(count));
                 Ok(count as u32)
             }
+            Op::Compute { from, to, work } => work.run(from, to),
             Op::Wake { .. } => {
                 self.rung = false;
                 Ok(8)
             }
-            Op::Flush { .. } | Op::Prefetch { .. } | Op::Timeout { .. } | Op::Accept { .. } => Ok(0),
+            Op::Flush { .. } | Op::Prefetch { .. } | Op::Timeout { .. } | Op::Accept { .. } | Op::Connect { .. } => {
+                Ok(0)
+            }
         }
     }
 }
@@ -205,7 +209,14 @@ fn kind_of(op: &Op) -> Option<Done> {
         Op::Write { .. } => Done::Write,
         Op::Zero { .. } => Done::Zero,
         Op::Flush { .. } => Done::Flush,
-        Op::Prefetch { .. } | Op::Timeout { .. } | Op::Wake { .. } | Op::Accept { .. } => return None,
+        Op::Compute { .. }
+        | Op::Prefetch { .. }
+        | Op::Timeout { .. }
+        | Op::Wake { .. }
+        | Op::Accept { .. }
+        | Op::Connect { .. } => {
+            return None;
+        }
     })
 }
 
