@@ -59,6 +59,7 @@ impl Shared {
                 progress.stage = PAYLOAD;
                 return Ok(this.flush_of_payload());
             }
+            this.refuse_damaged()?;
             let id = state.begin_settle(&*this.journal)?;
             drop(state);
             progress.hold = Some(Hold::new(this.clone(), id));
@@ -69,7 +70,10 @@ impl Shared {
         }
         let frozen = this.lock().frozen();
         match frozen {
-            Some(frozen) if progress.hold.is_some() => this.next_stage(&frozen, progress),
+            Some(frozen) if progress.hold.is_some() => {
+                this.refuse_damaged()?;
+                this.next_stage(&frozen, progress)
+            }
             _ => Ok(Settle::Done),
         }
     }
@@ -119,7 +123,9 @@ impl Shared {
 
     /// What was let go of before the last settle is free.
     pub(super) fn recycle(&self) {
-        self.lock().release_awaiting();
+        if self.damage.get().is_none() {
+            self.lock().release_awaiting();
+        }
     }
 
     fn write_counts(&self, frozen: &FrozenRefcounts) -> Result<()> {

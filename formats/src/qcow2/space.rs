@@ -352,6 +352,7 @@ impl Space {
                 1 => {
                     self.refs.set(cluster, 0)?;
                     self.remember_free(cluster, 1);
+                    self.protected.give_back(cluster);
                     // It may be anything soon.
                     self.packed_to = self.packed_to.filter(|at| at >> self.geometry.cluster_bits != cluster);
                 }
@@ -424,11 +425,10 @@ impl Space {
     }
 
     fn check_unprotected(&self, run: Run) -> Result<()> {
-        let reftable = Protected::new(vec![self.refs.place()]);
-        match self.protected.first_in(run).or_else(|| reftable.first_in(run)) {
+        match self.protected.first_in(run) {
             None => Ok(()),
             Some(cluster) => Err(Error::malformed(format!(
-                "the refcount of the header or of a table is 0 in the clusters from {cluster} on: repair the image with `qemu-img check -r all`"
+                "the refcount of the header or of a table is 0 in the clusters from {cluster} on"
             ))),
         }
     }

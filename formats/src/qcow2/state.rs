@@ -6,7 +6,7 @@
 mod tables;
 
 use super::Open;
-use super::entry::{Entry, Standard, Words, l2_table};
+use super::entry::{Entry, OFFSET, Standard, Words, l2_table};
 use super::geometry::Geometry;
 use super::header::Header;
 use super::protected::Protected;
@@ -156,9 +156,10 @@ impl State {
             let clusters = |at, count| Run { start: geometry.host_cluster(at), count };
             let place = clusters(header.reftable_offset, u64::from(header.reftable_clusters));
             let refs = Refcounts::open(storage.clone(), geometry, place, slices / 4)?;
-            let protected = Protected::read(&**storage, header)?;
+            let l2_tables = state.l1.iter().map(|raw| raw & OFFSET).filter(|host| *host != 0);
+            let protected = Protected::read(&**storage, header, l2_tables.chain(refs.blocks()))?;
             state.space = Some(Space::open(storage.clone(), geometry, refs, protected)?);
-            state.own_tables(header.snapshots > 0)?;
+            state.own_tables()?;
         }
         Ok(state)
     }

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test crate uses its part")]
 
 pub mod act;
+pub mod damage;
 pub mod disk;
 pub mod file;
 pub mod guest;

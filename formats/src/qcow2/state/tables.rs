@@ -15,8 +15,8 @@ use crate::qcow2::entry::{COPIED, l2_table};
 use crate::qcow2::refcounts::Run;
 
 impl State {
-    /// Finds out which tables are the guest's alone. Without snapshots, all have to be.
-    pub(super) fn own_tables(&mut self, has_snapshots: bool) -> Result<()> {
+    /// Finds out which tables are the guest's alone.
+    pub(super) fn own_tables(&mut self) -> Result<()> {
         for index in 0..self.l1.len() {
             let raw = self.l1[index];
             if raw & COPIED != 0 {
@@ -25,14 +25,14 @@ impl State {
             let Some(host) = l2_table(self.geometry, index as u64, raw)? else { continue };
             let cluster = self.geometry.host_cluster(host);
             match self.space()?.refs.get(cluster)? {
-                1 => self.l1[index] |= COPIED,
-                count if count > 1 && has_snapshots => {}
-                count => {
-                    let snapshots = if has_snapshots { "" } else { ", and there is no internal snapshot" };
+                0 => {
                     return Err(Error::malformed(format!(
-                        "the L2 table of L1 entry {index} has refcount {count}{snapshots}: repair the image with `qemu-img check -r all`"
+                        "the L2 table of L1 entry {index} has refcount 0: mend the image with `blkmirror check --repair all FILE`"
                     )));
                 }
+                1 => self.l1[index] |= COPIED,
+                // Snapshots share it, or other entries of the same L1 table do.
+                _ => {}
             }
         }
         Ok(())
