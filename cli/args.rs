@@ -2,9 +2,10 @@
 use crate::creation::{self, Settings};
 use crate::{export, listener, size};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use clap::{ArgGroup, Args as Arguments, Parser, Subcommand};
+use clap::{ArgAction, ArgGroup, Args as Arguments, Parser, Subcommand};
 use engine::control::options::{Cache, ExportOptions, Listener};
 use engine::control::{Mode, OnError, TargetFormat};
+use formats::nbd::Tls;
 use formats::qcow2::Repair;
 use serde::de::DeserializeOwned;
 use serde::de::value::{Error as NameError, StrDeserializer};
@@ -19,7 +20,7 @@ pub struct Args {
     #[command(subcommand)]
     pub verb: Verb,
     /// Say more on stderr; twice for everything
-    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    #[arg(short, long, global = true, action = ArgAction::Count)]
     pub verbose: u8,
 }
 
@@ -105,6 +106,28 @@ pub struct Serve {
     /// Whether images go through the page cache
     #[arg(long, default_value = "none", value_parser = caches())]
     pub cache: Cache,
+    #[command(flatten)]
+    pub tls: TlsArgs,
+}
+
+/// TLS for NBD clients, on sockets of every kind.
+#[derive(Debug, Arguments)]
+pub struct TlsArgs {
+    /// Whether NBD clients may, or have to, go on inside TLS
+    #[arg(long = "tls", value_name = "MODE", default_value = "off", value_parser = tls_modes())]
+    pub mode: Tls,
+    /// The folder of `server-cert.pem`, `server-key.pem`, `ca-cert.pem` and perhaps `ca-crl.pem`
+    #[arg(long = "tls-certificates", value_name = "DIR", requires = "mode")]
+    #[arg(required_if_eq_any([("mode", "allowed"), ("mode", "required")]))]
+    pub certificates: Option<PathBuf>,
+    /// Whether a client has to show a certificate that `ca-cert.pem` signed
+    #[arg(long = "tls-verify-peer", value_name = "yes|no", default_value = "yes", requires = "certificates")]
+    #[arg(action = ArgAction::Set, value_parser = PossibleValuesParser::new(["yes", "no"]).map(|word| word == "yes"))]
+    pub verify_peer: bool,
+    /// A client that may come in, by its certificate's common name or a DNS name in it; may be given several
+    /// times. Without, every client that can show a certificate
+    #[arg(long = "tls-allow", value_name = "NAME", requires = "certificates")]
+    pub allow: Vec<String>,
 }
 
 #[derive(Debug, Arguments)]
@@ -309,6 +332,14 @@ fn policies() -> impl TypedValueParser<Value = OnError> {
 
 fn caches() -> impl TypedValueParser<Value = Cache> {
     named(&["none", "writeback"])
+}
+
+fn tls_modes() -> impl TypedValueParser<Value = Tls> {
+    PossibleValuesParser::new(["off", "allowed", "required"]).map(|name| match name.as_str() {
+        "required" => Tls::Required,
+        "allowed" => Tls::Allowed,
+        _ => Tls::Off,
+    })
 }
 
 /// A copy can be made again, so it may be left to the system when it is durable.

@@ -24,7 +24,7 @@ const FLOORS: [&[&str]; 11] = [
 /// Anyone may use these; they use each other and `io`, which is below everything.
 ///
 /// `control` is words alone (requests, replies, QMP): it uses nothing, so everybody may speak them.
-const LEAVES: [&str; 9] = ["bell", "control", "error", "fault", "range", "rate", "stats", "sync", "zero"];
+const LEAVES: [&str; 10] = ["bell", "control", "error", "fault", "range", "rate", "stats", "sync", "tls", "zero"];
 
 /// Words that start a thread or wait.
 const WAITING: [&str; 11] = [

@@ -1,8 +1,9 @@
 //! `serve`: the daemon, in the foreground.
-use crate::args::Serve;
+use crate::args::{Serve, TlsArgs};
 use crate::failure::Failure;
 use crate::output::{remark, say};
-use engine::control::options::{Access, Listener, ServeOptions};
+use engine::control::options::{Access, Listener, ServeOptions, TlsOptions};
+use formats::nbd::Tls;
 use std::ffi::OsStr;
 use std::io;
 use std::os::linux::net::SocketAddrExt;
@@ -28,7 +29,14 @@ fn options(args: Serve) -> ServeOptions {
         control: args.control,
         state: args.state,
         cache: args.cache,
+        tls: tls(args.tls),
     }
+}
+
+fn tls(args: TlsArgs) -> Option<TlsOptions> {
+    let certificates = args.certificates.filter(|_| args.mode != Tls::Off)?;
+    let required = args.mode == Tls::Required;
+    Some(TlsOptions { required, certificates, verify_peer: args.verify_peer, allow: args.allow })
 }
 
 /// Says that it serves, to whoever looks and to systemd.

@@ -24,4 +24,5 @@ mod simulator;
 pub mod state;
 mod sync;
 pub mod target;
+pub mod tls;
 pub mod zero;

@@ -3,7 +3,7 @@
 //! The right answer is known for every input: which options get which reply, where it ends and how,
 //! and how many bytes are left for what follows.
 use arbitrary::{Arbitrary, Unstructured};
-use formats::nbd::{BlockSizes, ExportInfo, Handshake, Outcome, Style};
+use formats::nbd::{BlockSizes, ExportInfo, Handshake, Outcome, Style, Tls};
 
 const MAGIC: &[u8] = b"IHAVEOPT";
 const LOOKED_AT_MAX: usize = 64 << 10;
@@ -22,6 +22,10 @@ enum End {
 struct Model {
     fixed: bool,
     zeroes: bool,
+    tls: Tls,
+    inside_tls: bool,
+    /// How many bytes are left where what came in one piece ends.
+    ends: Vec<usize>,
     style: Style,
     /// The export that has the context.
     context: Option<String>,
@@ -72,6 +76,8 @@ fn string(data: &[u8]) -> Result<(&[u8], &[u8]), u32> {
 }
 
 const ACK: u32 = 1;
+const POLICY: u32 = 0x8000_0002;
+const TLS_REQUIRED: u32 = 0x8000_0005;
 const UNSUP: u32 = 0x8000_0001;
 const INVALID: u32 = 0x8000_0003;
 const UNKNOWN: u32 = 0x8000_0006;
@@ -110,6 +116,16 @@ impl Model {
             }
             let (data, rest) = said.split_at(len);
             said = rest;
+            let lacks_tls = self.tls == Tls::Required && !self.inside_tls;
+            match option {
+                1 if lacks_tls => return End::Closed,
+                2 | 5 => {}
+                _ if lacks_tls => {
+                    self.replies.push((option, TLS_REQUIRED));
+                    continue;
+                }
+                _ => {}
+            }
             match option {
                 1 => return self.export_name(data, said.len()),
                 _ if len > LOOKED_AT_MAX => self.replies.push((option, TOO_BIG)),
@@ -136,6 +152,18 @@ impl Model {
                         (8, ACK) => self.style = Style::Structured,
                         (11, ACK) => self.style = Style::Extended,
                         _ => {}
+                    }
+                    self.replies.push((option, kind));
+                }
+                5 => {
+                    let kind = match self.tls {
+                        Tls::Off => POLICY,
+                        _ if self.inside_tls || !data.is_empty() => INVALID,
+                        _ if !self.ends.contains(&said.len()) => return End::Closed,
+                        _ => ACK,
+                    };
+                    if kind == ACK {
+                        (self.inside_tls, self.style, self.context) = (true, Style::Simple, None);
                     }
                     self.replies.push((option, kind));
                 }
@@ -206,33 +234,42 @@ impl Model {
     }
 }
 
-/// What the code under test makes of it, in pieces of the sizes that `cuts` says.
-fn real(said: &[u8], cuts: &[u8]) -> (Vec<u8>, End) {
+/// In pieces of the sizes that `cuts` says.
+fn pieces<'a>(mut said: &'a [u8], cuts: &[u8]) -> Vec<&'a [u8]> {
+    let mut cuts = cuts.iter().cycle();
+    let mut pieces = Vec::new();
+    while !said.is_empty() {
+        // Long input in small pieces would take long and show nothing.
+        let cut = |cut: &u8| usize::from(*cut) * usize::from(*cut) + 1 + said.len() / 64;
+        let len = cuts.next().map_or(said.len(), cut);
+        let (piece, rest) = said.split_at(len.min(said.len()));
+        pieces.push(piece);
+        said = rest;
+    }
+    pieces
+}
+
+/// What the code under test makes of it. What comes after STARTTLS is what was inside TLS.
+fn real(tls: Tls, pieces: &[&[u8]]) -> (Vec<u8>, End) {
     let mut out = Vec::new();
-    let mut handshake = Handshake::new(&mut out);
+    let mut handshake = Handshake::new(tls, &mut out);
     out.clear();
-    let (mut said, mut cuts) = (said, cuts.iter().cycle());
-    let mut piece: &[u8] = &[];
-    loop {
-        if piece.is_empty() {
-            if said.is_empty() {
-                return (out, End::More);
-            }
-            // Long input in small pieces would take long and show nothing.
-            let cut = |cut: &u8| usize::from(*cut) * usize::from(*cut) + 1 + said.len() / 64;
-            let len = cuts.next().map_or(said.len(), cut);
-            (piece, said) = said.split_at(len.min(said.len()));
-        }
-        match handshake.step(&mut piece, &exports()[..], &mut out) {
-            Outcome::More => {}
-            Outcome::Closed(_) => return (out, End::Closed),
-            Outcome::Transmission(n) => {
-                let left = piece.len() + said.len();
-                let context = !n.contexts.is_empty();
-                return (out, End::Transmission(n.export.name, n.style, context, n.block_sizes_told, left));
+    for (index, piece) in pieces.iter().enumerate() {
+        let mut piece = *piece;
+        while !piece.is_empty() {
+            match handshake.step(&mut piece, &exports()[..], &mut out) {
+                Outcome::More => {}
+                Outcome::StartTls => assert!(piece.is_empty(), "bytes in plain went into TLS"),
+                Outcome::Closed(_) => return (out, End::Closed),
+                Outcome::Transmission(n) => {
+                    let left = piece.len() + pieces[index + 1..].iter().map(|piece| piece.len()).sum::<usize>();
+                    let context = !n.contexts.is_empty();
+                    return (out, End::Transmission(n.export.name, n.style, context, n.block_sizes_told, left));
+                }
             }
         }
     }
+    (out, End::More)
 }
 
 /// The last reply to each option. Information replies come before it.
@@ -349,14 +386,18 @@ impl Said<'_> {
 pub fn run(data: &[u8]) {
     type Input<'a> = (&'a [u8], u8, Vec<Said<'a>>);
     let Ok((cuts, flags, said)) = Input::arbitrary_take_rest(Unstructured::new(data)) else { return };
+    let tls = [Tls::Off, Tls::Allowed, Tls::Required][usize::from(flags / 5 % 3)];
     let flags = if flags == 255 { Vec::new() } else { u32::from(flags % 5).to_be_bytes().to_vec() };
     let said = said.iter().fold(flags, |mut said, more| {
         said.extend(more.bytes());
         said
     });
-    let mut model = Model::default();
+    let pieces = pieces(&said, cuts);
+    let left = |count| said.len() - pieces[..count].iter().map(|piece| piece.len()).sum::<usize>();
+    let ends = (1..=pieces.len()).map(left).collect();
+    let mut model = Model { tls, ends, ..Model::default() };
     let end = model.converse(&said);
-    let (out, real_end) = real(&said, cuts);
+    let (out, real_end) = real(tls, &pieces);
     assert_eq!(real_end, end);
     assert_eq!(replies(&out, model.tail), model.replies);
 }

@@ -19,6 +19,21 @@ pub struct ServeOptions {
     pub state: Option<PathBuf>,
     /// Whether images go through the page cache.
     pub cache: Cache,
+    /// TLS for NBD clients; without, they speak in plain.
+    pub tls: Option<TlsOptions>,
+}
+
+/// TLS for NBD clients.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TlsOptions {
+    /// No client is served without it.
+    pub required: bool,
+    /// The folder of the certificates, with QEMU's names in it.
+    pub certificates: PathBuf,
+    /// A client has to show a certificate that the folder's authority signed.
+    pub verify_peer: bool,
+    /// Common names or DNS names, one of which a client's certificate has to have. Empty: anyone's will do.
+    pub allow: Vec<String>,
 }
 
 /// One disk to serve.

@@ -12,6 +12,7 @@ use crate::io::{Arena, Buffer, Completion, File, Io, Op, Ring, Token, Wait, Wake
 use crate::job::Phase;
 use crate::open::{files_of, identity};
 use crate::state::StateFolder;
+use crate::tls::Credentials;
 use formats::error::Result;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use std::collections::BTreeMap;
@@ -60,6 +61,7 @@ pub(super) struct ControlThread {
     jobs: BTreeMap<usize, Active>,
     table: Arc<Table>,
     cache: Cache,
+    credentials: Option<Arc<Credentials>>,
     state: StateFolder,
     sessions: Vec<Worker>,
     clients: BTreeMap<u64, Connection>,
@@ -79,7 +81,13 @@ enum Wish {
 }
 
 impl ControlThread {
-    pub fn new(exports: Vec<Export>, table: Arc<Table>, cache: Cache, state: StateFolder) -> io::Result<Self> {
+    pub fn new(
+        exports: Vec<Export>,
+        table: Arc<Table>,
+        cache: Cache,
+        credentials: Option<Arc<Credentials>>,
+        state: StateFolder,
+    ) -> io::Result<Self> {
         let arena = Arena::new(ARENA_LEN);
         let (signals, signalled) = UnixStream::pair()?;
         for signal in [SIGTERM, SIGINT] {
@@ -94,6 +102,7 @@ impl ControlThread {
             jobs: BTreeMap::new(),
             table,
             cache,
+            credentials,
             state,
             sessions: Vec::new(),
             clients: BTreeMap::new(),
@@ -240,7 +249,7 @@ impl ControlThread {
             return;
         }
         socket.no_delay();
-        match Worker::session(socket, Arc::clone(&self.table) as _) {
+        match Worker::session(socket, Arc::clone(&self.table) as _, self.credentials.clone()) {
             Ok(session) => self.sessions.push(session),
             Err(error) => tracing::error!(%error, "a connection's thread could not be started"),
         }

@@ -28,6 +28,7 @@ pub use map::{Run, Runs};
 use crate::control::options::{Access, ServeOptions};
 use crate::open::lasting_name;
 use crate::state::{StateFolder, is_volatile};
+use crate::tls::Credentials;
 use control_thread::ControlThread;
 use exports::{Export, Table, refuse_shared, refuse_twice};
 use formats::error::{Context, Error, Result};
@@ -49,6 +50,7 @@ pub fn serve(options: &ServeOptions, ready: impl FnOnce(&str)) -> Result<()> {
             "nowhere to listen: no address was named, and none of LISTEN_FDS is for this process",
         ));
     }
+    let credentials = options.tls.as_ref().map(Credentials::open).transpose()?.map(Arc::new);
     let state = StateFolder::open(&state_folder(options))?;
     if is_volatile(state.path()) {
         tracing::warn!(
@@ -64,7 +66,7 @@ pub fn serve(options: &ServeOptions, ready: impl FnOnce(&str)) -> Result<()> {
     let exports = options.exports.iter().map(open).collect::<Result<Vec<_>>>()?;
     refuse_shared(&exports)?;
     let table = Arc::new(Table::new(&exports));
-    let mut thread = ControlThread::new(exports, table, options.cache, state).context(|| "starting")?;
+    let mut thread = ControlThread::new(exports, table, options.cache, credentials, state).context(|| "starting")?;
     thread.resume_jobs();
     // Only now: who finds the sockets is served.
     let named = options.listeners.iter().map(Listening::at);

@@ -7,6 +7,7 @@ use crate::export::session::{self, ARENA_LEN, Directory, RING_DEPTH, Session};
 use crate::io::remote::Remotes;
 use crate::io::{Arena, File, Io, Op, Ring, Token, Turn, Wait, Waker};
 use crate::mirror::Mirror;
+use crate::tls::Credentials;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -25,11 +26,15 @@ pub(super) struct Worker {
 
 impl Worker {
     /// A thread for one NBD connection.
-    pub fn session(socket: File, directory: Arc<dyn Directory>) -> io::Result<Self> {
+    pub fn session(
+        socket: File,
+        directory: Arc<dyn Directory>,
+        credentials: Option<Arc<Credentials>>,
+    ) -> io::Result<Self> {
         let stop = Arc::<AtomicBool>::default();
         let waker = Waker::new()?;
         let (stop_there, waker_there) = (Arc::clone(&stop), waker.clone());
-        let body = move || match serve(&socket, directory, waker_there, stop_there) {
+        let body = move || match serve(&socket, directory, credentials, waker_there, stop_there) {
             Ok(()) => {}
             Err(error) => {
                 tracing::error!(%error, "a connection's thread failed; the connection is dropped");
@@ -80,10 +85,17 @@ impl Worker {
     }
 }
 
-fn serve(socket: &File, directory: Arc<dyn Directory>, waker: Waker, stop: Arc<AtomicBool>) -> io::Result<()> {
+fn serve(
+    socket: &File,
+    directory: Arc<dyn Directory>,
+    credentials: Option<Arc<Credentials>>,
+    waker: Waker,
+    stop: Arc<AtomicBool>,
+) -> io::Result<()> {
     let arena = Arena::new(ARENA_LEN);
     let mut ring = Remotes::new(Ring::new(RING_DEPTH, &arena)?.helped_by(pool(), Turn::Guest)?);
-    let mut session = Session::new(socket.clone(), directory, arena, waker, Token(0)).stopped_by(stop);
+    let session = Session::new(socket.clone(), directory, arena, waker, Token(0));
+    let mut session = session.with_tls(credentials).stopped_by(stop);
     let mut done = Vec::new();
     loop {
         if let session::Progress::Over(ending) = session.step(&mut ring, &mut done) {

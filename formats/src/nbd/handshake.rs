@@ -3,12 +3,16 @@
 //! ```text
 //! greeting ─► client flags ─► option header ─► data ─► reply ─┬─► Transmission
 //!                                   ▲  └─► too long: skip     ├─► Closed
-//!                                   └─────────────────────────┘
+//!                                   └─────────────────────────┴─► StartTls: the same, inside TLS
 //! ```
 //!
 //! An option's data is taken whole before it is looked at, and what is wrong with it ends with it:
 //! the next option begins where the header said. What a client chose (the style of replies, contexts)
 //! is kept here until an export is chosen; contexts belong to the export they were asked for.
+//!
+//! STARTTLS is a border: nothing that came before it in plain has a meaning behind it, for anybody on
+//! the way could have said it. So what was chosen is forgotten, and bytes that came with the request,
+//! before its ACK, end the connection. Kept, they would be taken for options that TLS protected.
 //!
 //! A connection costs `OPTION_LEN_MAX` bytes for the option being collected (allocated as they
 //! come), five times as much while its queries are looked at, and the replies to one option, the
@@ -26,6 +30,18 @@ pub const OPTION_LEN_MAX: u32 = 64 << 10;
 pub const OPTION_SKIP_MAX: u32 = 1 << 20;
 /// Options that one client may send.
 pub const OPTIONS_MAX: u32 = 4096;
+
+/// Whether clients go on inside TLS: the protocol's modes NOTLS, SELECTIVETLS and FORCEDTLS.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Tls {
+    /// They cannot.
+    #[default]
+    Off,
+    /// Those that ask for it.
+    Allowed,
+    /// All of them; before, a client may only ask for it or leave.
+    Required,
+}
 
 /// What client and server agreed on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,6 +61,9 @@ pub struct Negotiated {
 pub enum Outcome {
     /// More to come: send what there is, then step again with what was not taken, or with more.
     More,
+    /// Send what there is in plain. What comes then is TLS; what is inside goes to the next step.
+    /// All of the input was taken.
+    StartTls,
     /// Done: send what there is; the bytes that were not taken are the first requests.
     Transmission(Box<Negotiated>),
     /// Over: send what there is, then close.
@@ -77,6 +96,9 @@ pub enum Reason {
     /// A client without FIXED_NEWSTYLE cannot be told of an error.
     #[error("option {0} from a client that does not speak fixed newstyle")]
     NotFixed(u32),
+    /// They may be anybody's.
+    #[error("bytes in plain behind STARTTLS")]
+    BehindStartTls,
     /// EXPORT_NAME has no reply for it.
     #[error("EXPORT_NAME: {0}")]
     ExportName(String),
@@ -90,6 +112,9 @@ pub struct Handshake {
     collected: Vec<u8>,
     options: u32,
     client_flags: u16,
+    tls: Tls,
+    /// True from the ACK to STARTTLS on.
+    inside_tls: bool,
     style: Style,
     /// The contexts that were chosen, and for which export.
     contexts: Option<(String, Vec<(u32, Context)>)>,
@@ -110,7 +135,7 @@ const OFFERED: u16 = handshake_flag::FIXED_NEWSTYLE | handshake_flag::NO_ZEROES;
 
 impl Handshake {
     /// A handshake with a client that has just come. The greeting is put into `out`.
-    pub fn new(out: &mut Vec<u8>) -> Self {
+    pub fn new(tls: Tls, out: &mut Vec<u8>) -> Self {
         out.extend_from_slice(&NBD_MAGIC.to_be_bytes());
         out.extend_from_slice(&OPTION_MAGIC.to_be_bytes());
         out.extend_from_slice(&OFFERED.to_be_bytes());
@@ -119,6 +144,8 @@ impl Handshake {
             collected: Vec::new(),
             options: 0,
             client_flags: 0,
+            tls,
+            inside_tls: false,
             style: Style::Simple,
             contexts: None,
         }
@@ -132,18 +159,26 @@ impl Handshake {
             let (outcome, answered) = match self.state {
                 State::ClientFlags => (self.client_flags(&unit), false),
                 State::Header => (self.header(&unit), false),
+                State::Data { option: opt::STARTTLS, .. } => {
+                    self.state = State::Header;
+                    (self.start_tls(&unit, input, out), true)
+                }
                 State::Data { option, .. } => {
                     self.state = State::Header;
                     (self.option(option, &unit, exports, out), true)
                 }
                 State::Skip { option, .. } => {
                     self.state = State::Header;
-                    refuse(out, option, Bad::TooBig("the option's data is too long"));
+                    let refused = match self.lacks_tls(option) {
+                        true => Refused::TlsRequired,
+                        false => Bad::TooBig("the option's data is too long").into(),
+                    };
+                    refuse(out, option, refused);
                     (Outcome::More, true)
                 }
                 State::Over => unreachable!("an ended handshake has no units"),
             };
-            if outcome != Outcome::More {
+            if !matches!(outcome, Outcome::More | Outcome::StartTls) {
                 self.state = State::Over;
             }
             if answered || outcome != Outcome::More {
@@ -212,8 +247,34 @@ impl Handshake {
         Outcome::Closed(reason)
     }
 
+    /// True where `option` has to wait for TLS.
+    fn lacks_tls(&self, option: u32) -> bool {
+        self.tls == Tls::Required && !self.inside_tls && !matches!(option, opt::ABORT | opt::STARTTLS)
+    }
+
+    fn start_tls(&mut self, data: &[u8], behind: &[u8], out: &mut Vec<u8>) -> Outcome {
+        let refused = match nothing_in(data) {
+            _ if self.tls == Tls::Off => Refused::NoTls,
+            _ if self.inside_tls => Bad::Invalid("this connection is inside TLS already").into(),
+            Err(refused) => refused,
+            Ok(()) if !behind.is_empty() => return Outcome::Closed(Reason::BehindStartTls),
+            Ok(()) => {
+                self.inside_tls = true;
+                (self.style, self.contexts) = (Style::Simple, None);
+                reply(out, opt::STARTTLS, rep::ACK, &[]);
+                return Outcome::StartTls;
+            }
+        };
+        refuse(out, opt::STARTTLS, refused);
+        Outcome::More
+    }
+
     fn option(&mut self, option: u32, data: &[u8], exports: &(impl Exports + ?Sized), out: &mut Vec<u8>) -> Outcome {
         let done = match option {
+            opt::EXPORT_NAME if self.lacks_tls(option) => {
+                return Outcome::Closed(Reason::ExportName("this server requires TLS".into()));
+            }
+            _ if self.lacks_tls(option) => Err(Refused::TlsRequired),
             opt::EXPORT_NAME => return self.export_name(data, exports, out),
             opt::GO => match self.info(option, data, exports, out) {
                 Ok(negotiated) => {
@@ -233,7 +294,6 @@ impl Handshake {
             opt::EXTENDED_HEADERS => self.choose(Style::Extended, data),
             opt::LIST_META_CONTEXT => list_contexts(data, exports, out),
             opt::SET_META_CONTEXT => self.set_contexts(data, exports, out),
-            // STARTTLS among them.
             _ => Err(Refused::Unsupported),
         };
         match done {
@@ -333,6 +393,8 @@ enum Refused {
     Unknown,
     BlockSizeRequired,
     ExtendedHeadersRequired,
+    TlsRequired,
+    NoTls,
 }
 
 impl From<Bad> for Refused {
@@ -349,6 +411,8 @@ fn refuse(out: &mut Vec<u8>, option: u32, refused: impl Into<Refused>) {
         Refused::Unknown => (rep::ERR_UNKNOWN, "there is no export of this name"),
         Refused::BlockSizeRequired => (rep::ERR_BLOCK_SIZE_REQD, "this export's block sizes have to be asked for"),
         Refused::ExtendedHeadersRequired => (rep::ERR_EXT_HEADER_REQD, "extended headers were chosen before"),
+        Refused::TlsRequired => (rep::ERR_TLS_REQD, "this server requires TLS: connect with certificates (nbds://)"),
+        Refused::NoTls => (rep::ERR_POLICY, "this server was started without TLS"),
     };
     reply(out, option, kind, &[message.as_bytes()]);
 }

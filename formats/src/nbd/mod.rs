@@ -23,7 +23,7 @@ pub mod wire;
 pub use address::{Address, Server};
 pub use context::Context;
 pub use export::{BlockSizes, ExportInfo, Exports};
-pub use handshake::{Handshake, Negotiated, Outcome};
+pub use handshake::{Handshake, Negotiated, Outcome, Tls};
 pub use reply::{ReplyTo, Style};
 pub use request::{Action, Refusal, Verdict};
 pub use wire::Errno;

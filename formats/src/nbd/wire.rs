@@ -69,6 +69,8 @@ pub mod rep {
     pub const ERROR: u32 = 1 << 31;
     /// This option is not known here.
     pub const ERR_UNSUP: u32 = (1 << 31) + 1;
+    /// The server could, but was told not to.
+    pub const ERR_POLICY: u32 = (1 << 31) + 2;
     /// The option's data is wrong, or it does not belong here.
     pub const ERR_INVALID: u32 = (1 << 31) + 3;
     /// Go inside TLS first.

@@ -4,6 +4,9 @@
 //! buffer, so that a burst of small requests costs one; a long payload goes straight to its place.
 //! What is not looked at stays in the socket: that is what holds back a client that asks for more
 //! than there is room for.
+//!
+//! Inside TLS everything goes into the staging buffer, and what was in it into one of its own.
+use super::tls::Tls;
 use crate::io::{Arena, Buffer, File, Io, Loan, Op, Token};
 use formats::nbd::wire::HEADER_LEN_MAX;
 use std::io;
@@ -14,6 +17,8 @@ pub(super) const STAGING_LEN: usize = 128 << 10;
 /// From here on, what is missing of a payload is received straight into its place: a copy from the
 /// staging buffer would cost more than another receive.
 const DIRECT_MIN: usize = 32 << 10;
+/// What one receive can bring out of TLS: with a record that was almost whole before.
+const DECRYPTED_LEN: usize = STAGING_LEN + Tls::RECORD_MAX;
 
 /// Something whole that came.
 pub(super) enum Item {
@@ -33,6 +38,9 @@ pub(super) struct Inbound {
     staging: Option<Buffer>,
     /// As long as a header: used where a long payload will follow, which so is never copied.
     short: Option<Buffer>,
+    /// Where to decrypt next time, inside TLS.
+    decrypted: Option<Buffer>,
+    direct_min: usize,
     header: [u8; HEADER_LEN_MAX],
     /// How much of it came, and how long it is.
     header_filled: usize,
@@ -72,6 +80,8 @@ impl Inbound {
             received: None,
             staging: Some(take(STAGING_LEN)),
             short: None,
+            decrypted: None,
+            direct_min: DIRECT_MIN,
             header: [0; HEADER_LEN_MAX],
             header_filled: 0,
             header_len: 0,
@@ -85,6 +95,28 @@ impl Inbound {
     pub fn expect_requests(&mut self, header_len: usize, arena: &Arena) {
         self.header_len = header_len;
         self.short = Some(arena.take(header_len).unwrap_or_else(|| Buffer::alone(header_len)));
+    }
+
+    /// What follows is TLS, all of it. Before anything of it was received.
+    pub fn expect_tls(&mut self, arena: &Arena) {
+        assert!(self.received.is_none() && self.state != State::Receiving, "a border is not received across");
+        self.decrypted = Some(arena.take(DECRYPTED_LEN).unwrap_or_else(|| Buffer::alone(DECRYPTED_LEN)));
+        // Into a payload's place the payload alone may go.
+        self.direct_min = usize::MAX;
+    }
+
+    /// What was received is TLS: what is inside is looked at instead.
+    pub fn decrypt(&mut self, tls: &mut Tls) -> Result<(), rustls::Error> {
+        let Some((received, range)) = self.received.take() else { return Ok(()) };
+        let mut decrypted = self.decrypted.take().expect("nothing was left to look at");
+        let count = tls.decrypt(&received[range], &mut decrypted);
+        self.staging = Some(received);
+        self.received = Some((decrypted, 0..*count.as_ref().unwrap_or(&0)));
+        self.advance(0);
+        if tls.peer_has_ended() {
+            self.state = State::Ended;
+        }
+        count.map(drop)
     }
 
     /// True where the client sends no more.
@@ -108,6 +140,7 @@ impl Inbound {
         match () {
             () if !range.is_empty() => self.received = Some((buffer, range)),
             () if buffer.len() == self.header_len => self.short = Some(buffer),
+            () if buffer.len() == DECRYPTED_LEN => self.decrypted = Some(buffer),
             () => self.staging = Some(buffer),
         }
     }
@@ -160,7 +193,7 @@ impl Inbound {
 
     /// What follows is a payload for all of `buffer`, which is not empty.
     pub fn expect_payload(&mut self, buffer: Buffer) {
-        self.long_payloads = buffer.len() >= DIRECT_MIN;
+        self.long_payloads = buffer.len() >= self.direct_min;
         self.payload = Some(Payload::Here { buffer, filled: 0 });
     }
 
@@ -175,7 +208,7 @@ impl Inbound {
             return;
         }
         let (buf, whole) = match self.payload.take() {
-            Some(Payload::Here { buffer, filled }) if buffer.len() - filled >= DIRECT_MIN => {
+            Some(Payload::Here { buffer, filled }) if buffer.len() - filled >= self.direct_min => {
                 let rest_len = buffer.len() - filled;
                 let mut loan = Loan::new(buffer);
                 let head = loan.lend(filled);

@@ -7,6 +7,8 @@
 //!                                   guest requests
 //! ```
 //!
+//! Behind STARTTLS, `tls` is between the socket and the two.
+//!
 //! A client can have `REQUESTS_MAX` requests and `PAYLOAD_MAX` bytes of payload under way, those
 //! counted whose replies it has not taken yet. More stay in its socket until there is room.
 //!
@@ -17,6 +19,7 @@ mod outbound;
 mod reply;
 mod slot;
 mod status;
+mod tls;
 mod transmission;
 
 #[cfg(test)]
@@ -25,14 +28,16 @@ mod tests;
 use super::gate::Gate;
 use crate::disk::{Task, Tools};
 use crate::io::{Arena, Completion, File, Io, Op, Token, Waker};
+use crate::tls::{Credentials, in_words};
 use formats::nbd::handshake::Reason;
 use formats::nbd::wire::Header;
-use formats::nbd::{Exports, Handshake, Outcome};
+use formats::nbd::{Exports, Handshake, Outcome, Tls};
 use inbound::{Inbound, STAGING_LEN};
 use outbound::Outbound;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+use tls::Layer;
 use transmission::Transmission;
 
 /// Requests that one client may have under way.
@@ -90,6 +95,9 @@ pub enum Ending {
     /// Before an export was chosen.
     #[error("handshake: {0}")]
     Handshake(Reason),
+    /// What came is not what TLS should be, or the client is nobody that may come in.
+    #[error("TLS: {0}")]
+    Tls(String),
     /// Before an export was chosen.
     #[error("no export was chosen in {} s", HANDSHAKE_MAX.as_secs())]
     Deadline,
@@ -130,6 +138,8 @@ pub struct Session {
     arena: Arena,
     waker: Waker,
     base: Token,
+    credentials: Option<Arc<Credentials>>,
+    layer: Layer,
     inbound: Inbound,
     outbound: Outbound,
     phase: Phase,
@@ -157,6 +167,8 @@ impl Session {
             arena,
             waker,
             base,
+            credentials: None,
+            layer: Layer::Plain,
             phase: Phase::New,
             stop: Arc::default(),
             leaving: None,
@@ -172,6 +184,12 @@ impl Session {
     #[must_use]
     pub fn stopped_by(self, stop: Arc<AtomicBool>) -> Self {
         Self { stop, ..self }
+    }
+
+    /// The same, for clients that go on inside TLS.
+    #[must_use]
+    pub fn with_tls(self, credentials: Option<Arc<Credentials>>) -> Self {
+        Self { credentials, ..self }
     }
 
     /// The name of the export that was chosen.
@@ -191,9 +209,12 @@ impl Session {
         if self.leaving.is_none() {
             self.take_in(io);
         }
-        let gone = self.outbound.submit(io, self.token(SEND));
+        if self.leaving.is_some() && self.is_idle() {
+            self.layer.farewell();
+        }
+        let gone = self.outbound.submit(io, self.token(SEND), self.layer.tls());
         self.gone(gone);
-        if self.leaving.is_none() {
+        if self.leaving.is_none() && !self.layer.is_starting() {
             self.inbound.submit(io, self.token(RECEIVE));
         }
         match &self.leaving {
@@ -206,8 +227,9 @@ impl Session {
     }
 
     fn start<I: Io>(&mut self, io: &mut I) {
+        let mode = self.credentials.as_ref().map_or(Tls::Off, |credentials| credentials.mode());
         let mut greeting = Vec::new();
-        self.phase = Phase::Handshake(Box::new(Handshake::new(&mut greeting)));
+        self.phase = Phase::Handshake(Box::new(Handshake::new(mode, &mut greeting)));
         self.outbound.bytes(&greeting);
         io.submit(self.token(WAKE), Op::Wake { waker: self.waker.clone() });
         io.submit(self.token(DEADLINE), Op::Timeout { after: HANDSHAKE_MAX });
@@ -223,14 +245,27 @@ impl Session {
             Phase::Transmission(transmission) => transmission.is_idle(),
             _ => true,
         };
-        requests && self.outbound.is_idle()
+        requests && self.is_silent()
+    }
+
+    /// Nothing waits to be sent, and nothing is being sent.
+    fn is_silent(&self) -> bool {
+        self.outbound.is_idle() && (self.outbound.is_broken() || !self.layer.has_to_say())
     }
 
     fn complete<I: Io>(&mut self, io: &mut I, completion: Completion) {
         match completion.token.0 - self.base.0 {
-            RECEIVE => self.inbound.complete(completion.op, completion.result),
+            RECEIVE => {
+                self.inbound.complete(completion.op, completion.result);
+                if let Some(tls) = self.layer.tls()
+                    && let Err(error) = self.inbound.decrypt(tls)
+                {
+                    self.leave(io, Ending::Tls(in_words(&error)));
+                }
+            }
             SEND => {
-                let gone = self.outbound.complete(io, self.token(SEND), completion.op, completion.result);
+                let gone =
+                    self.outbound.complete(io, self.token(SEND), self.layer.tls(), completion.op, completion.result);
                 self.gone(gone);
             }
             WAKE => {
@@ -277,6 +312,9 @@ impl Session {
     }
 
     fn take_in<I: Io>(&mut self, io: &mut I) {
+        if self.layer.is_starting() && self.is_silent() {
+            self.start_tls(io);
+        }
         self.shake_hands(io);
         let mut ending = None;
         if let Phase::Transmission(transmission) = &mut self.phase {
@@ -291,10 +329,23 @@ impl Session {
         }
     }
 
+    /// The ACK has gone.
+    fn start_tls(&mut self, io: &mut impl Io) {
+        let credentials = self.credentials.as_ref().expect("without them no TLS is offered");
+        match credentials.connection() {
+            Ok(connection) => {
+                self.layer = Layer::tls_of(connection);
+                self.inbound.expect_tls(&self.arena);
+            }
+            Err(error) => self.leave(io, Ending::Tls(in_words(&error))),
+        }
+    }
+
     /// One option's replies at a time: what waits to be sent has that bound.
     fn shake_hands(&mut self, io: &mut impl Io) {
         while let Phase::Handshake(handshake) = &mut self.phase
             && self.leaving.is_none()
+            && !self.layer.is_starting()
             && self.outbound.is_idle()
             && !self.inbound.unread().is_empty()
         {
@@ -306,6 +357,7 @@ impl Session {
             self.outbound.bytes(&out);
             match outcome {
                 Outcome::More => {}
+                Outcome::StartTls => self.layer = Layer::Starting,
                 Outcome::Closed(reason) => self.leave(io, Ending::Handshake(reason)),
                 Outcome::Transmission(negotiated) => match self.directory.gate(&negotiated.export.name) {
                     Some(gate) => {

@@ -2,7 +2,10 @@
 //!
 //! A reply counts, with the memory it holds, until it is sent. So a client that asks and does not
 //! listen soon cannot ask any more.
+//!
+//! Inside TLS a send is encrypted piece by piece, each when the one before it has gone.
 use super::Load;
+use super::tls::Tls;
 use crate::io::{Buffer, File, Gather, Io, Op, Token};
 use std::io;
 
@@ -58,21 +61,33 @@ impl Outbound {
     }
 
     /// Sends what waits, unless a send is under way. Gives back what is never going to be sent.
-    pub fn submit(&mut self, io: &mut impl Io, token: Token) -> Load {
+    pub fn submit(&mut self, io: &mut impl Io, token: Token, tls: Option<&mut Tls>) -> Load {
         if self.broken {
             self.waiting.clear();
             return std::mem::take(&mut self.waiting_load);
         }
-        if self.sending.is_none() && !self.waiting.is_empty() {
+        let has_to_say = tls.as_ref().is_some_and(|tls| tls.has_to_say());
+        if self.sending.is_none() && (!self.waiting.is_empty() || has_to_say) {
             let gather = std::mem::replace(&mut self.waiting, std::mem::take(&mut self.spare));
             self.sending = Some(std::mem::take(&mut self.waiting_load));
+            let gather = match tls {
+                None => gather,
+                Some(tls) => tls.encrypt(gather),
+            };
             io.submit(token, Op::Send { socket: self.socket.clone(), gather });
         }
         Load::default()
     }
 
     /// Takes in what became of a send. Gives back the load of the replies that are gone.
-    pub fn complete(&mut self, io: &mut impl Io, token: Token, op: Op, result: io::Result<u32>) -> Load {
+    pub fn complete(
+        &mut self,
+        io: &mut impl Io,
+        token: Token,
+        tls: Option<&mut Tls>,
+        op: Op,
+        result: io::Result<u32>,
+    ) -> Load {
         let Op::Send { socket, mut gather } = op else { unreachable!("a send was submitted") };
         match result {
             Ok(count) if count > 0 => gather.advance(count as usize),
@@ -83,6 +98,11 @@ impl Outbound {
             return Load::default();
         }
         gather.clear();
+        if let Some(tls) = tls.filter(|tls| !self.broken && tls.has_to_say()) {
+            let gather = tls.encrypt_more(gather);
+            io.submit(token, Op::Send { socket, gather });
+            return Load::default();
+        }
         self.spare = gather;
         self.sending.take().expect("a send was under way")
     }

@@ -1,4 +1,5 @@
 //! Sessions with clients of every manner, over a queue that ends things in any order.
+mod tls;
 mod world;
 
 use super::{Ending, PAYLOAD_MAX, Progress, REQUESTS_MAX};
@@ -65,6 +66,11 @@ fn scene(seed: u64, size: u64, style: Style) -> Scene {
 
 fn greeted(mut scene: Scene, style: Style) -> Scene {
     scene.say(&3_u32.to_be_bytes());
+    chosen(scene, style)
+}
+
+/// The same, where the client's flags are said already.
+fn chosen(mut scene: Scene, style: Style) -> Scene {
     match style {
         Style::Simple => {}
         Style::Structured => scene.say(&option(wire::opt::STRUCTURED_REPLY, b"")),
@@ -172,8 +178,7 @@ fn reply(scene: &mut Scene) -> Reply {
 
 /// A client that asks for everything, at random and in bursts, never twice for the same bytes at a
 /// time, and keeps its own copy of the truth.
-fn any_client(seed: u64, style: Style) {
-    let mut scene = scene(seed, SIZE, style);
+fn any_client(mut scene: Scene, seed: u64, style: Style) {
     let mut random = Random::new(seed + 7);
     let mut truth = vec![0_u8; SIZE as usize];
     let mut cookie = 0;
@@ -233,7 +238,8 @@ fn any_client(seed: u64, style: Style) {
 #[test]
 fn whatever_order_things_end_in_every_request_is_answered_rightly() {
     for seed in 0..150 {
-        any_client(seed, [Style::Simple, Style::Structured, Style::Extended][seed as usize % 3]);
+        let style = [Style::Simple, Style::Structured, Style::Extended][seed as usize % 3];
+        any_client(scene(seed, SIZE, style), seed, style);
     }
 }
 

@@ -2,7 +2,7 @@
 use super::super::{Arena, Buffer, Completion, File, Io, Op, Ring, Token, Wait};
 use super::{ANSWER_TIME_MAX, Remote, Remotes};
 use formats::nbd::wire::Header;
-use formats::nbd::{Address, BlockSizes, Errno, ExportInfo, Handshake, Outcome, ReplyTo, Server, Style};
+use formats::nbd::{Address, BlockSizes, Errno, ExportInfo, Handshake, Outcome, ReplyTo, Server, Style, Tls};
 use formats::storage::Storage;
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
@@ -48,7 +48,7 @@ fn speak(mut client: UnixStream, treats: Treats, multi_conn: bool) -> io::Result
         bitmaps: Vec::new(),
     };
     let mut out = Vec::new();
-    let mut handshake = Handshake::new(&mut out);
+    let mut handshake = Handshake::new(Tls::Off, &mut out);
     loop {
         client.write_all(&std::mem::take(&mut out))?;
         let mut bytes = [0; 4096];

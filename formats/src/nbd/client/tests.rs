@@ -3,7 +3,7 @@ use super::{Ask, Event, Negotiation, Replies, Session};
 use crate::error::Result;
 use crate::nbd::export::{BlockSizes, ExportInfo};
 use crate::nbd::wire::{self, Command, Header, chunk, handshake_flag, opt, rep, state, transmission_flag};
-use crate::nbd::{Errno, Handshake, Outcome, ReplyTo, Style};
+use crate::nbd::{Errno, Handshake, Outcome, ReplyTo, Style, Tls};
 use crate::range::ByteRange;
 use proptest::prelude::{Just, any, prop_oneof, proptest};
 use proptest::strategy::Strategy;
@@ -25,7 +25,7 @@ fn export() -> ExportInfo {
 /// Lets the client talk to our server, `piece` bytes at a time.
 fn converse(name: &str, piece: usize) -> Result<Option<Session>> {
     let mut to_client = Vec::new();
-    let mut server = Handshake::new(&mut to_client);
+    let mut server = Handshake::new(Tls::Off, &mut to_client);
     let mut client = Negotiation::new(name);
     let exports = [export()];
     loop {

@@ -35,6 +35,10 @@ fn exports() -> Vec<ExportInfo> {
 struct Said(Vec<u8>);
 
 impl Said {
+    fn nothing() -> Self {
+        Self(Vec::new())
+    }
+
     fn flags(flags: u32) -> Self {
         Self(flags.to_be_bytes().to_vec())
     }
@@ -52,9 +56,14 @@ impl Said {
         self
     }
 
-    /// All of it at once.
+    /// All of it at once, by a server without TLS.
     fn heard(&self) -> Heard {
-        converse(&[&self.0])
+        converse(Tls::Off, &[&self.0])
+    }
+
+    /// This in plain, and `inside` behind it inside TLS.
+    fn heard_by(&self, tls: Tls, inside: &Self) -> Heard {
+        converse(tls, &[&self.0, &inside.0])
     }
 }
 
@@ -93,14 +102,18 @@ impl Heard {
     }
 }
 
-fn converse(pieces: &[&[u8]]) -> Heard {
+/// Says the pieces one by one: each is all that came until then. After STARTTLS they come out of TLS.
+fn converse(tls: Tls, pieces: &[&[u8]]) -> Heard {
     let exports = exports();
     let mut out = Vec::new();
-    let mut handshake = Handshake::new(&mut out);
+    let mut handshake = Handshake::new(tls, &mut out);
     let mut outcome = Outcome::More;
     let mut rest = Vec::new();
     for piece in pieces {
         let mut input = *piece;
+        if outcome == Outcome::StartTls && !piece.is_empty() {
+            outcome = Outcome::More;
+        }
         while outcome == Outcome::More && !input.is_empty() {
             outcome = handshake.step(&mut input, &exports[..], &mut out);
         }
@@ -209,7 +222,7 @@ fn list_names_every_export() {
 
 #[test]
 fn options_that_are_not_here_are_declined_and_change_nothing() {
-    for (option, data) in [(opt::STARTTLS, &b""[..]), (4, b""), (0, b"x"), (!0, b"xyz")] {
+    for (option, data) in [(4, &b""[..]), (0, b"x"), (!0, b"xyz")] {
         let heard = Said::flags(FIXED).opt(option, data).opt(opt::GO, &go("vda", &[])).heard();
         assert_eq!(heard.kinds(), [rep::ERR_UNSUP, rep::INFO, rep::ACK], "option {option}");
         assert_eq!(heard.replies()[0].0, option);
@@ -222,6 +235,88 @@ fn abort_is_answered_whatever_it_carries() {
     let heard = Said::flags(FIXED).opt(opt::ABORT, b"so long").raw(b"more").heard();
     assert_eq!(heard.outcome, Outcome::Closed(Reason::Aborted));
     assert_eq!(heard.kinds(), [rep::ACK]);
+}
+
+const MODES: [Tls; 3] = [Tls::Off, Tls::Allowed, Tls::Required];
+
+#[test]
+fn before_tls_each_mode_answers_as_the_protocol_has_it() {
+    let contexts = queries("vda", &[]);
+    let [in_plain, required] = [rep::ACK, rep::ERR_TLS_REQD];
+    for (option, data, off, allowed, forced) in [
+        (opt::STARTTLS, vec![], rep::ERR_POLICY, rep::ACK, rep::ACK),
+        (opt::STARTTLS, vec![0], rep::ERR_POLICY, rep::ERR_INVALID, rep::ERR_INVALID),
+        (opt::ABORT, vec![], in_plain, in_plain, in_plain),
+        (opt::LIST, vec![], in_plain, in_plain, required),
+        (opt::INFO, go("vda", &[]), in_plain, in_plain, required),
+        (opt::INFO, go("nobody", &[]), rep::ERR_UNKNOWN, rep::ERR_UNKNOWN, required),
+        (opt::GO, go("vda", &[]), in_plain, in_plain, required),
+        (opt::STRUCTURED_REPLY, vec![], in_plain, in_plain, required),
+        (opt::EXTENDED_HEADERS, vec![], in_plain, in_plain, required),
+        (opt::LIST_META_CONTEXT, contexts.clone(), in_plain, in_plain, required),
+        (opt::SET_META_CONTEXT, contexts, rep::ERR_INVALID, rep::ERR_INVALID, required),
+        (4, vec![], rep::ERR_UNSUP, rep::ERR_UNSUP, required),
+        (opt::LIST, vec![0; OPTION_LEN_MAX as usize + 1], rep::ERR_TOO_BIG, rep::ERR_TOO_BIG, required),
+    ] {
+        for (tls, want) in MODES.into_iter().zip([off, allowed, forced]) {
+            let heard = Said::flags(FIXED).opt(option, &data).heard_by(tls, &Said::nothing());
+            assert_eq!(heard.kinds().last(), Some(&want), "option {option}, TLS {tls:?}");
+            // A refused option tells nothing of an export, and does nothing.
+            assert!(want == in_plain || heard.kinds().len() == 1, "option {option}, TLS {tls:?}");
+            assert_eq!(heard.outcome == Outcome::StartTls, (option, want) == (opt::STARTTLS, rep::ACK));
+        }
+    }
+}
+
+#[test]
+fn a_name_in_plain_closes_where_tls_is_required() {
+    let said = Said::flags(FIXED).opt(opt::EXPORT_NAME, b"vda");
+    let heard = said.heard_by(Tls::Required, &Said::nothing());
+    assert_eq!(heard.outcome, Outcome::Closed(Reason::ExportName("this server requires TLS".into())));
+    assert_eq!(heard.out, b"");
+    assert_eq!(said.heard_by(Tls::Allowed, &Said::nothing()).negotiated().export.name, "vda");
+}
+
+#[test]
+fn inside_tls_everything_is_there_but_starttls() {
+    for tls in [Tls::Allowed, Tls::Required] {
+        let inside = Said::nothing().opt(opt::STARTTLS, b"").opt(opt::LIST, b"").opt(opt::GO, &go("vdb", &[]));
+        let heard = Said::flags(FIXED).opt(opt::STARTTLS, b"").heard_by(tls, &inside.raw(b"request"));
+        let list = [rep::SERVER, rep::SERVER, rep::SERVER, rep::ACK];
+        assert_eq!(heard.kinds(), [&[rep::ACK, rep::ERR_INVALID][..], &list, &[rep::INFO, rep::ACK]].concat());
+        assert_eq!(heard.rest, b"request");
+        let by_name = Said::nothing().opt(opt::EXPORT_NAME, b"vdb");
+        let heard = Said::flags(FIXED).opt(opt::STARTTLS, b"").heard_by(tls, &by_name);
+        assert_eq!(heard.negotiated().export.name, "vdb");
+    }
+}
+
+#[test]
+fn what_came_with_starttls_in_plain_ends_the_connection() {
+    // Taken for what TLS protects, it would let whoever is on the way choose the export.
+    let started = Said::flags(FIXED).opt(opt::STARTTLS, b"");
+    for behind in [&b"I"[..], &Said::nothing().opt(opt::GO, &go("vdb", &[])).0, b"\x16\x03\x01"] {
+        for tls in [Tls::Allowed, Tls::Required] {
+            let said = [&started.0[..], behind].concat();
+            let heard = converse(tls, &[&said]);
+            assert_eq!(heard.outcome, Outcome::Closed(Reason::BehindStartTls));
+            assert_eq!(heard.out, b"", "an ACK would let it go on");
+        }
+    }
+}
+
+#[test]
+fn what_was_chosen_in_plain_is_forgotten_inside_tls() {
+    let chosen =
+        |said: Said, style| said.opt(style, b"").opt(opt::SET_META_CONTEXT, &queries("vda", &[BASE_ALLOCATION]));
+    let plain = chosen(Said::flags(FIXED), opt::EXTENDED_HEADERS).opt(opt::STARTTLS, b"");
+    let go = Said::nothing().opt(opt::GO, &go("vda", &[]));
+    let negotiated = plain.heard_by(Tls::Allowed, &go).negotiated();
+    assert_eq!((negotiated.style, negotiated.contexts), (Style::Simple, vec![]));
+    // And can be chosen again, another way.
+    let again = chosen(Said::nothing(), opt::STRUCTURED_REPLY).raw(&go.0);
+    let negotiated = plain.heard_by(Tls::Allowed, &again).negotiated();
+    assert_eq!((negotiated.style, negotiated.contexts.len()), (Style::Structured, 1));
 }
 
 #[test]
@@ -368,7 +463,7 @@ fn one_step_answers_one_option() {
     // So what waits to be sent is bounded by one option's replies, however many are piped in.
     let said = (0..3).fold(Said::flags(FIXED), |said, _| said.opt(opt::LIST, b""));
     let mut out = Vec::new();
-    let mut handshake = Handshake::new(&mut out);
+    let mut handshake = Handshake::new(Tls::Off, &mut out);
     let mut input = &said.0[..];
     for left in [2, 1, 0] {
         out.clear();
@@ -406,7 +501,7 @@ proptest! {
     fn the_pieces_that_bytes_come_in_make_no_difference(
         said in conversation(), sizes in prop::collection::vec(1_usize..50, 1..40)
     ) {
-        let whole = converse(&[&said]);
+        let whole = converse(Tls::Off, &[&said]);
         let mut pieces = Vec::new();
         let mut rest = &said[..];
         for size in sizes.iter().cycle() {
@@ -419,6 +514,6 @@ proptest! {
             pieces.push(piece);
             rest = after;
         }
-        prop_assert_eq!(converse(&pieces), whole);
+        prop_assert_eq!(converse(Tls::Off, &pieces), whole);
     }
 }

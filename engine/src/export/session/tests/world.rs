@@ -5,12 +5,14 @@ use crate::chain::{Chain, Layer};
 use crate::disk::{DataFile, Disk};
 use crate::export::gate::{Gate, Route};
 use crate::io::{Arena, Completion, File, Io, Op, Token, Wait, Waker};
+use crate::tls::Credentials;
 use formats::error::Result;
 use formats::image::{Extent, Image, Place, Progress as Stage, Reservation, Reserve, Settle, Zeroed, Zeroing};
 use formats::nbd::{BlockSizes, ExportInfo, Exports};
 use formats::range::ByteRange;
+use rustls::{ClientConfig, ClientConnection};
 use std::collections::{BTreeSet, VecDeque};
-use std::io;
+use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -299,6 +301,8 @@ pub struct Scene {
     pub disk: Arc<Disk>,
     /// The client's end of a socket that carries nothing: dropped, the client is gone.
     pub theirs: Option<UnixStream>,
+    /// The client's TLS, once it has begun: what it says and hears goes through it.
+    pub tls: Option<ClientConnection>,
     done: Vec<Completion>,
 }
 
@@ -332,7 +336,7 @@ impl Scene {
         let (ours, theirs) = UnixStream::pair().expect("a socket pair");
         let session = Session::new(File::new(ours), directory, arena, Waker::simulated(0), Token(1 << 40));
         let files = vec![vec![0; size as usize], vec![0; size as usize]];
-        Self { world: World::new(seed, files), session, gate, disk, theirs: Some(theirs), done: Vec::new() }
+        Self { world: World::new(seed, files), session, gate, disk, theirs: Some(theirs), tls: None, done: Vec::new() }
     }
 
     /// One step, and some of what can end ends.
@@ -355,11 +359,57 @@ impl Scene {
     }
 
     pub fn say(&mut self, bytes: &[u8]) {
-        self.world.to_server.extend(bytes);
+        match &mut self.tls {
+            None => self.world.to_server.extend(bytes),
+            Some(tls) => {
+                tls.writer().write_all(bytes).expect("memory takes all");
+                self.say_tls();
+            }
+        }
     }
 
     /// What the client took since it was last asked.
     pub fn heard(&mut self) -> Vec<u8> {
-        std::mem::take(&mut self.world.to_client)
+        let heard = std::mem::take(&mut self.world.to_client);
+        let Some(tls) = &mut self.tls else { return heard };
+        let (mut rest, mut inside) = (&heard[..], Vec::new());
+        while !rest.is_empty() {
+            tls.read_tls(&mut rest).expect("the client takes all");
+            tls.process_new_packets().expect("the server's TLS is right");
+            // An error says that there is no more now.
+            let _ = tls.reader().read_to_end(&mut inside);
+        }
+        self.say_tls();
+        inside
+    }
+
+    /// Sends what the client's TLS has to say.
+    pub fn say_tls(&mut self) {
+        while let Some(tls) = self.tls.as_mut().filter(|tls| tls.wants_write()) {
+            let mut said = Vec::new();
+            tls.write_tls(&mut said).expect("memory takes all");
+            self.world.to_server.extend(said);
+        }
+    }
+
+    /// The same, for clients that go on inside TLS.
+    pub fn with_tls(self, credentials: Credentials) -> Self {
+        Self { session: self.session.with_tls(Some(Arc::new(credentials))), ..self }
+    }
+
+    /// Takes the client into TLS, behind the ACK: as far as both can come.
+    pub fn start_tls(&mut self, config: Arc<ClientConfig>) -> Progress {
+        let mut tls = ClientConnection::new(config, "localhost".try_into().expect("a name")).expect("a client");
+        tls.set_buffer_limit(None);
+        self.tls = Some(tls);
+        self.say_tls();
+        loop {
+            let progress = self.run();
+            let inside = self.heard();
+            assert!(inside.is_empty(), "nobody has asked for anything");
+            if progress != Progress::Running || self.world.to_server.is_empty() {
+                return progress;
+            }
+        }
     }
 }
