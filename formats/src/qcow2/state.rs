@@ -304,7 +304,10 @@ impl State {
 
     /// One use of these clusters has ended, by a change that is not durable.
     fn end_use(&mut self, run: Run) {
-        push_run(if planted(Fault::ReuseBeforeSettled) { &mut self.awaiting } else { &mut self.freed }, run);
+        match planted(Fault::ReuseBeforeSettled) {
+            true => self.awaiting.insert(0, (0, vec![run])),
+            false => push_run(&mut self.freed, run),
+        }
     }
 
     /// Changes the entry of `cluster` and returns the old one.
