@@ -5,6 +5,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgGroup, Args as Arguments, Parser, Subcommand};
 use engine::control::options::{Cache, ExportOptions, Listener};
 use engine::control::{Mode, OnError, TargetFormat};
+use formats::qcow2::Repair;
 use serde::de::DeserializeOwned;
 use serde::de::value::{Error as NameError, StrDeserializer};
 use std::path::PathBuf;
@@ -51,6 +52,8 @@ pub enum Verb {
     Compare(Compare),
     /// Say what an image file is
     Info(Info),
+    /// Say what is wrong with an image that nobody uses, and mend it when told to
+    Check(Check),
     /// Say where a disk's bytes live, run by run
     Map(Map),
     /// Move a disk under a guest, with nothing but this program, and prove that nothing was lost
@@ -167,6 +170,23 @@ pub struct Map {
     /// The image, the top layer of its chain
     pub file: PathBuf,
     /// As an array of runs, as qemu-img has it
+    #[arg(long)]
+    pub json: bool,
+    /// The image's format; by its header where it is not given
+    #[arg(long, value_name = "FORMAT", value_parser = formats())]
+    pub format: Option<TargetFormat>,
+}
+
+/// Exit status: 0 nothing is wrong, 1 it could not be checked, 2 corruptions (or misused), 3 leaks only,
+/// 63 the format has nothing to check.
+#[derive(Debug, Arguments)]
+pub struct Check {
+    /// The image
+    pub file: PathBuf,
+    /// Mend it: `leaks` gives back what nobody uses, `all` mends whatever can be
+    #[arg(long, value_name = "WHAT", value_parser = repairs())]
+    pub repair: Option<Repair>,
+    /// As an object, with the names that qemu-img has
     #[arg(long)]
     pub json: bool,
     /// The image's format; by its header where it is not given
@@ -294,6 +314,10 @@ fn caches() -> impl TypedValueParser<Value = Cache> {
 /// A copy can be made again, so it may be left to the system when it is durable.
 fn copy_caches() -> impl TypedValueParser<Value = Cache> {
     named(&["none", "writeback", "unsafe"])
+}
+
+fn repairs() -> impl TypedValueParser<Value = Repair> {
+    PossibleValuesParser::new(["leaks", "all"]).map(|name| if name == "all" { Repair::All } else { Repair::Leaks })
 }
 
 /// A size that the demo can do, in whole MiB.

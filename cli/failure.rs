@@ -23,6 +23,8 @@ pub enum Failure {
     },
     /// The result itself says it, and was told.
     Told,
+    /// Likewise, in a verb whose exit status says more than that.
+    ToldWith(u8),
     /// Nobody reads our results any more.
     Unheard,
 }
@@ -38,7 +40,7 @@ impl Failure {
         match self {
             // Whoever read our results has heard enough.
             Self::Unheard => 0,
-            Self::FailedWith { status, .. } => *status,
+            Self::FailedWith { status, .. } | Self::ToldWith(status) => *status,
             Self::Refused { .. } | Self::Failed(_) | Self::Told => 1,
         }
     }
@@ -56,7 +58,7 @@ impl fmt::Display for Failure {
             Self::Refused { code: None, message } | Self::Failed(message) | Self::FailedWith { message, .. } => {
                 f.write_str(message)
             }
-            Self::Told => f.write_str("no"),
+            Self::Told | Self::ToldWith(_) => f.write_str("no"),
             Self::Unheard => f.write_str("nobody reads the results"),
         }
     }

@@ -31,7 +31,7 @@ fn main() -> ExitCode {
     let args = Args::parse();
     output::log_to_stderr(args.verbose);
     let Err(failure) = run(args.verb) else { return ExitCode::SUCCESS };
-    if !matches!(failure, Failure::Unheard | Failure::Told) {
+    if !matches!(failure, Failure::Unheard | Failure::Told | Failure::ToldWith(_)) {
         eprintln!("blkmirror: {failure}");
     }
     ExitCode::from(failure.exit_status())
@@ -52,6 +52,7 @@ fn run(verb: Verb) -> Result<(), Failure> {
         Verb::Convert(convert) => verbs::convert::run(convert),
         Verb::Compare(compare) => verbs::compare::run(&compare),
         Verb::Info(info) => verbs::info::run(&info),
+        Verb::Check(check) => verbs::check::run(&check),
         Verb::Map(map) => verbs::map::run(&map),
         Verb::Quit(daemon) => verbs::job::quit(&daemon),
     }

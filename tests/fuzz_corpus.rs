@@ -44,6 +44,11 @@ fn qcow2_images() {
 }
 
 #[test]
+fn qcow2_tables() {
+    replay("qcow2_tables", fuzz::qcow2::tables::run);
+}
+
+#[test]
 fn qmp_lines() {
     replay("qmp", fuzz::qmp::run);
 }

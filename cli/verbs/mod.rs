@@ -1,4 +1,5 @@
 //! What each verb does.
+pub mod check;
 pub mod compare;
 pub mod convert;
 pub mod info;

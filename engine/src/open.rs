@@ -15,7 +15,7 @@ use formats::image::Image;
 use formats::journal::{Change, Forgetful, Journal};
 use formats::nbd::Address;
 use formats::probe::{Probed, probe};
-use formats::qcow2::{Backing, Open, Qcow2, read_header};
+use formats::qcow2::{Backing, Open, Qcow2, Repair, read_header, repair};
 use formats::raw::Raw;
 use formats::storage::Storage;
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, StatxFlags};
@@ -124,6 +124,13 @@ pub fn open_on(path: &Path, format: TargetFormat, access: Access, below: &[Arc<L
     let top = Opened::new(path, Some(format), &access)?;
     let layers = std::iter::once(Arc::new(top.layer)).chain(below.iter().cloned());
     Ok(Disk::new(Chain::new(layers.collect()), read_only))
+}
+
+/// The file of an image that is used alone: neither read nor written by anybody else of this program.
+pub fn open_alone(path: &Path, writable: bool) -> Result<FileStorage> {
+    let file = open_file(path, writable)?.buffered;
+    lock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|error| error.at(path.display()))?;
+    Ok(FileStorage::new(file))
 }
 
 /// Brings into an image what its journal kept through a kill, for good.
@@ -247,8 +254,15 @@ impl Opened {
         Ok(Self { layer, identity, data_identity: None, below })
     }
 
+    /// Locks the file first, for opening may change it: a header's bits, or what a dirty bit says of its tables.
     fn from_file(path: &Path, file: OpenFile, format: Option<TargetFormat>, access: &Access) -> Result<Self> {
+        if access.writable {
+            lock(&file.buffered, FlockOperation::NonBlockingLockExclusive)?;
+        }
         let storage = Arc::new(FileStorage::new(file.buffered.try_clone().context(|| "open")?));
+        if access.writable {
+            mend_dirty(path, &storage, format)?;
+        }
         let (location, identity) = (Location::File(path.to_owned()), file.identity.clone());
         let (image, below) = open_image(&location, &identity, Arc::clone(&storage) as _, format, access)?;
         if image.flush_first {
@@ -382,6 +396,32 @@ impl External {
     }
 }
 
+/// Makes the refcounts right of an image that its last writer left with the dirty bit.
+fn mend_dirty(path: &Path, storage: &FileStorage, format: Option<TargetFormat>) -> Result<()> {
+    if decide_format(storage, format)? != TargetFormat::Qcow2 {
+        return Ok(());
+    }
+    let header = read_header(storage)?;
+    if !header.is_dirty() || header.is_corrupt() {
+        return Ok(());
+    }
+    let found = repair(storage, &|| storage.flush().context(|| "flush"), Repair::All)?;
+    if found.corruptions > 0 {
+        return Err(Error::malformed(format!(
+            "its last writer left it dirty, and {} corruptions cannot be mended: see `blkmirror check {}`",
+            found.corruptions,
+            path.display()
+        )));
+    }
+    tracing::warn!(
+        "{}: its last writer left it dirty; {} corruptions and {} leaks were mended",
+        path.display(),
+        found.corruptions_fixed,
+        found.leaks_fixed
+    );
+    Ok(())
+}
+
 fn backing_format(name: &str, format: &str) -> Result<TargetFormat> {
     match format {
         "raw" => Ok(TargetFormat::Raw),
@@ -444,9 +484,8 @@ fn no_image(path: &Path) -> Error {
 impl OpenFile {
     fn data_file(self, path: &Path, writable: bool, cache: Cache) -> Result<DataFile> {
         if writable {
-            // Alone first, and then shared with our own second way in: the lock is kept by each open
-            // file, and by every operation that the kernel still has of it.
-            lock(&self.buffered, FlockOperation::NonBlockingLockExclusive)?;
+            // It was alone, and is shared with our own second way in: the lock is kept by each open file,
+            // and by every operation that the kernel still has of it.
             lock(&self.buffered, FlockOperation::NonBlockingLockShared)?;
         }
         let direct = match cache {

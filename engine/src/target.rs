@@ -14,6 +14,7 @@
 //!
 //! An export of another server is there already, asked for or not, and raw: it is what its server makes of it.
 mod creation;
+mod data_file;
 
 use crate::chain::Layer;
 use crate::control::creation::Preallocation;
@@ -115,7 +116,8 @@ pub fn plan(request: &MirrorRequest, source: &Disk) -> std::result::Result<Plan,
     }
     let creation = match create {
         true => {
-            Some(Creation::plan(&request.options, format, layers, shallow).map_err(|refusal| named(&path, refusal))?)
+            let creation = Creation::plan(&request.options, format, &path, layers, shallow);
+            Some(creation.map_err(|refusal| named(&path, refusal))?)
         }
         false => None,
     };
@@ -138,12 +140,8 @@ impl Plan {
 
     /// Leaves what was there before the target was made: nothing, an empty file, or a device.
     pub fn unmake(&self) {
-        // Whoever removed it already wanted the same.
-        let _ = match self.found {
-            Found::Nothing => fs::remove_file(&self.path),
-            Found::Empty => fs::File::options().write(true).truncate(true).open(&self.path).map(drop),
-            Found::File | Found::Device | Found::Export => Ok(()),
-        };
+        self.found.leave(&self.path);
+        self.creation.as_ref().and_then(|creation| creation.data_file.as_ref()).inspect(|data_file| data_file.unmake());
     }
 
     /// Has what is copied compressed, in chunks of whole clusters.
@@ -309,6 +307,16 @@ impl Found {
             kind if kind.is_file() => Ok(Self::File),
             _ => Err(invalid(format!("{}: the target is neither a regular file nor a block device", path.display()))),
         }
+    }
+
+    /// Leaves what was found, after something else was made there.
+    fn leave(self, path: &Path) {
+        // Whoever removed it already wanted the same.
+        let _ = match self {
+            Self::Nothing => fs::remove_file(path),
+            Self::Empty => fs::File::options().write(true).truncate(true).open(path).map(drop),
+            Self::File | Self::Device | Self::Export => Ok(()),
+        };
     }
 
     /// The format of a target that has to be there.

@@ -286,6 +286,11 @@ pub trait Image: Send + Sync {
         None
     }
 
+    /// What was found wrong with the image while it was in use: since then it is not written any more.
+    fn damage(&self) -> Option<&str> {
+        None
+    }
+
     /// Inflates one compressed cluster into `cluster`, whose length is the extent's `inflated`.
     fn inflate(&self, _compressed: &[u8], _cluster: &mut [u8]) -> Result<()> {
         Err(Error::invalid("this format has no compressed clusters"))

@@ -18,6 +18,10 @@
 //! ```
 #![forbid(unsafe_code)]
 
+// What the tests share names this crate from outside.
+#[cfg(test)]
+extern crate self as formats;
+
 pub mod backing;
 pub mod error;
 pub mod image;

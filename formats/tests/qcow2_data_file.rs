@@ -97,7 +97,7 @@ impl Made {
     /// QEMU finds nothing wrong and reads `model`, and so does whoever reads a raw data file alone.
     fn is_right(&self, model: &[u8]) {
         let storage: Arc<dyn Storage> = FileStorage::open(&self.path(), false).expect("a file");
-        let found = formats::qcow2::check(&storage).expect("it can be walked");
+        let found = formats::qcow2::check(&*storage).expect("it can be walked");
         assert_eq!((found.leaks, found.corruptions), (0, 0), "{}: {:#?}", self.told, found.problems);
         run(self.folder(), "qemu-img", &["check", "-q", NAME]);
         assert_same(&contents(self.folder(), NAME), model, &self.told);
@@ -322,7 +322,7 @@ fn entries_that_cannot_be_are_errors() {
         assert!(error.contains("external data file"), "{error}");
         assert_eq!(image.map(0, u64::MAX).expect("the others").guest.end, 3 << 16);
         let storage: Arc<dyn Storage> = disk;
-        assert_eq!(formats::qcow2::check(&storage).expect("it can be walked").corruptions, 1);
+        assert_eq!(formats::qcow2::check(&*storage).expect("it can be walked").corruptions, 1);
     }
 }
 

@@ -3,7 +3,7 @@ mod support;
 
 use formats::image::{Image, Place, Progress, Reserve, Settle, Zeroing};
 use formats::journal::Change;
-use formats::qcow2::{Create, DataFile, Open, Qcow2, check, create};
+use formats::qcow2::{Create, DataFile, Open, Qcow2, Repair, check, create, repair};
 use formats::range::ByteRange;
 use formats::storage::Storage;
 use std::sync::Arc;
@@ -68,7 +68,12 @@ fn look(image: &Qcow2, range: ByteRange) {
 
 fn use_hostile(disk: Disk, random: &mut Random) {
     let storage: Arc<dyn Storage> = Arc::new(disk);
-    let _ = check(&storage);
+    if let Ok(before) = check(&*storage)
+        && random.one_in(2)
+        && let Ok(after) = repair(&*storage, &|| Ok(()), Repair::All)
+    {
+        assert!(after.corruptions <= before.corruptions, "{before:#?}\n{after:#?}");
+    }
     for writable in [false, true] {
         if let Ok(image) = Qcow2::open(storage.clone(), Arc::new(Notes::new(20)), Open { writable, ..OPEN }) {
             // A flip may have made the disk a huge one.

@@ -107,7 +107,7 @@ fn write_and_check(folder: &Path, path: &Path, mut model: Vec<u8>, random: &mut 
         drop(layer);
         // Neither leaks nor corruptions: qemu-img tells them apart, and both are failures.
         let storage: Arc<dyn Storage> = FileStorage::open(path, false).expect("a file");
-        let found = formats::qcow2::check(&storage).expect("it can be walked");
+        let found = formats::qcow2::check(&*storage).expect("it can be walked");
         assert_eq!((found.leaks, found.corruptions), (0, 0), "{what}: {:#?}", found.problems);
         run(folder, "qemu-img", &["check", "-q", name]);
         assert_same(&contents(folder, name), &model, what);

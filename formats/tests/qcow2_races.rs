@@ -142,7 +142,7 @@ fn share(asked: &Create) {
     image.recycle();
     settle(&image);
     let storage: Arc<dyn Storage> = disk;
-    let found = check(&storage).expect("it can be walked");
+    let found = check(&*storage).expect("it can be walked");
     assert_eq!((found.leaks, found.corruptions), (0, 0), "{:#?}", found.problems);
 }
 

@@ -143,7 +143,7 @@ fn two_clusters_in_one(disk: &Arc<Disk>) -> u64 {
 
 fn assert_whole(disk: &Arc<Disk>) -> Check {
     let storage: Arc<dyn Storage> = disk.clone();
-    let found = check(&storage).expect("it can be walked");
+    let found = check(&*storage).expect("it can be walked");
     assert_eq!((found.leaks, found.corruptions), (0, 0), "{:#?}", found.problems);
     found
 }
@@ -226,7 +226,7 @@ fn a_subcluster_that_is_two_things_is_an_error_that_names_its_cluster() {
         assert!(error.one_line().contains("guest cluster 0"), "{error}");
     }
     let storage: Arc<dyn Storage> = disk;
-    assert!(check(&storage).expect("it can be walked").corruptions > 0);
+    assert!(check(&*storage).expect("it can be walked").corruptions > 0);
 }
 
 /// A kill came between the two notes of an entry: it is as if there were neither.

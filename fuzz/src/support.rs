@@ -1,4 +1,5 @@
-//! What the format tests have already: a file that can lose power, and a journal that minds its user.
+//! What the format tests have already: a file that can lose power, a journal that minds its user, and
+//! images written from the specification.
 #![allow(dead_code, reason = "the format tests use the rest")]
 
 #[path = "../../formats/tests/support/disk.rs"]
@@ -7,3 +8,7 @@ pub mod disk;
 pub mod notes;
 #[path = "../../formats/tests/support/random.rs"]
 pub mod random;
+#[path = "../../formats/tests/support/stamp.rs"]
+pub mod stamp;
+#[path = "../../formats/tests/support/written.rs"]
+pub mod written;

@@ -30,7 +30,7 @@ fn convert(folder: &Path, words: &[&str]) -> crate::Run {
     let words: Vec<String> = words
         .iter()
         .map(|word| {
-            if word.contains(".qcow2") || word.contains(".raw") {
+            if !word.contains('=') && (word.contains(".qcow2") || word.contains(".raw")) {
                 folder.join(word).display().to_string()
             } else {
                 (*word).to_owned()
@@ -88,6 +88,49 @@ fn targets_have_the_facts_of_those_that_qemu_img_makes() {
         }
         fs::remove_file(folder.join("ours.qcow2")).unwrap();
     }
+}
+
+#[test]
+fn the_payload_can_be_in_a_file_of_its_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let bytes = source(folder);
+    let qcow2 = ["source.raw", "ours.qcow2", "--source-format", "raw", "--format", "qcow2", "-o"];
+    for options in [
+        "data_file=payload",
+        "data_file=payload,data_file_raw=on",
+        "data_file=payload,extended_l2=on,cluster_size=128k",
+        "data_file=payload,preallocation=metadata",
+        "data_file=payload,preallocation=falloc",
+    ] {
+        let run = convert(folder, &[&qcow2[..], &[options]].concat());
+        assert_eq!(run.code, Some(0), "{options}: {run:?}");
+        qemu_img(folder, &["check", "-q", "ours.qcow2"]);
+        qemu_img(folder, &["compare", "-q", "-f", "raw", "source.raw", "ours.qcow2"]);
+        assert!(space(folder, "ours.qcow2") < 1 << 20, "{options}: tables alone");
+        if options.contains("raw=on") {
+            assert!(fs::read(folder.join("payload")).unwrap() == bytes, "{options}: the disk by itself");
+        }
+        // What is there stays.
+        fs::remove_file(folder.join("ours.qcow2")).unwrap();
+        let run = convert(folder, &[&qcow2[..], &[options]].concat());
+        assert!(run.code == Some(1) && run.stderr.contains("it is there already and not empty"), "{run:?}");
+        assert!(!folder.join("ours.qcow2").exists());
+        fs::remove_file(folder.join("payload")).unwrap();
+    }
+    for (options, said) in [
+        ("data_file_raw=on", "data_file_raw=on: only together with data_file"),
+        ("data_file=ours.qcow2", "it is the target itself"),
+        ("data_file=source.raw", "is a layer of the source"),
+        ("data_file=json:{}", "is not a plain path"),
+        ("data_file=payload,compat=0.10", "version 2"),
+    ] {
+        let run = convert(folder, &[&qcow2[..], &[options]].concat());
+        assert!(run.code == Some(1) && run.stderr.contains(said), "{options}: {run:?}");
+        assert!(!folder.join("ours.qcow2").exists() && !folder.join("payload").exists(), "{options}");
+    }
+    let run = convert(folder, &[&qcow2[..], &["data_file=payload", "--compress"]].concat());
+    assert!(run.code == Some(1) && run.stderr.contains("no compressed clusters"), "{run:?}");
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //! speaks through the real session.
 #![expect(clippy::unwrap_used, reason = "where the test itself cannot go on, it ends")]
 mod alone;
+mod check;
 mod compress;
 mod creation;
 mod fake;
@@ -82,6 +83,8 @@ fn misuse_is_2_and_help_is_0() {
         &["convert", "/a"],
         &["compare", "/a"],
         &["info"],
+        &["check"],
+        &["check", "/a", "--repair", "some"],
         &["demo", "--size", "1M"],
         &["pivot", "--control", "/s", "vda", "--force"],
         &["status", "--control", "/s", "--shallow"],
@@ -101,8 +104,8 @@ fn misuse_is_2_and_help_is_0() {
 fn the_help_names_every_verb_once() {
     let help = blkmirror(&["--help"]).stdout;
     for verb in [
-        "serve", "convert", "compare", "info", "demo", "mirror", "status", "pivot", "cancel", "pause", "resume", "set",
-        "watch", "quit",
+        "serve", "convert", "compare", "info", "check", "demo", "mirror", "status", "pivot", "cancel", "pause",
+        "resume", "set", "watch", "quit",
     ] {
         let rows = help.lines().filter(|line| line.trim_start().starts_with(&format!("{verb} "))).count();
         assert_eq!(rows, 1, "{verb} in {help}");

@@ -1,4 +1,4 @@
-//! This program against qemu-img on random images: the bytes, the extents and the facts are the same; and against other
+//! This program against qemu-img on random images: the bytes, the extents, the facts and what is wrong are the same; and against other
 //! readers of qcow2, where they can read the image.
 //!
 //! `IMAGES` says how many (100 where it is not given), `SEED` from which one on. A failure tells how its image was made,
@@ -18,9 +18,6 @@ use support::tools::{content, output, ran};
 use support::{assert_same, folder};
 use zoo::{Layer, Zoo};
 
-/// Facts of qemu-img's that are told in another way, or not yet.
-const TOLD_OTHERWISE: [&str; 2] = ["snapshots", "bitmaps"];
-
 #[test]
 fn qemu_img_sees_what_we_see() {
     let (first, images) = (number("SEED", 1), number("IMAGES", 100));
@@ -31,6 +28,7 @@ fn qemu_img_sees_what_we_see() {
         same_extents(&zoo);
         same_table(&zoo);
         let theirs = same_facts(&zoo);
+        same_verdict(&zoo);
         let bytes = same_bytes(&zoo, folder.path());
         for oracle in Oracle::ALL.into_iter().filter(|oracle| oracle.reads(&theirs)) {
             assert_same(&format!("{oracle:?}: {}", zoo.told), &bytes, &oracle.content(&zoo.top().file));
@@ -103,7 +101,7 @@ fn same_facts(zoo: &Zoo) -> Value {
 fn differences(place: &str, ours: &Value, theirs: &Value, found: &mut Vec<String>) {
     match (ours, theirs) {
         (Value::Object(ours), Value::Object(theirs)) => {
-            for (name, theirs) in theirs.iter().filter(|(name, _)| !TOLD_OTHERWISE.contains(&name.as_str())) {
+            for (name, theirs) in theirs {
                 differences(&format!("{place}.{name}"), ours.get(name).unwrap_or(&Value::Null), theirs, found);
             }
         }
@@ -122,6 +120,21 @@ fn differences(place: &str, ours: &Value, theirs: &Value, found: &mut Vec<String
 /// An empty list, or the format of a plain file, which has nothing specific.
 fn says_nothing(theirs: &Value) -> bool {
     theirs.as_array().is_some_and(Vec::is_empty) || theirs["data"].as_object().is_some_and(|data| data.is_empty())
+}
+
+/// Exit status and numbers of `check` are qemu-img's, of each layer.
+fn same_verdict(zoo: &Zoo) {
+    for Layer { file, format, .. } in &zoo.layers {
+        let ours = output(blkmirror().args(["check", "--json", "--format", format]).arg(file));
+        let theirs = output(Command::new("qemu-img").args(["check", "--output=json", "-f", format]).arg(file));
+        let told = format!("{ours:?}\n{theirs:?}\n{}", zoo.told);
+        assert_eq!(ours.status.code(), theirs.status.code(), "{told}");
+        // What cannot be checked has no numbers.
+        if *format == "qcow2" {
+            let numbers = |bytes: &[u8]| serde_json::from_slice::<Value>(bytes).unwrap_or_else(|_| panic!("{told}"));
+            assert_eq!(numbers(&ours.stdout), numbers(&theirs.stdout), "{told}");
+        }
+    }
 }
 
 fn sectors(len: &Value) -> Option<u64> {

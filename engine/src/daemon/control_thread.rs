@@ -349,7 +349,7 @@ impl ControlThread {
 
     fn status(&self, number: usize) -> Status {
         let export = &self.exports[number];
-        match (self.jobs.get(&number), &export.last) {
+        let status = match (self.jobs.get(&number), &export.last) {
             (Some(active), _) => active.status(export),
             (None, Some(last)) => Status { serving: export.serving(), ..last.clone() },
             (None, None) => Status {
@@ -359,7 +359,10 @@ impl ControlThread {
                 source: export.serving(),
                 ..Status::default()
             },
-        }
+        };
+        // What is wrong with the disk itself matters more than what became of a job.
+        let damage = export.gate.route().disk.damage();
+        Status { error: damage.or(status.error), ..status }
     }
 
     fn mirror(&mut self, request: &MirrorRequest) -> std::result::Result<Reply, Refusal> {

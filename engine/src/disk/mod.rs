@@ -38,6 +38,7 @@ pub struct Disk {
     grace: Grace,
     inflated: Inflated,
     poisoned: AtomicBool,
+    damage_told: AtomicBool,
     /// The file system said that it cannot make holes, or cannot zero in place.
     no_unmap: AtomicBool,
     no_zero_range: AtomicBool,
@@ -53,6 +54,7 @@ impl Disk {
             grace: Grace::default(),
             inflated: Inflated::default(),
             poisoned: AtomicBool::new(false),
+            damage_told: AtomicBool::new(false),
             no_unmap: AtomicBool::new(false),
             no_zero_range: AtomicBool::new(false),
         }
@@ -118,6 +120,24 @@ impl Disk {
                 format!("{}: an earlier flush of this image failed, so it is not written any more", self.name()),
                 rustix::io::Errno::IO.into(),
             )),
+        }
+    }
+
+    /// What was found wrong with the top image while it was in use; it is not written any more.
+    pub fn damage(&self) -> Option<String> {
+        let top = self.chain.top();
+        top.image.damage().map(|what| {
+            let name = self.name();
+            format!("{name} is corrupt ({what}) and not written any more: mend it with `blkmirror check --repair all {name}`")
+        })
+    }
+
+    /// Logs it, once.
+    fn tell_damage(&self) {
+        if let Some(damage) = self.damage()
+            && !self.damage_told.swap(true, Ordering::Relaxed)
+        {
+            tracing::error!("{damage}");
         }
     }
 

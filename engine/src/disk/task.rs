@@ -127,14 +127,18 @@ impl Task {
     /// What became of it, and the caller's buffer. After `Status::Done`.
     pub fn end(mut self) -> (Result<()>, Option<Buffer>) {
         let nothing = Kind::Flush(Flush::default());
-        match std::mem::replace(&mut self.kind, nothing) {
+        let (outcome, buf) = match std::mem::replace(&mut self.kind, nothing) {
             Kind::Read(read) => read.end(),
             Kind::Write(write) => write.end(),
             Kind::Compress(compress) => compress.end(),
             Kind::Zero(zero) => (zero.end(), None),
             Kind::Flush(flush) => (flush.end(), None),
             Kind::Prefetch(_) => (Ok(()), None),
+        };
+        if outcome.is_err() {
+            self.disk.tell_damage();
         }
+        (outcome, buf)
     }
 
     /// The disk that it is on.

@@ -1,10 +1,11 @@
 //! How a target is made: as it was asked for, and where nothing was said, like the source's top layer.
+use super::data_file::NewDataFile;
 use crate::chain::Layer;
 use crate::control::creation::{Compat, CompressionType, CreateOptions, Preallocation};
 use crate::control::{Code, Refusal, TargetFormat};
 use crate::io::FileStorage;
 use formats::error::{Context, Error, Result};
-use formats::qcow2::{Backing, Compression, Create, Geometry, create, header, read_header};
+use formats::qcow2::{Backing, Compression, Create, DataFile, Geometry, create, header, read_header};
 use formats::range::ByteRange;
 use formats::storage::Storage;
 use std::fs;
@@ -20,6 +21,8 @@ pub(super) struct Creation {
     pub size: u64,
     pub format: Format,
     pub preallocation: Preallocation,
+    /// Where the payload goes, if it is another file.
+    pub data_file: Option<NewDataFile>,
 }
 
 /// A new target's format, and what there is to say of it.
@@ -34,6 +37,7 @@ impl Creation {
     pub fn plan(
         options: &CreateOptions,
         format: TargetFormat,
+        path: &Path,
         layers: &[Arc<Layer>],
         shallow: bool,
     ) -> std::result::Result<Self, Refusal> {
@@ -51,13 +55,20 @@ impl Creation {
                 Format::Qcow2(create)
             }
         };
-        Ok(Self { size, format, preallocation })
+        let data_file = match &format {
+            Format::Qcow2(Create { data_file: Some(named), .. }) => Some(NewDataFile::plan(named, path, layers)?),
+            _ => None,
+        };
+        Ok(Self { size, format, preallocation, data_file })
     }
 
     /// The logarithm of a cluster's length, where clusters can be compressed; else why not.
     pub fn compressible(&self) -> std::result::Result<u32, &'static str> {
         match &self.format {
             Format::Raw => Err("a raw target has no compressed clusters: take --format qcow2"),
+            Format::Qcow2(_) if self.data_file.is_some() => {
+                Err("an external data file has no compressed clusters: leave data_file out")
+            }
             Format::Qcow2(_) if !self.is_sparse() => {
                 Err("space that is preallocated is of clusters that are not compressed: leave preallocation out")
             }
@@ -72,8 +83,8 @@ impl Creation {
 
     /// Makes it in `file`, whose length is 0 if it is a regular one.
     pub fn make(&self, file: fs::File, is_file: bool) -> Result<()> {
-        let storage = FileStorage::new(file);
-        let payload = match &self.format {
+        let mut storage = FileStorage::new(file);
+        let mut payload = match &self.format {
             Format::Raw if is_file => {
                 storage.set_len(self.size).context(|| "setting its length")?;
                 ByteRange { start: 0, end: self.size }
@@ -81,6 +92,10 @@ impl Creation {
             Format::Raw => ByteRange::default(),
             Format::Qcow2(options) => create(&storage, options)?,
         };
+        if let Some(data_file) = &self.data_file {
+            storage = data_file.make(self.size)?;
+            payload = ByteRange { start: 0, end: self.size };
+        }
         let failed = |what: &str| format!("preallocation={}: {what} of {} bytes", self.preallocation, payload.len());
         match self.preallocation {
             _ if payload.is_empty() => Ok(()),
@@ -113,7 +128,6 @@ fn open_header(path: &Path) -> Result<header::Header> {
 
 /// Lays what was said over what was inherited.
 fn apply(options: &CreateOptions, create: &mut Create) -> std::result::Result<(), Refusal> {
-    refuse_unsupported(options)?;
     if let Some(compat) = options.compat {
         create.version = if compat == Compat::V2 { 2 } else { 3 };
     }
@@ -139,6 +153,11 @@ fn apply(options: &CreateOptions, create: &mut Create) -> std::result::Result<()
     if let Some(extended) = options.extended_l2 {
         create.extended_l2 = extended;
     }
+    create.data_file = match (&options.data_file, options.data_file_raw.unwrap_or_default()) {
+        (Some(name), raw) => Some(DataFile { name: name.clone(), raw }),
+        (None, true) => return Err(invalid("data_file_raw=on: only together with data_file".into())),
+        (None, false) => None,
+    };
     if let Some(kind) = options.compression_type {
         create.compression = if kind == CompressionType::Zlib { Compression::Zlib } else { Compression::Zstd };
     }
@@ -160,16 +179,6 @@ fn refuse_for_raw(options: &CreateOptions) -> std::result::Result<(), Refusal> {
     match options.preallocation {
         Some(Preallocation::Metadata) => {
             Err(invalid("preallocation=metadata: a raw target has no metadata: expected off, falloc or full".into()))
-        }
-        _ => Ok(()),
-    }
-}
-
-fn refuse_unsupported(options: &CreateOptions) -> std::result::Result<(), Refusal> {
-    let unsupported = |what: &str| Err(Refusal::new(Code::OperationUnsupported, format!("{what} is not supported")));
-    match options {
-        CreateOptions { data_file: Some(_), .. } | CreateOptions { data_file_raw: Some(true), .. } => {
-            unsupported("data_file: a target with another file for its payload")
         }
         _ => Ok(()),
     }

@@ -9,6 +9,8 @@ use std::fmt;
 pub const MAGIC: [u8; 4] = *b"QFI\xfb";
 /// The longest backing name there can be.
 pub const BACKING_NAME_MAX: usize = 1023;
+/// Where the incompatible features are in a header of version 3.
+pub const INCOMPATIBLE_AT: u64 = 72;
 /// Where the autoclear features are in a header of version 3.
 pub const AUTOCLEAR_AT: u64 = 88;
 /// Where the refcount table's offset (8 bytes) and clusters (4 bytes) are.
@@ -221,14 +223,28 @@ impl Header {
         g.check_table("snapshots_offset", self.snapshots_offset, u64::from(self.snapshots))
     }
 
+    /// True where the last writer did not come to write all refcounts: `check::repair` makes them right.
+    pub fn is_dirty(&self) -> bool {
+        self.incompatible & incompatible::DIRTY != 0
+    }
+
+    /// True where somebody found the image corrupt.
+    pub fn is_corrupt(&self) -> bool {
+        self.incompatible & incompatible::CORRUPT != 0
+    }
+
     /// Refuses an image that can be read and must not be written, by name.
     pub fn check_writable(&self) -> Result<()> {
         let refused = |what: &str| Err(Error::unsupported(format!("{what} before the image is written")));
-        if self.incompatible & incompatible::CORRUPT != 0 {
-            return refused("incompatible feature bit 1 (corrupt) is set: repair it with `qemu-img check -r all`");
+        if self.is_corrupt() {
+            return refused(
+                "incompatible feature bit 1 (corrupt) is set: mend it with `blkmirror check --repair all FILE`",
+            );
         }
-        if self.incompatible & incompatible::DIRTY != 0 {
-            return refused("incompatible feature bit 0 (dirty) is set: repair it with `qemu-img check -r all`");
+        if self.is_dirty() {
+            return refused(
+                "incompatible feature bit 0 (dirty) is set: mend it with `blkmirror check --repair all FILE`",
+            );
         }
         if let Some(data_file) = &self.data_file {
             data_file.check(self.geometry, self.backing.is_some())?;

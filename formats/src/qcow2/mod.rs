@@ -16,9 +16,11 @@
 //! settle      brings the tables into the file, in order
 //! replay      takes back what the journal kept through a kill
 //! snapshots, bitmaps     what else the file keeps: older views, and what was written since
+//! damage      a corruption that is found while the image is in use ends all writing
 //! data_file   where payload is in a file of its own
 //! create      makes an empty image
 //! check       finds leaks and corruptions
+//! fault       breaks the orders below, for tests
 //! ```
 //!
 //! # The orders that must not change
@@ -34,10 +36,12 @@
 pub mod bitmaps;
 pub mod check;
 pub mod create;
+mod damage;
 mod data_file;
 mod deflate;
 mod describe;
 mod entry;
+mod fault;
 mod geometry;
 pub mod header;
 mod inflate;
@@ -56,7 +60,7 @@ mod state;
 mod table;
 mod zero;
 
-pub use check::{Check, check};
+pub use check::{Check, Repair, check, repair};
 pub use create::{Create, create};
 pub use data_file::DataFile;
 pub use geometry::Geometry;
@@ -139,6 +143,9 @@ struct Shared {
     journal: Arc<dyn Journal>,
     writable: bool,
     has_backing: bool,
+    /// The incompatible features of the header.
+    incompatible: u64,
+    damage: OnceLock<String>,
     bitmaps: Live,
     /// The payload's file is to show by itself what the guest sees.
     raw_data: bool,
@@ -170,6 +177,8 @@ impl Qcow2 {
             journal,
             writable: open.writable,
             has_backing: open.has_backing,
+            incompatible: header.incompatible,
+            damage: OnceLock::new(),
             bitmaps,
             raw_data: header.data_file.as_ref().is_some_and(|data_file| data_file.raw),
             state: Mutex::new(state),
@@ -208,7 +217,7 @@ impl Qcow2 {
     /// Cuts off what the file was grown by and nothing uses. For a clean close: settle, `recycle`,
     /// settle, then this.
     pub fn trim_end(&self) -> Result<()> {
-        match self.shared.writable {
+        match self.shared.writable && self.shared.damage.get().is_none() {
             true => self.shared.lock().space()?.trim_end(),
             false => Ok(()),
         }
@@ -257,8 +266,8 @@ impl Header {
             compatible_features: self.compatible,
             autoclear_features: self.autoclear,
             lazy_refcounts: self.compatible & header::compatible::LAZY_REFCOUNTS != 0,
-            dirty: self.incompatible & header::incompatible::DIRTY != 0,
-            corrupt: self.incompatible & header::incompatible::CORRUPT != 0,
+            dirty: self.is_dirty(),
+            corrupt: self.is_corrupt(),
             snapshots: self.snapshots,
             bitmaps: self.bitmaps.map_or(0, |bitmaps| bitmaps.count),
         }
@@ -285,6 +294,13 @@ impl Shared {
         }
     }
 
+    /// What was given room is about to be written.
+    fn mark_room(&self, reserve: &Reserve) {
+        if let Reserve::Room(reservation) = reserve {
+            self.bitmaps.mark(reservation.guest);
+        }
+    }
+
     fn check_inside(&self, guest: ByteRange) -> Result<()> {
         if guest.end <= self.geometry.size && !guest.is_empty() {
             return Ok(());
@@ -295,7 +311,7 @@ impl Shared {
 
     fn check_writable(&self) -> Result<()> {
         match self.writable {
-            true => Ok(()),
+            true => self.refuse_damaged(),
             false => Err(Error::invalid("the image was opened for reading only")),
         }
     }
@@ -307,7 +323,7 @@ impl Image for Qcow2 {
     }
 
     fn map(&self, at: u64, len_max: u64) -> Result<Extent> {
-        self.shared.map(at, len_max)
+        self.shared.watch(self.shared.map(at, len_max))
     }
 
     fn map_thin(&self, at: u64, len_max: u64) -> Result<Extent> {
@@ -324,19 +340,17 @@ impl Image for Qcow2 {
     }
 
     fn reserve(&self, guest: ByteRange) -> Result<Reserve> {
-        let reserve = Shared::reserve(&self.shared, guest)?;
-        if let Reserve::Room(reservation) = &reserve {
-            self.shared.bitmaps.mark(reservation.guest);
-        }
+        let reserve = self.shared.watch(Shared::reserve(&self.shared, guest))?;
+        self.shared.mark_room(&reserve);
         Ok(reserve)
     }
 
     fn commit(&self, reservation: Reservation) -> Result<()> {
-        self.shared.commit(reservation)
+        self.shared.watch(self.shared.commit(reservation))
     }
 
     fn zero(&self, guest: ByteRange, zeroing: Zeroing) -> Result<Zeroed> {
-        let zeroed = self.shared.zero(guest, zeroing)?;
+        let zeroed = self.shared.watch(self.shared.zero(guest, zeroing))?;
         if let Zeroed::Done(guest) | Zeroed::Host { guest, .. } = zeroed {
             self.shared.bitmaps.mark(guest);
         }
@@ -344,11 +358,17 @@ impl Image for Qcow2 {
     }
 
     fn settle(&self, progress: &mut Progress) -> Result<Settle> {
-        Shared::settle(&self.shared, progress)
+        self.shared.watch(Shared::settle(&self.shared, progress))
+    }
+
+    fn damage(&self) -> Option<&str> {
+        self.shared.damage.get().map(String::as_str)
     }
 
     fn close(&self, flush: &dyn Fn() -> Result<()>) -> Result<()> {
-        Shared::store_bitmaps(&self.shared, flush)?;
+        if self.damage().is_none() {
+            Shared::store_bitmaps(&self.shared, flush)?;
+        }
         self.trim_end()
     }
 
@@ -374,7 +394,9 @@ impl Image for Qcow2 {
     }
 
     fn reserve_compressed(&self, guest: ByteRange, len: u32) -> Result<Option<Reserve>> {
-        Shared::reserve_compressed(&self.shared, guest, len)
+        let reserve = self.shared.watch(Shared::reserve_compressed(&self.shared, guest, len))?;
+        reserve.iter().for_each(|reserve| self.shared.mark_room(reserve));
+        Ok(reserve)
     }
 
     fn deflate(&self, cluster: &[u8], compressed: &mut [u8]) -> Option<usize> {

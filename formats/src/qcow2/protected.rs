@@ -1,4 +1,5 @@
-//! Clusters that hold what a wrong refcount must not let us overwrite.
+//! Clusters that hold what a wrong refcount must not let us overwrite: the tables that were there when the
+//! image was opened. Tables that were made since were counted by ourselves.
 use super::bitmaps;
 use super::geometry::Geometry;
 use super::header::{Header, autoclear};
@@ -7,13 +8,19 @@ use super::snapshots::{self, Snapshot};
 use crate::error::Result;
 use crate::storage::Storage;
 
-/// Runs of clusters, in order, none touching the next.
-pub struct Protected(Vec<Run>);
+/// Clusters that are never given out, whatever their refcounts say.
+pub struct Protected {
+    /// Tables that stay: in order, none touching the next.
+    runs: Vec<Run>,
+    /// Tables that may be given back: in order.
+    tables: Vec<u64>,
+}
 
 impl Protected {
     /// The header, the L1 tables of the guest's view and of the snapshots, the table that names those, and the
-    /// tables of bitmaps.
-    pub fn read(storage: &dyn Storage, header: &Header) -> Result<Self> {
+    /// tables of bitmaps; until they are given back the refcount table too, and the L2 tables and refcount
+    /// blocks at `tables` (offsets in the file). Takes as much memory as what names those, at most 40 MiB.
+    pub fn read(storage: &dyn Storage, header: &Header, tables: impl Iterator<Item = u64>) -> Result<Self> {
         let (g, snapshots) = (header.geometry, snapshots::read(storage, header)?);
         let l1 = |at, entries| run(g, at, u64::from(entries) * 8);
         let mut runs = vec![run(g, 0, g.cluster_size()), l1(header.l1_offset, header.l1_entries)];
@@ -25,11 +32,14 @@ impl Protected {
             runs.extend(all.iter().map(|one| run(g, one.table_offset, u64::from(one.table_entries) * 8)));
         }
         runs.extend(snapshots.iter().map(|Snapshot { l1_offset, l1_entries, .. }| l1(*l1_offset, *l1_entries)));
-        Ok(Self::new(runs))
+        let reftable = g.host_cluster(header.reftable_offset);
+        let reftable = reftable..reftable + u64::from(header.reftable_clusters);
+        Ok(Self::new(runs, reftable.chain(tables.map(|at| g.host_cluster(at))).collect()))
     }
 
-    /// These runs, in any order.
-    pub fn new(mut runs: Vec<Run>) -> Self {
+    fn new(mut runs: Vec<Run>, mut tables: Vec<u64>) -> Self {
+        tables.sort_unstable();
+        tables.dedup();
         runs.retain(|run| run.count > 0);
         runs.sort_unstable_by_key(|run| run.start);
         let mut joined: Vec<Run> = Vec::with_capacity(runs.len());
@@ -41,14 +51,24 @@ impl Protected {
                 _ => joined.push(run),
             }
         }
-        Self(joined)
+        Self { runs: joined, tables }
     }
 
     /// The first of the clusters of `run` that is one of these.
     pub fn first_in(&self, run: Run) -> Option<u64> {
-        let next = self.0.partition_point(|here| here.start + here.count <= run.start);
-        let here = self.0.get(next).filter(|here| here.start < run.start + run.count)?;
-        Some(here.start.max(run.start))
+        let end = run.start + run.count;
+        let next = self.runs.partition_point(|here| here.start + here.count <= run.start);
+        let stays = self.runs.get(next).map(|here| here.start.max(run.start));
+        let next = self.tables.partition_point(|table| *table < run.start);
+        let table = self.tables.get(next).copied();
+        stays.into_iter().chain(table).min().filter(|first| *first < end)
+    }
+
+    /// Nothing points at the table in `cluster` any more.
+    pub fn give_back(&mut self, cluster: u64) {
+        if let Ok(at) = self.tables.binary_search(&cluster) {
+            self.tables.remove(at);
+        }
     }
 }
 
@@ -63,11 +83,18 @@ mod tests {
     #[test]
     fn what_overlaps_is_found_and_nothing_else() {
         let runs = [(7, 2), (0, 1), (3, 2), (4, 3), (20, 0), (9, 1)];
-        let protected = Protected::new(runs.map(|(start, count)| Run { start, count }).to_vec());
-        assert_eq!(protected.0, [Run { start: 0, count: 1 }, Run { start: 3, count: 7 }]);
+        let runs = runs.map(|(start, count)| Run { start, count }).to_vec();
+        let mut protected = Protected::new(runs, vec![15, 12, 15, 8]);
+        assert_eq!(protected.runs, [Run { start: 0, count: 1 }, Run { start: 3, count: 7 }]);
+        assert_overlaps(&protected, &[0, 3, 4, 5, 6, 7, 8, 9, 12, 15]);
+        [15, 8, 13].into_iter().for_each(|cluster| protected.give_back(cluster));
+        assert_overlaps(&protected, &[0, 3, 4, 5, 6, 7, 8, 9, 12]);
+    }
+
+    fn assert_overlaps(protected: &Protected, clusters: &[u64]) {
         for start in 0..25 {
             for count in 1..8 {
-                let expected = (start..start + count).find(|cluster| *cluster == 0 || (3..10).contains(cluster));
+                let expected = (start..start + count).find(|cluster| clusters.contains(cluster));
                 assert_eq!(protected.first_in(Run { start, count }), expected, "{count} from {start}");
             }
         }

@@ -81,8 +81,8 @@ impl Refcounts {
     }
 
     /// Where the blocks are.
-    pub fn blocks(&self) -> Vec<u64> {
-        self.table.iter().copied().filter(|at| *at != 0).collect()
+    pub fn blocks(&self) -> impl Iterator<Item = u64> {
+        self.table.iter().copied().filter(|at| *at != 0)
     }
 
     fn block(&self, cluster: u64) -> u64 {

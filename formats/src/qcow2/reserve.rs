@@ -137,6 +137,7 @@ impl Shared {
     /// Makes the payload of a reservation the content of its subclusters.
     pub(super) fn commit(&self, reservation: Reservation) -> Result<()> {
         let Some(hold) = &reservation.hold else { return Ok(()) };
+        self.refuse_damaged()?;
         let g = self.geometry;
         let mut state = self.lock();
         let reserved = state.take_reservation(hold.id());

@@ -23,6 +23,7 @@
 //! is a copy of, from the moment it is taken.
 //! A settle that is dropped before its end leaves everything dirty; the next one writes it again.
 use super::Shared;
+use super::fault::{Fault, planted};
 use super::header::REFTABLE_AT;
 use super::refcounts::FrozenRefcounts;
 use super::state::Frozen;
@@ -59,17 +60,21 @@ impl Shared {
                 progress.stage = PAYLOAD;
                 return Ok(this.flush_of_payload());
             }
+            this.refuse_damaged()?;
             let id = state.begin_settle(&*this.journal)?;
             drop(state);
             progress.hold = Some(Hold::new(this.clone(), id));
             progress.stage = COUNTS;
-            if this.geometry.external_data {
+            if this.geometry.external_data && !planted(Fault::EntriesBeforePayload) {
                 return Ok(Settle::FlushPayload);
             }
         }
         let frozen = this.lock().frozen();
         match frozen {
-            Some(frozen) if progress.hold.is_some() => this.next_stage(&frozen, progress),
+            Some(frozen) if progress.hold.is_some() => {
+                this.refuse_damaged()?;
+                this.next_stage(&frozen, progress)
+            }
             _ => Ok(Settle::Done),
         }
     }
@@ -80,10 +85,16 @@ impl Shared {
 
     fn next_stage(&self, frozen: &Frozen, progress: &mut Progress) -> Result<Settle> {
         if progress.stage == COUNTS {
-            self.write_counts(&frozen.refs)?;
+            let moved = frozen.refs.table.is_some();
+            if planted(if moved { Fault::HeaderBeforeTable } else { Fault::BlockEntryBeforeBlock }) {
+                self.write_reftable(&frozen.refs)?;
+            }
+            if !planted(Fault::EntriesBeforeCounts) {
+                self.write_counts(&frozen.refs)?;
+            }
             progress.stage = REFTABLE;
             let counts = !frozen.refs.slices.is_empty() || frozen.refs.table.is_some();
-            if counts || !self.geometry.external_data {
+            if (counts || !self.geometry.external_data) && !planted(Fault::EntriesBeforePayload) {
                 return Ok(Settle::Flush);
             }
         }
@@ -95,6 +106,9 @@ impl Shared {
             }
         }
         if progress.stage == MAPPINGS {
+            if planted(Fault::EntriesBeforeCounts) {
+                self.write_counts(&frozen.refs)?;
+            }
             self.write_mappings(frozen)?;
             progress.stage = FINISH;
             if !frozen.l1.is_empty() || !frozen.l2.is_empty() {
@@ -119,7 +133,9 @@ impl Shared {
 
     /// What was let go of before the last settle is free.
     pub(super) fn recycle(&self) {
-        self.lock().release_awaiting();
+        if self.damage.get().is_none() {
+            self.lock().release_awaiting();
+        }
     }
 
     fn write_counts(&self, frozen: &FrozenRefcounts) -> Result<()> {

@@ -8,6 +8,7 @@
 //! Runs that were given back are used first where they are long enough, then what is beyond the
 //! frontier. Free runs that nobody gave back in this process (another program left them) are found
 //! by a cursor: one slice of refcounts each time that the file would have to grow.
+use super::fault::{Fault, planted};
 use super::geometry::Geometry;
 use super::protected::Protected;
 use super::refcounts::{Refcounts, Run};
@@ -186,7 +187,7 @@ impl Space {
 
     /// Zeroes a cluster, unless it is `zeroed`. Nothing in the file may point at it.
     pub fn clear(&mut self, cluster: u64, zeroed: bool) -> Result<()> {
-        if zeroed {
+        if zeroed || planted(Fault::TableNotCleared) {
             return Ok(());
         }
         let at = cluster << self.geometry.cluster_bits;
@@ -352,6 +353,7 @@ impl Space {
                 1 => {
                     self.refs.set(cluster, 0)?;
                     self.remember_free(cluster, 1);
+                    self.protected.give_back(cluster);
                     // It may be anything soon.
                     self.packed_to = self.packed_to.filter(|at| at >> self.geometry.cluster_bits != cluster);
                 }
@@ -424,11 +426,10 @@ impl Space {
     }
 
     fn check_unprotected(&self, run: Run) -> Result<()> {
-        let reftable = Protected::new(vec![self.refs.place()]);
-        match self.protected.first_in(run).or_else(|| reftable.first_in(run)) {
+        match self.protected.first_in(run) {
             None => Ok(()),
             Some(cluster) => Err(Error::malformed(format!(
-                "the refcount of the header or of a table is 0 in the clusters from {cluster} on: repair the image with `qemu-img check -r all`"
+                "the refcount of the header or of a table is 0 in the clusters from {cluster} on"
             ))),
         }
     }

@@ -6,7 +6,8 @@
 mod tables;
 
 use super::Open;
-use super::entry::{Entry, Standard, Words, l2_table};
+use super::entry::{Entry, OFFSET, Standard, Words, l2_table};
+use super::fault::{Fault, planted};
 use super::geometry::Geometry;
 use super::header::Header;
 use super::protected::Protected;
@@ -156,9 +157,10 @@ impl State {
             let clusters = |at, count| Run { start: geometry.host_cluster(at), count };
             let place = clusters(header.reftable_offset, u64::from(header.reftable_clusters));
             let refs = Refcounts::open(storage.clone(), geometry, place, slices / 4)?;
-            let protected = Protected::read(&**storage, header)?;
+            let l2_tables = state.l1.iter().map(|raw| raw & OFFSET).filter(|host| *host != 0);
+            let protected = Protected::read(&**storage, header, l2_tables.chain(refs.blocks()))?;
             state.space = Some(Space::open(storage.clone(), geometry, refs, protected)?);
-            state.own_tables(header.snapshots > 0)?;
+            state.own_tables()?;
         }
         Ok(state)
     }
@@ -292,9 +294,14 @@ impl State {
         let (before, after) = (used(old)?, used(words)?);
         if let Some((at, len)) = before.filter(|_| before != after) {
             let (first, last) = (geometry.host_cluster(at), geometry.host_cluster(at + len - 1));
-            push_run(&mut self.freed, Run { start: first, count: last - first + 1 });
+            self.end_use(Run { start: first, count: last - first + 1 });
         }
         Ok(())
+    }
+
+    /// One use of these clusters has ended, by a change that is not durable.
+    fn end_use(&mut self, run: Run) {
+        push_run(if planted(Fault::ReuseBeforeSettled) { &mut self.awaiting } else { &mut self.freed }, run);
     }
 
     /// Changes the entry of `cluster` and returns the old one.
@@ -459,7 +466,8 @@ impl State {
         let slot = self.l2.get(key).expect("frozen slices stay");
         let first = key << self.geometry.l2_slice_bits();
         let mut then = slot.entries.clone();
-        if let Some(undo) = self.settling.as_ref().map(|settling| &settling.undo).filter(|undo| !undo.is_empty()) {
+        let undo = self.settling.as_ref().map(|settling| &settling.undo).filter(|undo| !undo.is_empty());
+        if let Some(undo) = undo.filter(|_| !planted(Fault::NewerEntries)) {
             for index in 0..1 << self.geometry.l2_slice_bits() {
                 if let Some(old) = undo.get(&(first + index as u64)) {
                     old.put(self.geometry, &mut then, index);

@@ -53,6 +53,9 @@ impl Disk {
 
     /// What the file is after a power cut now: `random` says which unflushed sectors made it, and in
     /// which of their versions. All that is left is durable.
+    ///
+    /// Sectors are lost one by one, so writes are torn, reordered and dropped; so are changes of the
+    /// file's length.
     pub fn after_power_cut(&self, random: &mut Random) -> Self {
         let bytes = self.lock();
         let len = match random.below(bytes.pending_lens.len() as u64 + 1) {
@@ -60,13 +63,11 @@ impl Disk {
             nth => bytes.pending_lens[nth as usize - 1],
         };
         let mut sectors = bytes.durable.clone();
-        // Some cuts lose nearly all, some nearly nothing.
-        let bias = 1 + random.below(4);
+        let loss = Loss::some(random);
         let mut pending: Vec<_> = bytes.pending.iter().collect();
         pending.sort_unstable_by_key(|(sector, _)| **sector);
         for (sector, versions) in pending {
-            let choice = random.below(versions.len() as u64 + bias);
-            if let Some(version) = versions.get(choice as usize) {
+            if let Some(version) = versions.get(loss.choose(versions.len(), random)) {
                 sectors.insert(*sector, *version);
             }
         }
@@ -88,6 +89,16 @@ impl Disk {
         bytes
     }
 
+    /// Fills `bytes` from `at`; what lies past the end reads as zeroes.
+    pub fn read_padded(&self, at: u64, bytes: &mut [u8]) {
+        let inside = self.lock().len.saturating_sub(at).min(bytes.len() as u64) as usize;
+        let (bytes, past) = bytes.split_at_mut(inside);
+        if !bytes.is_empty() {
+            self.read_at(at, bytes).expect("inside the file");
+        }
+        past.fill(0);
+    }
+
     /// Fills an empty file of the system with the same bytes, and leaves holes where nothing was written.
     pub fn copy_to(&self, file: &std::fs::File) -> io::Result<()> {
         let bytes = self.lock();
@@ -102,6 +113,37 @@ impl Disk {
 
     fn lock(&self) -> MutexGuard<'_, Bytes> {
         self.0.lock().expect("one thread")
+    }
+}
+
+/// How much of what was not flushed a power cut takes.
+#[derive(Clone, Copy)]
+enum Loss {
+    /// Every sector on its own has any of its versions.
+    Any,
+    /// Of so many sectors about one is lost, the others are as they were last.
+    OneIn(u64),
+    /// Of so many sectors about one is there.
+    AllButOneIn(u64),
+}
+
+impl Loss {
+    fn some(random: &mut Random) -> Self {
+        match random.below(4) {
+            0 => Self::OneIn(8),
+            1 => Self::AllButOneIn(8),
+            _ => Self::Any,
+        }
+    }
+
+    /// The index of a sector's version, or one that there is not for the durable one.
+    fn choose(self, versions: usize, random: &mut Random) -> usize {
+        match self {
+            Self::Any => random.below(versions as u64 + 1) as usize,
+            Self::OneIn(sectors) if random.one_in(sectors) => versions,
+            Self::AllButOneIn(sectors) if !random.one_in(sectors) => versions,
+            _ => versions - 1,
+        }
     }
 }
 

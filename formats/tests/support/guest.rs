@@ -1,12 +1,15 @@
 //! A guest on an image: it writes, zeroes, discards and flushes with several requests in flight,
 //! and remembers for each sector what may be found there.
 //!
-//! Sectors are filled with a tag that no other write has, so a stale or misplaced one is seen.
-use super::disk::{Disk, SECTOR};
+//! Every write has stamps that no other has, so a stale, torn or misplaced one is seen.
+use super::disk::{Disk, SECTOR, Sector};
+use super::files::Files;
+use super::history::History;
 use super::notes::Notes;
 use super::qemu::{check_of_qemu, with_snapshot};
 use super::random::Random;
-use formats::image::{Image, Place, Progress, Reservation, Reserve, Settle, Zeroed, Zeroing};
+use super::stamp::{self, STAMP, Writer, sectors, stamped, tell};
+use formats::image::{Extent, Image, Place, Progress, Reservation, Reserve, Settle, Zeroed, Zeroing};
 use formats::qcow2::{Check, Open, Qcow2, check, read_header, snapshots};
 use formats::range::ByteRange;
 use formats::storage::Storage;
@@ -14,23 +17,12 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 const SECTOR_BYTES: u64 = SECTOR as u64;
-/// Tags from here on are of the image below, one a sector.
-const BACKING: u64 = 1 << 60;
-/// The time of what was written in place and not committed.
-const NEVER: u64 = u64::MAX;
 const IN_FLIGHT_MAX: usize = 6;
-
-/// What a sector held, and from when on that was committed.
-#[derive(Clone, Debug)]
-struct Version {
-    tag: u64,
-    committed: u64,
-}
 
 /// A write that is not committed.
 struct InFlight {
     reservation: Reservation,
-    tag: u64,
+    writer: Writer,
     begun: u64,
     written: bool,
     /// The payload, where it is compressed.
@@ -40,33 +32,38 @@ struct InFlight {
 /// A read of one sector that knows where to look, and has not looked yet.
 struct Read {
     sector: u64,
-    place: Place,
-    tag: u64,
+    extent: Extent,
+    content: Sector,
     begun: u64,
 }
 
-/// An image, its file and journal, and its guest.
+/// What an internal snapshot holds.
+struct Snapshot {
+    l1_offset: u64,
+    l1_entries: u32,
+    bytes: Vec<u8>,
+}
+
+/// An image, its files and journal, and its guest.
 pub struct Guest {
-    pub disk: Arc<Disk>,
-    /// What the payload is in: `disk`, or an external data file.
-    payload: Arc<Disk>,
+    pub files: Files,
     notes: Arc<Notes>,
+    notes_max: usize,
     image: Qcow2,
     open: Open,
     random: Random,
-    /// By sector: what may be there after a power cut, the last one being there now.
-    versions: Vec<Vec<Version>>,
-    /// Where the payload of a guest subcluster was last committed.
+    history: History,
+    /// Bytes that an entry, or a bit of one, is about: a cluster, or a subcluster where there are any.
+    granule: u64,
+    /// Where the payload of a granule was last committed.
     places: HashMap<u64, u64>,
     in_flight: Vec<InFlight>,
     reads: Vec<Read>,
-    /// By tag: what its write covered.
-    written: Vec<ByteRange>,
+    writes: u32,
     settle: Option<(Progress, u64)>,
     time: u64,
     last_settled: u64,
-    /// What internal snapshots hold, by the place of their L1 table and its entries: a tag a sector.
-    snapshots: Vec<(u64, u32, Vec<u64>)>,
+    snapshots: Vec<Snapshot>,
     /// The power is cut, in a copy of the world, in front of every flush.
     pub cut_at_flushes: bool,
     /// Some writes are of compressed clusters.
@@ -84,35 +81,50 @@ pub struct Stats {
     pub busy: u64,
     pub asked_to_settle: u64,
     pub kills: u64,
+    /// Power cuts that the guest went on after.
+    pub restarts: u64,
+    /// Files that a power cut left and that were judged.
+    pub power_cuts: u64,
     pub zeroed_places: u64,
     pub compressed: u64,
 }
 
-impl Guest {
-    /// A guest on the image in `disk`, which reads as zeroes or as the backing image.
-    pub fn new(disk: Arc<Disk>, notes: usize, open: Open, seed: u64) -> Self {
-        Self::with_payload_in(disk.clone(), disk, notes, open, seed)
+impl Stats {
+    pub fn add(&mut self, other: &Self) {
+        self.settles += other.settles;
+        self.dropped_settles += other.dropped_settles;
+        self.committed += other.committed;
+        self.dropped += other.dropped;
+        self.busy += other.busy;
+        self.asked_to_settle += other.asked_to_settle;
+        self.kills += other.kills;
+        self.restarts += other.restarts;
+        self.power_cuts += other.power_cuts;
+        self.zeroed_places += other.zeroed_places;
+        self.compressed += other.compressed;
     }
+}
 
-    /// The same with an external data file.
-    pub fn with_payload_in(payload: Arc<Disk>, disk: Arc<Disk>, notes: usize, open: Open, seed: u64) -> Self {
-        let notes = Arc::new(Notes::new(notes));
-        let image = Qcow2::open(disk.clone(), notes.clone(), open).expect("a valid image");
-        let sectors = image.size() / SECTOR_BYTES;
-        let first = |sector| if open.has_backing { BACKING + sector } else { 0 };
-        let versions = (0..sectors).map(|sector| vec![Version { tag: first(sector), committed: 0 }]).collect();
-        Self {
-            disk,
-            payload,
+impl Guest {
+    /// A guest on the image in `files`, which reads as `bytes`, as its internal snapshots do, and has
+    /// entries for `granule` bytes. The journal has room for `notes_max`.
+    pub fn new(files: Files, bytes: &[u8], granule: u64, notes_max: usize, open: Open, seed: u64) -> Self {
+        let notes = Arc::new(Notes::new(notes_max));
+        let image = Qcow2::open(files.image.clone(), notes.clone(), open).expect("a valid image");
+        assert_eq!(image.size(), bytes.len() as u64);
+        let mut guest = Self {
+            files,
             notes,
+            notes_max,
             image,
             open,
             random: Random::new(seed),
-            versions,
+            history: History::new(bytes),
+            granule,
             places: HashMap::new(),
             in_flight: Vec::new(),
             reads: Vec::new(),
-            written: vec![ByteRange::default()],
+            writes: 0,
             settle: None,
             time: 0,
             last_settled: 0,
@@ -120,7 +132,41 @@ impl Guest {
             cut_at_flushes: false,
             compresses: false,
             stats: Stats::default(),
+        };
+        guest.assert_all_there();
+        guest.find_places();
+        guest.find_snapshots(bytes);
+        guest
+    }
+
+    /// Internal snapshots that are not known yet hold `bytes`.
+    fn find_snapshots(&mut self, bytes: &[u8]) {
+        let header = read_header(&*self.files.image).expect("a valid header");
+        let all = snapshots::read(&*self.files.image, &header).expect("a valid table");
+        let new = all.into_iter().skip(self.snapshots.len());
+        self.snapshots.extend(new.map(|snapshot| Snapshot {
+            l1_offset: snapshot.l1_offset,
+            l1_entries: snapshot.l1_entries,
+            bytes: bytes.to_vec(),
+        }));
+    }
+
+    /// Where granules are in an image that was just opened.
+    fn find_places(&mut self) {
+        self.places.clear();
+        let mut at = 0;
+        while at < self.image.size() {
+            let extent = self.image.map(at, u64::MAX).expect("a valid image");
+            at = extent.guest.end;
+            if let Place::Data { host } = extent.place {
+                self.places.extend(self.places_of(extent.guest, host));
+            }
         }
+    }
+
+    /// Something is below its image.
+    pub fn has_backing(&self) -> bool {
+        self.open.has_backing
     }
 
     /// Does one thing that one of its requests needs.
@@ -128,7 +174,10 @@ impl Guest {
         self.time += 1;
         match self.random.below(20) {
             0 if self.compresses => self.begin_compressed_write(),
-            0..=4 => self.begin_write(),
+            0..=4 => {
+                let range = self.some_range();
+                self.begin_write(range, true);
+            }
             5..=9 => self.advance(),
             10 => self.zero(),
             11..=13 => self.step_settle(),
@@ -139,16 +188,18 @@ impl Guest {
         }
     }
 
+    /// Mostly whole sectors.
     fn some_range(&mut self) -> ByteRange {
-        let sectors = self.versions.len() as u64;
-        let start = self.random.below(sectors);
-        let most = if self.random.one_in(4) { sectors } else { 24 };
-        let count = 1 + self.random.below(most.min(sectors - start));
-        ByteRange { start: start * SECTOR_BYTES, end: (start + count) * SECTOR_BYTES }
+        let unit = if self.random.one_in(4) { STAMP } else { SECTOR_BYTES };
+        let units = self.history.size() / unit;
+        let start = self.random.below(units);
+        let most = if self.random.one_in(4) { units } else { 24 };
+        let count = 1 + self.random.below(most.min(units - start));
+        ByteRange { start: start * unit, end: (start + count) * unit }
     }
 
-    fn begin_write(&mut self) {
-        let range = self.some_range();
+    /// Takes room for a write of stamps, or of zeroes.
+    fn begin_write(&mut self, range: ByteRange, stamps: bool) {
         if self.in_flight.len() >= IN_FLIGHT_MAX || self.meets_another(range) {
             return;
         }
@@ -156,37 +207,40 @@ impl Guest {
             Reserve::Room(reservation) => {
                 assert_eq!(reservation.guest.start, range.start);
                 assert!(reservation.guest.end <= range.end && !reservation.guest.is_empty());
-                let tag = self.written.len() as u64;
-                self.written.push(reservation.guest);
+                self.writes += 1;
+                let writer = if stamps { Writer::Guest(self.writes) } else { Writer::Nobody };
                 self.stats.zeroed_places += u64::from(reservation.zeroed);
-                self.in_flight.push(InFlight { reservation, tag, begun: self.time, written: false, compressed: None });
+                let (begun, written, compressed) = (self.time, false, None);
+                self.in_flight.push(InFlight { reservation, writer, begun, written, compressed });
             }
             Reserve::Busy => self.stats.busy += 1,
             Reserve::Settle => self.settle_as_asked(),
         }
     }
 
+    /// Takes room for one cluster of stamps that is compressed.
     fn begin_compressed_write(&mut self) {
-        let (info, sector) = (self.image.info(), self.random.below(self.versions.len() as u64));
-        let start = sector * SECTOR_BYTES / info.cluster_size * info.cluster_size;
-        let range = ByteRange { start, end: (start + info.cluster_size).min(info.virtual_size) };
+        let size = self.image.info().cluster_size;
+        let start = self.random.below(self.history.size().div_ceil(size)) * size;
+        let range = ByteRange { start, end: (start + size).min(self.history.size()) };
         if self.in_flight.len() >= IN_FLIGHT_MAX || self.meets_another(range) {
             return;
         }
-        let tag = self.written.len() as u64;
-        let cluster: Vec<u8> = tag.to_le_bytes().into_iter().cycle().take(info.cluster_size as usize).collect();
+        let writer = Writer::Guest(self.writes + 1);
+        let mut cluster = stamped(range, writer);
+        cluster.resize(size as usize, 0);
         let mut payload = vec![0; cluster.len()];
-        let len = self.image.deflate(&cluster, &mut payload).expect("the same again and again");
+        let Some(len) = self.image.deflate(&cluster, &mut payload) else { return };
         // Longer than it has to be, so that few of them fill a cluster and some reach into the next.
         let len = len + self.random.below((cluster.len() - len) as u64) as usize;
         payload.truncate(len);
         match self.image.reserve_compressed(range, len as u32).expect("a valid image") {
             Some(Reserve::Room(reservation)) => {
                 assert_eq!((reservation.guest, reservation.fill), (range, [None, None]));
-                self.written.push(range);
-                let compressed = Some(payload);
-                self.in_flight.push(InFlight { reservation, tag, begun: self.time, written: false, compressed });
+                self.writes += 1;
                 self.stats.compressed += 1;
+                let (begun, written, compressed) = (self.time, false, Some(payload));
+                self.in_flight.push(InFlight { reservation, writer, begun, written, compressed });
             }
             Some(Reserve::Busy) => self.stats.busy += 1,
             Some(Reserve::Settle) => self.settle_as_asked(),
@@ -213,85 +267,67 @@ impl Guest {
             self.write_payload(at);
             return;
         }
-        let InFlight { reservation, tag, compressed, .. } = self.in_flight.swap_remove(at);
+        let InFlight { reservation, writer, compressed, .. } = self.in_flight.swap_remove(at);
         let (guest, host, in_place) = (reservation.guest, reservation.host, reservation.hold.is_none());
         self.image.commit(reservation).expect("a valid image");
         self.stats.committed += 1;
-        for sector in sectors(guest) {
-            let versions = &mut self.versions[sector as usize];
-            match in_place {
-                true => versions.last_mut().expect("never empty").committed = self.time,
-                false => versions.push(Version { tag, committed: self.time }),
-            }
+        match in_place {
+            true => self.history.commit_in_place(guest, self.time),
+            false => self.history.commit(guest, &stamped(guest, writer), self.time),
         }
-        if compressed.is_some() {
-            let bytes = self.image.info().cluster_size;
-            let gone = self.places_of(ByteRange { start: guest.start / bytes * bytes, end: guest.end }, 1 << 40);
-            for (subcluster, _) in gone {
-                self.places.remove(&subcluster);
-            }
-            return;
-        }
-        for (subcluster, place) in self.places_of(guest, host) {
-            self.places.insert(subcluster, place);
+        match compressed {
+            None => self.places.extend(self.places_of(guest, host)),
+            // Nothing is in a place of its own any more.
+            Some(_) => (guest.start / self.granule..guest.end.div_ceil(self.granule)).for_each(|nth| {
+                self.places.remove(&nth);
+            }),
         }
     }
 
-    /// Bytes of what an image has an entry for, or a bit of one.
-    fn subcluster_size(&self) -> u64 {
-        let info = self.image.info();
-        if info.extended_l2 { info.cluster_size / 32 } else { info.cluster_size }
-    }
-
-    /// Guest subclusters of a write, and the places of their first bytes.
+    /// Granules of a write, and the places of their first bytes.
     fn places_of(&self, guest: ByteRange, host: u64) -> Vec<(u64, u64)> {
-        let size = self.subcluster_size();
+        let size = self.granule;
         let first = host - guest.start % size;
         (guest.start / size..=(guest.end - 1) / size).zip((first..).step_by(size as usize)).collect()
     }
 
+    /// Writes the payload, and what has to be around it, in one.
     fn write_payload(&mut self, at: usize) {
-        let InFlight { reservation, tag, compressed, .. } = &self.in_flight[at];
+        let InFlight { reservation, writer, compressed, .. } = &self.in_flight[at];
         if let Some(payload) = compressed {
-            self.disk.write_at(reservation.host, payload).expect("memory");
+            self.files.payload().write_at(reservation.host, payload).expect("memory");
             self.in_flight[at].written = true;
             return;
         }
-        let (guest, host, fill, tag) = (reservation.guest, reservation.host, reservation.fill, *tag);
-        let (zeroed, in_place) = (reservation.zeroed, reservation.hold.is_none());
+        let (guest, host, [head, tail]) = (reservation.guest, reservation.host, reservation.fill);
+        let (zeroed, in_place, writer) = (reservation.zeroed, reservation.hold.is_none(), *writer);
+        let [before, after] = [head, tail].map(|part| part.map_or_else(Vec::new, |part| self.history.bytes(part)));
+        let bytes = stamped(guest, writer);
+        let (place, all) = (host - before.len() as u64, [&before[..], &bytes, &after].concat());
         if zeroed {
-            self.assert_reads_as_zeroes(host, guest.len());
+            self.assert_reads_as_zeroes(place, all.len() as u64);
         }
-        for part in fill.into_iter().flatten() {
-            let place = host.wrapping_add(part.start.wrapping_sub(guest.start));
-            if zeroed {
-                self.assert_reads_as_zeroes(place, part.len());
-            }
-            for at in (part.start..part.end).step_by(SECTOR) {
-                self.put(place + (at - part.start), self.tag_at(at / SECTOR_BYTES));
-            }
+        self.files.payload().write_at(place, &all).expect("memory");
+        if in_place {
+            self.history.write_in_place(guest, &bytes);
         }
-        let size = self.subcluster_size();
-        // A kept cluster is written again: before the zeroes are durable, a power cut finds it there.
-        let reused = self.places_of(guest, host).iter().any(|(at, place)| self.places.get(at) == Some(place));
-        for at in (guest.start..guest.end).step_by(SECTOR) {
-            self.put(host + (at - guest.start), tag);
-            let versions = &mut self.versions[(at / SECTOR_BYTES) as usize];
-            let last = versions.last().expect("never empty").committed;
-            if in_place {
-                versions.push(Version { tag, committed: NEVER });
-            } else if reused && self.places.contains_key(&(at / size)) {
-                versions.insert(versions.len() - 1, Version { tag, committed: last });
+        // What was zeroed and kept its place is written there again.
+        let size = self.granule;
+        for (nth, place) in self.places_of(guest, host) {
+            if !in_place && self.places.get(&nth) == Some(&place) {
+                let here = guest.intersect(ByteRange { start: nth * size, end: (nth + 1) * size });
+                let skip = (here.start - guest.start) as usize;
+                self.history.write_where_it_was(here, &bytes[skip..][..here.len() as usize]);
             }
         }
         self.in_flight[at].written = true;
     }
 
     fn begin_read(&mut self) {
-        let sector = self.random.below(self.versions.len() as u64);
-        let place = self.image.map(sector * SECTOR_BYTES, SECTOR_BYTES).expect("a valid image").place;
-        let tag = self.tag_of(&self.payload, place, sector, 0);
-        self.reads.push(Read { sector, place, tag, begun: self.time });
+        let sector = self.random.below(self.history.size() / SECTOR_BYTES);
+        let extent = self.image.map(sector * SECTOR_BYTES, SECTOR_BYTES).expect("a valid image");
+        let content = self.content_at(&extent);
+        self.reads.push(Read { sector, extent, content, begun: self.time });
     }
 
     /// What is found where a sector was is still what it was, or another write to it.
@@ -300,23 +336,15 @@ impl Guest {
             return;
         }
         let at = self.random.below(self.reads.len() as u64) as usize;
-        let Read { sector, place, tag, .. } = self.reads.swap_remove(at);
-        let found = self.tag_of(&self.payload, place, sector, 0);
-        let of_it =
-            found == 0 || self.written.get(found as usize).is_some_and(|range| sectors(*range).contains(&sector));
-        assert!(found == tag || of_it, "sector {sector} at {place:?} had {tag:#x} and has {found:#x}");
-    }
-
-    fn put(&self, at: u64, tag: u64) {
-        let bytes: Vec<u8> = tag.to_le_bytes().into_iter().cycle().take(SECTOR).collect();
-        self.payload.write_at(at, &bytes).expect("memory");
+        let Read { sector, extent, content, .. } = self.reads.swap_remove(at);
+        let found = self.content_at(&extent);
+        let right = found == content || stamp::is_of(&found, sector);
+        assert!(right, "sector {sector} at {extent:?} had {} and has {}", tell(&content), tell(&found));
     }
 
     fn assert_reads_as_zeroes(&self, at: u64, len: u64) {
         let mut bytes = vec![0; len as usize];
-        let end = self.payload.len().expect("memory");
-        let inside = len.min(end.saturating_sub(at));
-        self.payload.read_at(at, &mut bytes[..inside as usize]).expect("memory");
+        self.files.payload().read_padded(at, &mut bytes);
         assert!(bytes.iter().all(|byte| *byte == 0), "{len} bytes at {at} were said to be zeroes");
     }
 
@@ -332,33 +360,44 @@ impl Guest {
                 self.zeroed(done, zeroing);
             }
             Zeroed::Host { guest, host } => {
-                for at in (guest.start..guest.end).step_by(SECTOR) {
-                    self.put(host + (at - guest.start), 0);
-                    let now = Version { tag: 0, committed: self.time };
-                    self.versions[(at / SECTOR_BYTES) as usize].push(now);
-                }
+                let zeroes = vec![0; guest.len() as usize];
+                self.files.payload().write_at(host, &zeroes).expect("memory");
+                self.history.commit(guest, &zeroes, self.time);
             }
-            Zeroed::Write(guest) => assert!(guest.start == range.start && guest.end <= range.end && !guest.is_empty()),
+            Zeroed::Write(guest) => {
+                assert!(guest.start == range.start && guest.end <= range.end && !guest.is_empty());
+                self.begin_write(guest, false);
+            }
             Zeroed::Busy => self.stats.busy += 1,
             Zeroed::Settle => self.settle_as_asked(),
         }
     }
 
+    /// All of it reads as zeroes, or after a discard each whole cluster of it.
     fn zeroed(&mut self, done: ByteRange, zeroing: Zeroing) {
-        let (info, size) = (self.image.info(), self.subcluster_size());
+        let info = self.image.info();
         for sector in sectors(done) {
-            let now = self.tag_at(sector);
-            let start = sector * SECTOR_BYTES / size * size;
-            let whole = done.start <= start && (start + size).min(self.image.size()) <= done.end;
-            if zeroing != Zeroing::Discard || whole && (info.version == 3 || !self.open.has_backing) {
-                assert_eq!(now, 0, "sector {sector} was said to be zeroed ({zeroing:?})");
-            }
-            let versions = &mut self.versions[sector as usize];
-            if now != versions.last().expect("never empty").tag {
-                assert_eq!(now, 0, "sector {sector} has something else after {zeroing:?}");
-                versions.push(Version { tag: 0, committed: self.time });
+            let (before, now) = (*self.history.now(sector), self.sector_at(sector));
+            let start = sector * SECTOR_BYTES;
+            let here = done.intersect(ByteRange { start, end: start + SECTOR_BYTES });
+            let mut wanted = before;
+            stamp::overlay(&mut wanted, sector, here, &vec![0; here.len() as usize]);
+            // Of a compressed cluster only all can be discarded.
+            let unit = if self.is_compressed(sector) { info.cluster_size } else { self.granule };
+            let first = start / unit * unit;
+            let whole = done.start <= first && (first + unit).min(self.image.size()) <= done.end;
+            let must = zeroing != Zeroing::Discard || whole && (info.version == 3 || !self.open.has_backing);
+            let right = now == wanted || !must && now == before;
+            assert!(right, "sector {sector} of {done} has {} after {zeroing:?}", tell(&now));
+            if now != before {
+                self.history.commit(here, &vec![0; here.len() as usize], self.time);
             }
         }
+    }
+
+    fn is_compressed(&self, sector: u64) -> bool {
+        let extent = self.image.map(sector * SECTOR_BYTES, SECTOR_BYTES).expect("a valid image");
+        matches!(extent.place, Place::Compressed { .. })
     }
 
     /// Goes on with a settle, or begins one.
@@ -369,7 +408,7 @@ impl Guest {
                 if self.cut_at_flushes {
                     self.assert_survives_power_cut();
                 }
-                if flush == Settle::Flush { &self.disk } else { &self.payload }.flush();
+                if flush == Settle::Flush { &self.files.image } else { self.files.payload() }.flush();
                 self.settle = Some((progress, begun));
             }
             Settle::Done => self.settled(begun),
@@ -377,15 +416,10 @@ impl Guest {
         }
     }
 
-    /// What was committed by `time` is durable: older versions cannot come back.
-    fn settled(&mut self, time: u64) {
+    fn settled(&mut self, begun: u64) {
         self.stats.settles += 1;
         self.last_settled = self.time;
-        for versions in &mut self.versions {
-            if let Some(last) = versions.iter().rposition(|version| version.committed <= time) {
-                versions.drain(..last);
-            }
-        }
+        self.history.settle(begun);
     }
 
     pub fn settle_all(&mut self) {
@@ -415,110 +449,117 @@ impl Guest {
         }
     }
 
-    /// The tag of one sector now.
-    fn tag_at(&self, sector: u64) -> u64 {
-        let extent = self.image.map(sector * SECTOR_BYTES, SECTOR_BYTES).expect("a valid image");
-        assert_eq!(extent.guest.len(), SECTOR_BYTES);
-        self.tag_of(&self.payload, extent.place, sector, 0)
+    /// What is in one sector now.
+    fn sector_at(&self, sector: u64) -> Sector {
+        self.content_at(&self.image.map(sector * SECTOR_BYTES, SECTOR_BYTES).expect("a valid image"))
     }
 
-    /// The tag of sector `sector`, which is `nth` of an extent at `place`.
-    fn tag_of(&self, disk: &Disk, place: Place, sector: u64, nth: u64) -> u64 {
-        match place {
-            Place::Data { host } => read_tag(disk, host + nth * SECTOR_BYTES),
-            Place::Absent if self.open.has_backing => BACKING + sector,
-            Place::Absent | Place::Zero => 0,
+    /// What is where a sector is said to be.
+    fn content_at(&self, extent: &Extent) -> Sector {
+        let mut content = [0; SECTOR];
+        assert_eq!(extent.guest.len(), SECTOR_BYTES);
+        self.fetch(&self.image, self.files.payload(), extent, &mut content);
+        content
+    }
+
+    /// All of `image`, whose payload is on `disk`, by maximal extents.
+    fn read_all(&self, image: &Qcow2, disk: &Disk) -> Vec<u8> {
+        let mut bytes = vec![0; image.size() as usize];
+        let mut at = 0;
+        while at < image.size() {
+            let extent = image.map(at, u64::MAX).expect("a valid image");
+            assert_eq!(extent.guest.start, at);
+            self.fetch(image, disk, &extent, &mut bytes[at as usize..extent.guest.end as usize]);
+            at = extent.guest.end;
+        }
+        bytes
+    }
+
+    fn fetch(&self, image: &Qcow2, disk: &Disk, extent: &Extent, bytes: &mut [u8]) {
+        match extent.place {
+            Place::Data { host } => disk.read_padded(host, bytes),
+            Place::Absent if self.open.has_backing => bytes.copy_from_slice(&stamped(extent.guest, Writer::Below)),
+            Place::Absent | Place::Zero => bytes.fill(0),
             Place::Compressed { host, len, skip, inflated } => {
-                let inside = u64::from(len).min(disk.len().expect("memory").saturating_sub(host));
-                let mut compressed = vec![0; inside as usize];
-                disk.read_at(host, &mut compressed).expect("memory");
+                let mut compressed = vec![0; len as usize];
+                disk.read_padded(host, &mut compressed);
                 let mut cluster = vec![0; inflated as usize];
-                self.image.inflate(&compressed, &mut cluster).expect("what was compressed");
-                let at = skip as usize + nth as usize * SECTOR;
-                tag_in(&cluster[at..][..SECTOR], host)
+                image.inflate(&compressed, &mut cluster).expect("a valid cluster");
+                bytes.copy_from_slice(&cluster[skip as usize..][..bytes.len()]);
             }
         }
-    }
-
-    /// All sectors of `image`, by maximal extents.
-    fn all_tags(&self, image: &Qcow2, disk: &Disk) -> Vec<u64> {
-        let mut tags = Vec::new();
-        while tags.len() < self.versions.len() {
-            let first = tags.len() as u64;
-            let extent = image.map(first * SECTOR_BYTES, u64::MAX).expect("a valid image");
-            assert_eq!(extent.guest.start, first * SECTOR_BYTES);
-            let count = extent.guest.len() / SECTOR_BYTES;
-            tags.extend((0..count).map(|nth| self.tag_of(disk, extent.place, first + nth, nth)));
-        }
-        tags
     }
 
     /// Everything that was committed is there, and nothing else.
     pub fn assert_all_there(&self) {
-        for (sector, (found, versions)) in
-            self.all_tags(&self.image, &self.payload).iter().zip(&self.versions).enumerate()
-        {
-            let now = versions.last().expect("never empty").tag;
-            assert_eq!(*found, now, "sector {sector}");
-        }
-        self.assert_raw_shows_the_same(&self.image, &self.payload);
+        let found = self.read_all(&self.image, self.files.payload());
+        self.history.assert_now(&found);
+        self.assert_raw(&self.files, &found);
     }
 
-    /// A raw data file is the disk by itself.
-    fn assert_raw_shows_the_same(&self, image: &Qcow2, payload: &Disk) {
-        if image.header().data_file.as_ref().is_some_and(|data_file| data_file.raw) {
-            for (sector, tag) in (0..).zip(self.all_tags(image, payload)) {
-                assert_eq!(read_tag(payload, sector * SECTOR_BYTES), tag, "sector {sector} of the raw data file");
-            }
+    /// A raw data file has what the guest reads.
+    fn assert_raw(&self, files: &Files, found: &[u8]) {
+        if self.image.header().data_file.as_ref().is_some_and(|data_file| data_file.raw) {
+            let mut bytes = vec![0; found.len()];
+            files.payload().read_padded(0, &mut bytes);
+            assert!(bytes == found, "the raw data file shows something else than the image");
         }
     }
 
-    fn is_external(&self) -> bool {
-        !Arc::ptr_eq(&self.disk, &self.payload)
-    }
-
-    /// The process is killed: what is in memory is gone, the file and the journal stay.
+    /// The process is killed: what is in memory is gone, the files and the journal stay.
     pub fn kill(&mut self) {
         self.stats.kills += 1;
-        // A kill runs no destructors; here they work on an image and a file that are gone.
-        let is_external = self.is_external();
-        self.disk = Arc::new(self.disk.copy());
-        self.payload = if is_external { Arc::new(self.payload.copy()) } else { self.disk.clone() };
         let kept = self.notes.kept();
+        self.start_again(self.files.copy(), self.notes.clone());
+        self.image.replay(&kept).expect("its own notes");
+        self.assert_all_there();
+    }
+
+    /// The power is cut, and the guest goes on with what is there then.
+    pub fn power_cut(&mut self) {
+        self.stats.restarts += 1;
+        let (files, found) = self.after_power_cut();
+        self.start_again(files, Arc::new(Notes::new(self.notes_max)));
+        self.history = History::new(&found);
+        self.find_places();
+    }
+
+    /// A new process on the files as they were left.
+    fn start_again(&mut self, files: Files, notes: Arc<Notes>) {
+        // A kill runs no destructors; here they work on an image and files that are gone.
+        self.files = files;
         self.end_all_requests();
         self.settle = None;
-        self.image = Qcow2::open(self.disk.clone(), self.notes.clone(), self.open).expect("a valid image");
-        self.image.replay(&kept).expect("its own notes");
+        self.notes = notes;
+        self.image = Qcow2::open(self.files.image.clone(), self.notes.clone(), self.open).expect("a valid image");
         self.last_settled = 0;
-        self.assert_all_there();
     }
 
     fn end_all_requests(&mut self) {
         self.reads.clear();
         self.in_flight.clear();
-        for version in self.versions.iter_mut().flatten().filter(|version| version.committed == NEVER) {
-            // Written in place and not acknowledged: it is there to stay.
-            version.committed = self.time;
-        }
+        self.history.end_requests(self.time);
     }
 
-    /// The power is cut now: the file has leaks at worst and everything that was flushed.
+    /// If the power is cut now, the files have leaks at worst, everything that was flushed, and nothing
+    /// that was not written there.
     pub fn assert_survives_power_cut(&mut self) {
-        let disk = Arc::new(self.disk.after_power_cut(&mut self.random));
-        let payload = match self.is_external() {
-            true => Arc::new(self.payload.after_power_cut(&mut self.random)),
-            false => disk.clone(),
-        };
-        let storage: Arc<dyn Storage> = disk.clone();
-        let found = self.check(&disk);
+        self.after_power_cut();
+    }
+
+    /// What the files are if the power is cut now, and what a guest reads from them then.
+    pub fn after_power_cut(&mut self) -> (Files, Vec<u8>) {
+        self.stats.power_cuts += 1;
+        let files = self.files.after_power_cut(&mut self.random);
+        // QEMU takes its time.
+        let found = if self.random.one_in(32) { self.check_twice(&files) } else { self.check(&files) };
         assert_eq!(found.corruptions, 0, "{:#?}", found.problems);
-        self.assert_snapshots(&disk);
-        let image = Qcow2::open(storage, Arc::new(Notes::new(0)), self.open).expect("a valid image");
-        for (sector, (found, versions)) in self.all_tags(&image, &payload).iter().zip(&self.versions).enumerate() {
-            let possible = versions.iter().any(|version| version.tag == *found);
-            assert!(possible, "sector {sector} has {found:#x}, possible is {versions:?}");
-        }
-        self.assert_raw_shows_the_same(&image, &payload);
+        self.assert_snapshots(&files.image);
+        let image = Qcow2::open(files.image.clone(), Arc::new(Notes::new(0)), self.open).expect("a valid image");
+        let found = self.read_all(&image, files.payload());
+        self.history.assert_possible(&found);
+        self.assert_raw(&files, &found);
+        (files.copy(), found)
     }
 
     /// Closes the image as a clean end does, and checks it.
@@ -527,65 +568,52 @@ impl Guest {
         self.settle_all();
         self.image.recycle();
         self.settle_all();
-        self.image.trim_end().expect("memory");
-        self.disk.flush();
-        self.assert_snapshots(&self.disk);
-        self.check(&self.disk)
+        let image = &self.files.image;
+        let flush = || {
+            image.flush();
+            Ok(())
+        };
+        self.image.close(&flush).expect("memory");
+        image.flush();
+        self.assert_snapshots(image);
+        self.check_twice(&self.files)
     }
 
-    fn check(&self, disk: &Arc<Disk>) -> Check {
-        if self.snapshots.is_empty() {
-            let storage: Arc<dyn Storage> = disk.clone();
-            return check(&storage).expect("an image that can be walked");
+    fn check(&self, files: &Files) -> Check {
+        check(&*files.image).expect("an image that can be walked")
+    }
+
+    /// Where there are internal snapshots, QEMU has to find the same.
+    fn check_twice(&self, files: &Files) -> Check {
+        let found = self.check(files);
+        if !self.snapshots.is_empty() {
+            let theirs = check_of_qemu(&files.image);
+            let numbers = (theirs.corruptions, theirs.leaks);
+            assert_eq!((found.corruptions, found.leaks), numbers, "{:#?}\n{:#?}", found.problems, theirs.problems);
         }
-        check_of_qemu(disk)
+        found
     }
 
     /// Closes the image, has QEMU take a snapshot of it, and goes on with what that left.
     pub fn take_snapshot(&mut self) {
         let found = self.close();
         assert_eq!(found.corruptions, 0, "{:#?}", found.problems);
-        let bytes = with_snapshot(&self.disk, self.snapshots.len());
-        self.disk = Arc::new(Disk::with(&bytes));
-        self.payload = self.disk.clone();
-        self.notes = Arc::new(Notes::new(self.notes.capacity()));
-        self.image = Qcow2::open(self.disk.clone(), self.notes.clone(), self.open).expect("a valid image");
-        let header = read_header(&*self.disk).expect("a valid header");
-        let newest = snapshots::read(&*self.disk, &header).expect("a valid table").pop().expect("the new one");
-        let tags = self.versions.iter().map(|versions| versions.last().expect("never empty").tag).collect();
-        self.snapshots.push((newest.l1_offset, newest.l1_entries, tags));
+        let bytes = with_snapshot(&self.files.image, self.snapshots.len());
+        self.start_again(Files::new(Disk::with(&bytes), None), Arc::new(Notes::new(self.notes_max)));
+        self.find_snapshots(&self.history.bytes(ByteRange { start: 0, end: self.history.size() }));
         self.assert_all_there();
     }
 
-    /// Each snapshot holds what it did: its L1 table, put in the header's place, shows it.
+    /// Each snapshot's L1 table, put in the header's place, shows what it holds.
     fn assert_snapshots(&self, disk: &Disk) {
-        for (l1_offset, l1_entries, tags) in &self.snapshots {
+        for Snapshot { l1_offset, l1_entries, bytes } in &self.snapshots {
             let view = Arc::new(disk.copy());
             view.write_at(36, &l1_entries.to_be_bytes()).expect("memory");
             view.write_at(40, &l1_offset.to_be_bytes()).expect("memory");
             let open = Open { writable: false, ..self.open };
             let image = Qcow2::open(view, Arc::new(Notes::new(0)), open).expect("a valid image");
-            assert!(self.all_tags(&image, disk) == *tags, "the snapshot with its L1 table at {l1_offset} has changed");
+            let unchanged = self.read_all(&image, disk) == *bytes;
+            assert!(unchanged, "the snapshot with its L1 table at {l1_offset} has changed");
         }
     }
-}
-
-fn sectors(range: ByteRange) -> std::ops::Range<u64> {
-    range.start / SECTOR_BYTES..range.end / SECTOR_BYTES
-}
-
-fn read_tag(disk: &Disk, at: u64) -> u64 {
-    let mut bytes = [0; SECTOR];
-    if disk.read_at(at, &mut bytes).is_err() {
-        // Past the end of the file.
-        return 0;
-    }
-    tag_in(&bytes, at)
-}
-
-fn tag_in(bytes: &[u8], at: u64) -> u64 {
-    let mut tag = [0; 8];
-    tag.copy_from_slice(&bytes[..8]);
-    assert!(bytes.chunks(8).all(|part| part == tag), "a torn sector at {at}");
-    u64::from_le_bytes(tag)
 }

@@ -3,9 +3,15 @@
 #![allow(dead_code, reason = "each test crate uses its part")]
 
 pub mod act;
+pub mod damage;
 pub mod disk;
 pub mod file;
+pub mod files;
 pub mod guest;
+pub mod history;
 pub mod notes;
 pub mod qemu;
 pub mod random;
+pub mod stamp;
+pub mod world;
+pub mod written;

@@ -2,7 +2,7 @@
 use super::super::support::disk::Disk;
 use super::super::support::notes::Notes;
 use super::super::support::random::Random;
-use super::build::BELOW;
+use super::super::support::stamp::{Writer, stamped};
 use super::{Act, NOTES, corruptions, look, open};
 use formats::error::Error;
 use formats::image::{Image, Place, Progress, Reservation, Reserve, Settle, Zeroed, Zeroing};
@@ -278,19 +278,24 @@ impl Guest {
 
 /// What a guest reads of all of `image`, whose extents lie one behind the other.
 pub fn read_all(image: &Qcow2, disk: &Disk, below: bool) -> Result<Vec<u8>, Error> {
-    let mut bytes = vec![0; image.size() as usize];
-    let mut at = 0;
-    while at < bytes.len() {
-        let extent = image.map(at as u64, u64::MAX)?;
-        let here = &mut bytes[at..extent.guest.end as usize];
-        at = extent.guest.end as usize;
+    read(image, disk, below, ByteRange { start: 0, end: image.size() })
+}
+
+/// What a guest reads in `range`, extent by extent.
+pub fn read(image: &Qcow2, disk: &Disk, below: bool, range: ByteRange) -> Result<Vec<u8>, Error> {
+    let mut bytes = vec![0; range.len() as usize];
+    let mut done = 0;
+    while done < bytes.len() {
+        let extent = image.map(range.start + done as u64, (bytes.len() - done) as u64)?;
+        let here = &mut bytes[done..][..extent.guest.len() as usize];
+        done += here.len();
         match extent.place {
-            Place::Data { host } => read(disk, host, here),
-            Place::Absent if below => here.fill(BELOW),
-            Place::Absent | Place::Zero => {}
+            Place::Data { host } => disk.read_padded(host, here),
+            Place::Absent if below => here.copy_from_slice(&stamped(extent.guest, Writer::Below)),
+            Place::Absent | Place::Zero => here.fill(0),
             Place::Compressed { host, len, skip, inflated } => {
                 let mut compressed = vec![0; len as usize];
-                read(disk, host, &mut compressed);
+                disk.read_padded(host, &mut compressed);
                 let mut cluster = vec![0; inflated as usize];
                 image.inflate(&compressed, &mut cluster)?;
                 here.copy_from_slice(&cluster[skip as usize..][..here.len()]);
@@ -298,14 +303,4 @@ pub fn read_all(image: &Qcow2, disk: &Disk, below: bool) -> Result<Vec<u8>, Erro
         }
     }
     Ok(bytes)
-}
-
-/// Bytes of the file; zeroes past its end.
-fn read(disk: &Disk, host: u64, bytes: &mut [u8]) {
-    let len = disk.len().expect("memory");
-    let inside = bytes.len().min(usize::try_from(len.saturating_sub(host)).unwrap_or(usize::MAX));
-    if inside > 0 {
-        disk.read_at(host, &mut bytes[..inside]).expect("inside the file");
-    }
-    bytes[inside..].fill(0);
 }

@@ -9,7 +9,9 @@
 //!                                start, after a kill with its journal, after a power cut
 //! ```
 mod build;
+mod damage;
 mod guest;
+pub mod tables;
 
 use super::support::disk::Disk;
 use super::support::notes::Notes;
@@ -137,9 +139,12 @@ fn is_whole(disk: &Arc<Disk>) -> bool {
 /// What a check finds wrong, leaks apart.
 fn corruptions(disk: &Arc<Disk>) -> Result<Vec<String>, Error> {
     let storage: Arc<dyn Storage> = disk.clone();
-    let mut found = check(&storage).inspect_err(in_words)?;
+    let mut found = check(&*storage).inspect_err(in_words)?;
     assert!(found.compressed_clusters <= found.allocated_clusters);
-    found.problems.retain(|problem| !problem.starts_with("leak:"));
+    // Where entries of one view shared a cluster and one has moved away, the other's flag stays off: that costs a
+    // needless copy, nothing worse.
+    let harmless = "the copied flag is not set, and its refcount is 1";
+    found.problems.retain(|problem| !problem.starts_with("leak:") && !problem.ends_with(harmless));
     assert!(found.problems.len() as u64 <= found.corruptions);
     Ok(found.problems)
 }

@@ -22,32 +22,22 @@ const BLOCK_STATUS: u16 = 7;
 const SIZE: u64 = 1 << 20;
 
 fn request(command: u16, flags: u16, cookie: u64, offset: u64, len: u32) -> Vec<u8> {
-    [
-        &wire::REQUEST_MAGIC.to_be_bytes()[..],
-        &flags.to_be_bytes(),
-        &command.to_be_bytes(),
-        &cookie.to_be_bytes(),
-        &offset.to_be_bytes(),
-        &len.to_be_bytes(),
-    ]
-    .concat()
-}
-
-fn write(flags: u16, cookie: u64, offset: u64, payload: &[u8]) -> Vec<u8> {
-    [&request(WRITE, flags, cookie, offset, payload.len() as u32), payload].concat()
+    [&head(wire::REQUEST_MAGIC, command, flags, cookie, offset)[..], &len.to_be_bytes()].concat()
 }
 
 /// The same with a 64-bit header.
 fn extended(command: u16, flags: u16, cookie: u64, offset: u64, len: u64) -> Vec<u8> {
-    [
-        &wire::EXTENDED_REQUEST_MAGIC.to_be_bytes()[..],
-        &flags.to_be_bytes(),
-        &command.to_be_bytes(),
-        &cookie.to_be_bytes(),
-        &offset.to_be_bytes(),
-        &len.to_be_bytes(),
-    ]
-    .concat()
+    [&head(wire::EXTENDED_REQUEST_MAGIC, command, flags, cookie, offset)[..], &len.to_be_bytes()].concat()
+}
+
+/// A header up to its length.
+fn head(magic: u32, command: u16, flags: u16, cookie: u64, offset: u64) -> Vec<u8> {
+    let words = [magic.to_be_bytes(), (u32::from(flags) << 16 | u32::from(command)).to_be_bytes()].concat();
+    [words, [cookie.to_be_bytes(), offset.to_be_bytes()].concat()].concat()
+}
+
+fn write(flags: u16, cookie: u64, offset: u64, payload: &[u8]) -> Vec<u8> {
+    [&request(WRITE, flags, cookie, offset, payload.len() as u32), payload].concat()
 }
 
 /// A request of a client of any style.

@@ -192,12 +192,15 @@ fn a_header_that_is_cut_is_an_error_or_complete() {
 
 #[test]
 fn what_cannot_be_written_can_be_read() {
-    for (at, field, word) in [(72, &1_u64.to_be_bytes()[..], "dirty"), (72, &2_u64.to_be_bytes(), "corrupt")] {
+    for (at, field, word) in [
+        (72, &1_u64.to_be_bytes()[..], "(dirty) is set: mend it with `blkmirror check --repair all FILE`"),
+        (72, &2_u64.to_be_bytes(), "(corrupt) is set: mend it with `blkmirror check --repair all FILE`"),
+    ] {
         let mut bytes = bytes(&Create::new(1 << 30));
         put(&mut bytes, 64, &0x10000_u64.to_be_bytes());
         put(&mut bytes, at, field);
         let header = Header::parse(&bytes).expect("readable");
         let error = header.check_writable().expect_err("not writable").one_line();
-        assert!(error.contains(word) && error.contains("qemu-img"), "{error}");
+        assert!(error.contains(word), "{error}");
     }
 }

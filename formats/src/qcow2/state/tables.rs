@@ -8,15 +8,15 @@
 //! does in the file: `settle` flushes in between. The reference to the shared table is let go of by the
 //! changed L1 entry, like a cluster by an L2 entry. Let go of earlier, the table could be given out
 //! and overwritten while the file still points at it.
-use super::{State, TABLE_L1, push_run};
+use super::{State, TABLE_L1};
 use crate::error::{Error, Result};
 use crate::journal::{Change, Journal};
 use crate::qcow2::entry::{COPIED, l2_table};
 use crate::qcow2::refcounts::Run;
 
 impl State {
-    /// Finds out which tables are the guest's alone. Without snapshots, all have to be.
-    pub(super) fn own_tables(&mut self, has_snapshots: bool) -> Result<()> {
+    /// Finds out which tables are the guest's alone.
+    pub(super) fn own_tables(&mut self) -> Result<()> {
         for index in 0..self.l1.len() {
             let raw = self.l1[index];
             if raw & COPIED != 0 {
@@ -25,14 +25,14 @@ impl State {
             let Some(host) = l2_table(self.geometry, index as u64, raw)? else { continue };
             let cluster = self.geometry.host_cluster(host);
             match self.space()?.refs.get(cluster)? {
-                1 => self.l1[index] |= COPIED,
-                count if count > 1 && has_snapshots => {}
-                count => {
-                    let snapshots = if has_snapshots { "" } else { ", and there is no internal snapshot" };
+                0 => {
                     return Err(Error::malformed(format!(
-                        "the L2 table of L1 entry {index} has refcount {count}{snapshots}: repair the image with `qemu-img check -r all`"
+                        "the L2 table of L1 entry {index} has refcount 0: mend the image with `blkmirror check --repair all FILE`"
                     )));
                 }
+                1 => self.l1[index] |= COPIED,
+                // Snapshots share it, or other entries of the same L1 table do.
+                _ => {}
             }
         }
         Ok(())
@@ -88,7 +88,7 @@ impl State {
         if let Some(shared) = shared {
             let shared = self.geometry.host_cluster(shared);
             self.space()?.copy(shared, cluster)?;
-            push_run(&mut self.freed, Run { start: shared, count: 1 });
+            self.end_use(Run { start: shared, count: 1 });
         }
         self.l1[index] = cluster << self.geometry.cluster_bits | COPIED;
         self.l1_dirty.insert(index as u64);
