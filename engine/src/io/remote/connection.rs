@@ -64,7 +64,7 @@ pub(super) struct Connection {
     pub(super) asked: BTreeMap<u64, Request>,
     outbound: Vec<u8>,
     connecting: bool,
-    sending: bool,
+    pub(super) sending: bool,
     receiving: bool,
     looking: bool,
     resting: bool,
