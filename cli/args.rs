@@ -134,7 +134,7 @@ pub struct TlsArgs {
 pub struct Convert {
     /// The image, the top layer of its chain
     pub source: PathBuf,
-    /// Where the copy goes: a file or a block device
+    /// Where the copy goes: a file, a block device, or an NBD address (nbd://HOST/EXPORT)
     pub target: PathBuf,
     /// The source's format; raw has to be named
     #[arg(long, value_name = "FORMAT", value_parser = formats())]
@@ -231,7 +231,7 @@ pub struct Demo {
 pub struct Mirror {
     #[command(flatten)]
     pub job: Job,
-    /// Where the copy goes: a file or a block device
+    /// Where the copy goes: a file, a block device, or an NBD address (nbd://HOST/EXPORT)
     pub target: String,
     /// Copy only what the top layer holds; the target has the same backing as the source
     #[arg(long)]

@@ -17,6 +17,7 @@ mod failure;
 mod image;
 mod listener;
 mod output;
+mod place;
 mod size;
 mod text;
 mod verbs;

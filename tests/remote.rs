@@ -4,15 +4,16 @@ mod support;
 use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::Path;
+use std::process::Command;
 use std::thread::JoinHandle;
 use std::time::Duration;
 use support::daemon::{Daemon, program};
 use support::images::{holding, random_chain};
 use support::random::Random;
+use support::server::Server;
 use support::tools::{output, ran, told};
-use support::{assert_same, eventually, folder};
+use support::{assert_same, folder};
 
 const DISK_LEN: usize = 24 << 20;
 
@@ -20,62 +21,6 @@ const DISK_LEN: usize = 24 << 20;
 fn disk() -> Vec<u8> {
     let byte = |at: usize| (at / 512 * 31 + at) as u8 | 1;
     (0..DISK_LEN).map(|at| if at >> 20 & 3 == 1 { 0 } else { byte(at) }).collect()
-}
-
-/// A server of somebody else's. Killed and reaped when it is dropped.
-struct Server {
-    child: Child,
-    socket: PathBuf,
-}
-
-impl Server {
-    /// `qemu-nbd` with these words, for as long as one client stays.
-    #[track_caller]
-    fn qemu(folder: &Path, words: &[&str]) -> Self {
-        let pid_file = folder.join("qemu-nbd.pid");
-        let mut command = Command::new("qemu-nbd");
-        command.arg("--socket").arg(folder.join("served")).arg("--pid-file").arg(&pid_file).args(words);
-        Self::start(command, folder, &pid_file)
-    }
-
-    /// `nbdkit` with these words.
-    #[track_caller]
-    fn nbdkit(folder: &Path, words: &[&str]) -> Self {
-        let pid_file = folder.join("nbdkit.pid");
-        let mut command = Command::new("nbdkit");
-        command.arg("-f").arg("-U").arg(folder.join("served")).arg("-P").arg(&pid_file).args(words);
-        Self::start(command, folder, &pid_file)
-    }
-
-    #[track_caller]
-    fn start(mut command: Command, folder: &Path, pid_file: &Path) -> Self {
-        let socket = folder.join("served");
-        for file in [pid_file, &socket] {
-            // What an earlier one left.
-            let _ = std::fs::remove_file(file);
-        }
-        let child = command.stdin(Stdio::null()).spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
-        let mut server = Self { child, socket };
-        // Both write it when they listen; a connection would be taken for a client.
-        eventually("the server listens", || {
-            let ended = server.child.try_wait().expect("waiting for our child");
-            assert!(ended.is_none(), "{command:?} ended ({ended:?}) instead of serving");
-            std::fs::read(pid_file).is_ok_and(|pid| !pid.is_empty()).then_some(())
-        });
-        server
-    }
-
-    fn uri(&self, export: &str) -> String {
-        format!("nbd+unix:///{export}?socket={}", self.socket.display())
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        // One that ended by itself is only reaped.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }
 
 fn converting(source: &str, format: Option<&str>, out: &Path) -> Command {
@@ -145,7 +90,7 @@ fn every_server_is_read_whole() {
         (vec!["--no-sr", "file", &file], "raw"),
         (vec!["--mask-handshake=0", "file", &file], "raw"),
         (vec!["--filter=delay", "file", &file, "rdelay=1ms"], "raw"),
-        (vec!["--filter=retry-request", "--filter=error", "file", &file, "error-pread-rate=10%"], "raw"),
+        (vec!["--filter=retry-request", "--filter=error", "file", &file, "error-pread-rate=1%"], "raw"),
     ] {
         let server = Server::nbdkit(folder.path(), &words);
         let found = converted(&server.uri(""), Some(format), folder.path());
@@ -179,7 +124,7 @@ fn an_image_is_read_through_an_export_below_it() {
         ] {
             let words = ["-r", "-e", shared, "-x", "disk", "-f", chain.format, &base];
             let server = Server::qemu(folder.path(), &words);
-            let name = name.replace("SOCKET", &server.socket.display().to_string());
+            let name = name.replace("SOCKET", &server.socket().display().to_string());
             let over = folder.path().join("over.qcow2");
             let mut create = Command::new("qemu-img");
             create.args(["create", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b", &name]).arg(&over);

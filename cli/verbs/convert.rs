@@ -4,16 +4,15 @@ use crate::bar::Bar;
 use crate::creation;
 use crate::failure::Failure;
 use crate::output::{remark, say};
+use crate::place::place;
 use crate::size;
 use engine::daemon::{ConvertOptions, convert};
 use formats::backing::Location;
-use std::path::absolute;
 use std::time::Instant;
 
 /// Copies the source to the target.
 pub fn run(args: Convert) -> Result<(), Failure> {
-    let target =
-        absolute(&args.target).map_err(|error| Failure::new(format!("target '{}': {error}", args.target.display())))?;
+    let target = place(&args.target)?;
     let options = ConvertOptions {
         source: Location::of_argument(&args.source).map_err(|error| Failure::new(error.one_line()))?,
         source_format: args.source_format,

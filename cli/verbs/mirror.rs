@@ -5,10 +5,11 @@ use crate::client::Client;
 use crate::creation;
 use crate::failure::Failure;
 use crate::output::{remark, say};
+use crate::place::place;
 use crate::text;
 use engine::control::{Code, MirrorRequest, Started, Status, TargetFormat};
 use serde_json::{Value, json};
-use std::path::absolute;
+use std::path::Path;
 use std::time::Duration;
 
 /// How often progress is looked at.
@@ -58,7 +59,7 @@ impl Stay {
 fn request(args: Mirror) -> Result<MirrorRequest, Failure> {
     Ok(MirrorRequest {
         export: args.job.export,
-        target: place(args.target)?,
+        target: name(&args.target)?,
         shallow: args.shallow,
         reuse_external: args.reuse_external,
         format: if args.raw { Some(TargetFormat::Raw) } else { args.format },
@@ -73,12 +74,9 @@ fn request(args: Mirror) -> Result<MirrorRequest, Failure> {
 }
 
 /// The daemon has a working folder of its own, so a path is made absolute here.
-fn place(target: String) -> Result<String, Failure> {
-    if target.contains("://") {
-        return Ok(target);
-    }
-    let path = absolute(&target).map_err(|error| Failure::new(format!("target '{target}': {error}")))?;
-    path.into_os_string().into_string().map_err(|_| Failure::new("the working folder's name is not UTF-8"))
+fn name(target: &str) -> Result<String, Failure> {
+    let named = place(Path::new(target))?.into_os_string().into_string();
+    named.map_err(|_| Failure::new("the working folder's name is not UTF-8"))
 }
 
 fn pivot(client: &mut Client, export: &str) -> Result<(), Failure> {

@@ -107,6 +107,15 @@ impl Mirror {
         self.work.ring();
     }
 
+    /// Marks what the target may have lost before its flush that is just over. True where there is any.
+    pub fn mark_doubtful(&self) -> bool {
+        let disk = ByteRange { start: 0, end: self.source.size() };
+        let doubtful = self.target.take_doubtful();
+        let doubtful: Vec<ByteRange> = doubtful.into_iter().map(|range| range.intersect(disk)).collect();
+        doubtful.iter().filter(|range| !range.is_empty()).for_each(|range| self.written(*range));
+        !doubtful.is_empty()
+    }
+
     /// Whether guest writes go to the target as well, where the copy has been already.
     pub fn write_both(&self) -> bool {
         self.write_both.load(Ordering::Acquire)

@@ -20,6 +20,7 @@ use formats::raw::Raw;
 use formats::storage::Storage;
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 use std::fs;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -58,9 +59,24 @@ impl Access {
     }
 }
 
-/// Opens the chain whose top is at `path`.
+/// Opens the chain whose top is at `path`, which may be an NBD address.
 pub fn open_disk(path: &Path, format: Option<TargetFormat>, access: Access) -> Result<Disk> {
-    open_disk_at(&Location::File(path.to_owned()), format, access)
+    open_disk_at(&Location::of_argument(path)?, format, access)
+}
+
+/// Opens the raw disk that an export is.
+pub fn open_export(remote: Arc<Remote>, access: Access) -> Result<Disk> {
+    let named = remote.address().clone();
+    let opened = Opened::from_export(remote, Some(TargetFormat::Raw), &access).map_err(|error| error.at(named))?;
+    Ok(Disk::new(Chain::new(vec![Arc::new(opened.layer)]), !access.writable))
+}
+
+/// The export that a target or a truth is, where its name is an NBD address.
+pub fn export_named(path: &Path) -> Option<Address> {
+    match Location::of_argument(path) {
+        Ok(Location::Nbd(address)) => Some(address),
+        Ok(Location::File(_)) | Err(_) => None,
+    }
 }
 
 /// Opens the chain whose top is at `location`.
@@ -73,7 +89,7 @@ pub fn open_disk_at(location: &Location, format: Option<TargetFormat>, access: A
 pub fn open_chain(location: &Location, format: Option<TargetFormat>, access: Access) -> Result<Chain> {
     let cache = access.cache;
     let top = Opened::at(location, format, &access)?;
-    let mut seen: Vec<Seen> = std::iter::once(top.identity).chain(top.data_identity).collect();
+    let mut seen: Vec<Identity> = std::iter::once(top.identity).chain(top.data_identity).collect();
     let mut below = top.below;
     let mut layers = vec![Arc::new(top.layer)];
     while let Some((location, format)) = below {
@@ -125,26 +141,39 @@ pub fn recover(path: &Path, format: TargetFormat, changes: &[Change]) -> Result<
     brought.map_err(|error| error.at(path.display()))
 }
 
-/// What tells one file from another whatever its name: device and inode, or the device that it is.
-pub type Identity = (u64, u64);
+/// What tells one place of an image from another.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Identity {
+    /// A file, whatever its name: device and inode, or the device that it is.
+    File(u64, u64),
+    /// An export, by its address: nobody knows whether two of them lead to one server.
+    Export(String),
+}
 
-/// The identity of the file at `path`.
+/// The identity of the file at `path`, or of the export that it names.
 pub fn identity(path: &Path) -> Result<Identity> {
+    if let Some(address) = export_named(path) {
+        return Ok(Identity::Export(address.to_string()));
+    }
     let metadata = fs::metadata(path).context(|| format!("{}: stat", path.display()))?;
     Ok(identity_of(&metadata))
 }
 
 fn identity_of(metadata: &fs::Metadata) -> Identity {
     match metadata.file_type().is_block_device() {
-        true => (u64::MAX, metadata.rdev()),
-        false => (metadata.dev(), metadata.ino()),
+        true => Identity::File(u64::MAX, metadata.rdev()),
+        false => Identity::File(metadata.dev(), metadata.ino()),
     }
 }
 
 /// The full name by which a file is found again: its real one. A block device keeps the name that it
 /// was given, for what a link like `/dev/vg/disk` leads to (`/dev/dm-3`) may be another device after a
-/// reboot. A file that is not there has its folder's real name and its own.
+/// reboot. A file that is not there has its folder's real name and its own. An export has its address.
 pub fn lasting_name(path: &Path) -> std::io::Result<PathBuf> {
+    if let Some(address) = export_named(path) {
+        return Ok(address.to_string().into());
+    }
     match fs::metadata(path) {
         Ok(metadata) if metadata.file_type().is_block_device() => std::path::absolute(path),
         Ok(_) => path.canonicalize(),
@@ -168,6 +197,9 @@ pub fn sync_folder(folder: &Path) -> Result<()> {
 /// The files that the image at `path` is in, as far as can be seen: itself, and its external data file. A
 /// disk that is named raw has none, whatever its guest wrote into it.
 pub fn files_of(path: &Path, format: Option<TargetFormat>) -> Vec<PathBuf> {
+    if export_named(path).is_some() {
+        return vec![path.to_owned()];
+    }
     let header = || open_file(path, false).and_then(|file| read_header(&FileStorage::new(file.buffered))).ok();
     let header = if format == Some(TargetFormat::Raw) { None } else { header() };
     let data_file = header.and_then(|header| header.data_file?.resolve(path).ok());
@@ -181,19 +213,12 @@ pub fn probe_format(path: &Path) -> Result<TargetFormat> {
     decide_format(&storage, None).map_err(|error| error.at(path.display()))
 }
 
-/// What a layer is known by when it comes again.
-#[derive(PartialEq)]
-enum Seen {
-    File(Identity),
-    Export(Address),
-}
-
 /// One layer, and what it says is below it.
 struct Opened {
     layer: Layer,
-    identity: Seen,
+    identity: Identity,
     /// Of its external data file.
-    data_identity: Option<Seen>,
+    data_identity: Option<Identity>,
     below: Below,
 }
 
@@ -207,19 +232,21 @@ impl Opened {
         match location {
             Location::File(path) => Self::new(path, format, access),
             Location::Nbd(address) => {
-                let remote = Remote::open(address)?;
+                let remote = Remote::open(address, access.writable)?;
                 Self::from_export(remote, format, access).map_err(|error| error.at(address))
             }
         }
     }
 
     fn from_export(remote: Arc<Remote>, format: Option<TargetFormat>, access: &Access) -> Result<Self> {
-        if access.writable {
-            return Err(Error::unsupported("an export of another server can be read only"));
+        if access.writable && format != Some(TargetFormat::Raw) {
+            return Err(Error::unsupported(
+                "an export is written as a raw disk only: name the format raw, and let the server keep the image",
+            ));
         }
         let address = remote.address().clone();
         let storage: Arc<dyn Storage> = Arc::clone(&remote) as _;
-        let identity = Seen::Export(address.clone());
+        let identity = Identity::Export(address.to_string());
         let (image, below) = open_image(&Location::Nbd(address.clone()), &identity, storage, format, access)?;
         let path = PathBuf::from(address.to_string());
         let file = DataFile::buffered(File::remote(remote));
@@ -236,7 +263,7 @@ impl Opened {
         if access.writable {
             mend_dirty(path, &storage, format)?;
         }
-        let (location, identity) = (Location::File(path.to_owned()), Seen::File(file.identity));
+        let (location, identity) = (Location::File(path.to_owned()), file.identity.clone());
         let (image, below) = open_image(&location, &identity, Arc::clone(&storage) as _, format, access)?;
         if image.flush_first {
             storage.flush().context(|| "flush")?;
@@ -246,7 +273,7 @@ impl Opened {
         let (file, apart, data_identity) = match image.data {
             None => (file.data_file(path, access.writable, cache)?, None, None),
             Some(data) => {
-                let identity = Seen::File(data.file.identity);
+                let identity = data.file.identity.clone();
                 let tables = file.data_file(path, access.writable, Cache::Writeback)?.file().clone();
                 let (data_path, file) = data.taken(access)?;
                 (file, Some(Apart { tables, data_path }), Some(identity))
@@ -276,7 +303,7 @@ type Below = Option<(Location, Option<TargetFormat>)>;
 
 fn open_image(
     location: &Location,
-    own: &Seen,
+    own: &Identity,
     storage: Arc<dyn Storage>,
     format: Option<TargetFormat>,
     access: &Access,
@@ -297,7 +324,7 @@ fn open_image(
 
 fn open_qcow2(
     location: &Location,
-    own: &Seen,
+    own: &Identity,
     storage: Arc<dyn Storage>,
     access: &Access,
 ) -> Result<(OpenImage, Below)> {
@@ -339,7 +366,7 @@ struct External {
 
 impl External {
     /// The file of this name; `own` is what the image at `image` is known by.
-    fn open(name: &formats::qcow2::DataFile, image: &Location, own: &Seen, access: &Access) -> Result<Self> {
+    fn open(name: &formats::qcow2::DataFile, image: &Location, own: &Identity, access: &Access) -> Result<Self> {
         let Location::File(image) = image else {
             return Err(Error::unsupported(
                 "an image in an export cannot have its data in another file: bring it into one with qemu-img convert",
@@ -349,7 +376,7 @@ impl External {
         // QEMU takes a relative name from the folder that it runs in, so the file may be there.
         let named = "its data file (a relative name counts from the image's folder)";
         let file = open_file(&path, access.writable).map_err(|error| error.at(named))?;
-        if Seen::File(file.identity) == *own {
+        if file.identity == *own {
             return Err(Error::malformed(format!("its data file {} is the image itself", path.display())));
         }
         Ok(Self { path, file })

@@ -137,6 +137,7 @@ impl Pivot {
         pause_max: Duration,
     ) -> Self {
         let stage = Stage::Drain(gate.close());
+        mirror.target.hurry(true);
         Self { mirror, gate, end, stage, record_file, deadline: now.saturating_add(pause_max), failed: None }
     }
 
@@ -175,7 +176,7 @@ impl Pivot {
                         return Step::Busy;
                     }
                     let Stage::FlushTarget(task) = std::mem::replace(&mut self.stage, Stage::Over) else { continue };
-                    if let Err(error) = task.end().0 {
+                    if let Err(error) = task.end().0.and_then(|()| self.refuse_doubt()) {
                         return self.undo(error);
                     }
                     match &self.end {
@@ -234,8 +235,17 @@ impl Pivot {
         }
     }
 
+    /// A flush says nothing of what the target's server may have lost before it.
+    fn refuse_doubt(&self) -> Result<()> {
+        match self.mirror.mark_doubtful() {
+            false => Ok(()),
+            true => Err(Error::invalid("the target's server was out of reach: what it may have lost is copied again")),
+        }
+    }
+
     /// Somebody's request takes too long, and all others wait for it: they go on beside it.
     fn undo_drain(&mut self) -> Step {
+        self.mirror.target.hurry(false);
         self.gate.reopen();
         self.stage = Stage::Over;
         Step::Done(Err(Error::invalid("requests that were under way took longer than the pause allows")))
@@ -257,6 +267,7 @@ impl Pivot {
     }
 
     fn open(&mut self, route: Route) {
+        self.mirror.target.hurry(false);
         self.gate.open(route);
         self.stage = Stage::Over;
     }

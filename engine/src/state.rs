@@ -9,7 +9,7 @@
 use crate::control::MirrorRequest;
 use crate::io::{File, Words};
 use crate::journal::{BootId, Owner, WORDS, WordJournal};
-use crate::open::sync_folder;
+use crate::open::{Identity, sync_folder};
 use crate::pivot::RecordFile;
 use formats::error::{Context, Error, Result};
 use formats::journal::Change;
@@ -154,8 +154,8 @@ impl StateFolder {
 pub struct KeptJob {
     /// Path of the source's top image.
     pub source: String,
-    /// Device and inode of the target.
-    pub target_identity: (u64, u64),
+    /// Device and inode of the target, or its address.
+    pub target_identity: Identity,
     /// What was asked for; its target is there already.
     pub request: MirrorRequest,
 }

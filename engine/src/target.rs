@@ -11,20 +11,27 @@
 //!    x      .    x   refused, unless the source is one raw file
 //!    .      x    x   there already, raw; the whole chain
 //! ```
+//!
+//! An export of another server is there already, asked for or not, and raw: it is what its server makes of it.
 mod creation;
 mod data_file;
 
 use crate::chain::Layer;
 use crate::control::creation::Preallocation;
 use crate::control::options::Cache;
-use crate::control::{Code, MirrorRequest, Refusal, TargetFormat};
+use crate::control::{Code, MirrorRequest, Mode, Refusal, TargetFormat};
 use crate::disk::Disk;
 use crate::io::FileStorage;
-use crate::open::{Access, files_of, identity, lasting_name, open_disk, open_on, probe_format, sync_folder};
+use crate::io::remote::Remote;
+use crate::open::{
+    Access, files_of, identity, lasting_name, open_disk, open_export, open_on, probe_format, sync_folder,
+};
 use creation::{Creation, SECTOR};
+use formats::backing::Location;
 use formats::error::{Context, Error, Result};
 use formats::image::Zeroing;
 use formats::journal::Journal;
+use formats::nbd::{Address, Server};
 use formats::qcow2::header::autoclear;
 use formats::qcow2::{Header, read_header};
 use formats::storage::Storage;
@@ -52,6 +59,8 @@ pub struct Plan {
     creation: Option<Creation>,
     /// What is there.
     found: Found,
+    /// The target, where it is an export: reached once, for its server may take nobody twice.
+    remote: Option<Arc<Remote>>,
     /// Chunks have 2 to this bytes.
     pub chunk_bits: u32,
     /// What the request was taken to mean, a sentence each.
@@ -66,6 +75,10 @@ pub struct Target {
     pub is_zero: bool,
 }
 
+/// Why a guest's writes never wait for a remote target.
+pub const NO_BLOCKING: &str = "the guest would wait for another server, also while that is out of reach: a remote \
+                               target is written to in the background; leave out the mode";
+
 /// Gives the image of a full path the journal that keeps its mappings through a kill.
 pub type Journals<'a> = &'a dyn Fn(&Path) -> Result<Arc<dyn Journal>>;
 
@@ -73,7 +86,11 @@ pub type Journals<'a> = &'a dyn Fn(&Path) -> Result<Arc<dyn Journal>>;
 pub fn plan(request: &MirrorRequest, source: &Disk) -> std::result::Result<Plan, Refusal> {
     let layers = source.chain().layers();
     let chunk_bits = chunk_bits(request.granularity)?;
-    let path = full_path(Path::new(&request.target))?;
+    let address = address(&request.target)?;
+    let path = match &address {
+        Some(address) => address.to_string().into(),
+        None => full_path(Path::new(&request.target))?,
+    };
     let mut notes = Vec::new();
     let raw = request.format == Some(TargetFormat::Raw);
     if request.shallow && raw && !request.reuse_external && !(layers.len() == 1 && layers[0].format == "raw") {
@@ -88,8 +105,9 @@ pub fn plan(request: &MirrorRequest, source: &Disk) -> std::result::Result<Plan,
         notes.push("the source has no backing, so the shallow copy is a full one".to_owned());
     }
     refuse_own_layers(&path, request.format, layers)?;
-    let found = Found::look(&path)?;
-    let (format, create) = match request.reuse_external {
+    let remote = address.map(|address| Remote::open(&address, true)).transpose().map_err(|error| failed(&error))?;
+    let found = if remote.is_some() { Found::Export } else { Found::look(&path)? };
+    let (format, create) = match request.reuse_external || found == Found::Export {
         true => (found.reuse(&path, request.format)?, false),
         false => (found.create(&path, request.format, layers)?, true),
     };
@@ -103,7 +121,7 @@ pub fn plan(request: &MirrorRequest, source: &Disk) -> std::result::Result<Plan,
         }
         false => None,
     };
-    let plan = Plan { path, format, shallow, creation, found, chunk_bits, notes };
+    let plan = Plan { path, format, shallow, creation, found, remote, chunk_bits, notes };
     plan.check_options(request)?;
     if plan.creation.is_none() || found == Found::Device {
         plan.check_size(source)?;
@@ -140,6 +158,15 @@ impl Plan {
         Ok(())
     }
 
+    /// Refuses a target that a guest's disk could not live on.
+    pub fn refuse_following(&self, request: &MirrorRequest) -> std::result::Result<(), Refusal> {
+        let Some(remote) = &self.remote else { return Ok(()) };
+        if request.mode == Mode::WriteBlocking {
+            return Err(unsupported(format!("{}: {NO_BLOCKING}", self.path.display())));
+        }
+        remote.refuse_following().map_err(|error| unsupported(error.one_line()))
+    }
+
     /// How zeroes of the source are brought over: space that was taken in advance is kept.
     pub fn zeroing(&self) -> Zeroing {
         let sparse = self.creation.as_ref().is_none_or(Creation::is_sparse);
@@ -149,6 +176,12 @@ impl Plan {
     fn try_open(&self, source: &Disk, cache: Cache, journals: Journals) -> Result<Target> {
         if let Some(creation) = &self.creation {
             self.make(creation)?;
+        }
+        if let Some(remote) = &self.remote {
+            // Shallow, what is below it has to stay.
+            let is_zero = !self.shallow && remote.is_zero().context(|| self.path.display().to_string())?;
+            let access = Access { size: Some(source.size()), ..Access::writable(cache) };
+            return Ok(Target { disk: open_export(Arc::clone(remote), access)?, is_zero });
         }
         let path = lasting_name(&self.path).context(|| self.path.display().to_string())?;
         let access = Access {
@@ -199,7 +232,10 @@ impl Plan {
         if self.creation.is_some() && self.format == TargetFormat::Qcow2 {
             return Ok(());
         }
-        let found = virtual_size(&self.path, self.format).map_err(|error| failed(&error))?;
+        let found = match &self.remote {
+            Some(remote) => remote.size(),
+            None => virtual_size(&self.path, self.format).map_err(|error| failed(&error))?,
+        };
         let wanted = source.size();
         let fits = match self.format {
             TargetFormat::Raw => found >= wanted,
@@ -254,6 +290,8 @@ enum Found {
     Empty,
     File,
     Device,
+    /// Another server's export.
+    Export,
 }
 
 impl Found {
@@ -277,13 +315,20 @@ impl Found {
         let _ = match self {
             Self::Nothing => fs::remove_file(path),
             Self::Empty => fs::File::options().write(true).truncate(true).open(path).map(drop),
-            Self::File | Self::Device => Ok(()),
+            Self::File | Self::Device | Self::Export => Ok(()),
         };
     }
 
     /// The format of a target that has to be there.
     fn reuse(self, path: &Path, named: Option<TargetFormat>) -> std::result::Result<TargetFormat, Refusal> {
         match (self, named) {
+            (Self::Export, Some(TargetFormat::Qcow2)) => Err(unsupported(format!(
+                "{}: an export is written as a raw disk only: let its server keep the image (qemu-nbd -f qcow2), and \
+                 leave out the format",
+                path.display()
+            ))),
+            // It is a disk as it is, whatever its first bytes say.
+            (Self::Export, _) => Ok(TargetFormat::Raw),
             (Self::Nothing, _) => Err(Refusal {
                 code: Code::OperationFailed,
                 message: format!(
@@ -314,7 +359,7 @@ impl Found {
                 "{}: a block device is taken only with its format named: use --raw or --format",
                 path.display()
             ))),
-            Self::Nothing | Self::Empty | Self::Device => {
+            Self::Nothing | Self::Empty | Self::Device | Self::Export => {
                 let like_source = if layers[0].format == "raw" { TargetFormat::Raw } else { TargetFormat::Qcow2 };
                 Ok(named.unwrap_or(like_source))
             }
@@ -336,6 +381,18 @@ fn chunk_bits(granularity: u64) -> std::result::Result<u32, Refusal> {
             "a granularity of {granularity} bytes: it has to be a power of two from {GRANULARITY_MIN} to \
              {GRANULARITY_MAX}"
         ))),
+    }
+}
+
+/// The address that a target is named by, if it is one.
+fn address(target: &str) -> std::result::Result<Option<Address>, Refusal> {
+    let location = Location::of_argument(Path::new(target)).map_err(|error| invalid(error.one_line()))?;
+    match location {
+        Location::File(_) => Ok(None),
+        Location::Nbd(Address { server: Server::Unix { path }, .. }) if !path.starts_with('/') => {
+            Err(invalid(format!("{target}: name the socket by its full path")))
+        }
+        Location::Nbd(address) => Ok(Some(address)),
     }
 }
 

@@ -16,6 +16,7 @@ pub fn program() -> PathBuf {
 
 /// A daemon that serves. Killed and reaped when it is dropped.
 pub struct Daemon {
+    /// The program and its words, or those of one that runs it.
     args: Vec<String>,
     folder: PathBuf,
     child: Option<Child>,
@@ -31,7 +32,14 @@ impl Daemon {
     /// The same, with more options of `serve`.
     #[track_caller]
     pub fn serve_with<S: AsRef<str>>(folder: &Path, exports: &[S], options: &[&str]) -> Self {
-        let mut args = vec!["serve".to_owned()];
+        Self::serve_through(&[], folder, exports, options)
+    }
+
+    /// The same, run by the program of these words, whose process it takes over.
+    #[track_caller]
+    pub fn serve_through<S: AsRef<str>>(through: &[&str], folder: &Path, exports: &[S], options: &[&str]) -> Self {
+        let mut args: Vec<String> = through.iter().map(|word| (*word).to_owned()).collect();
+        args.extend([program().display().to_string(), "serve".to_owned()]);
         for export in exports {
             args.extend(["--export".to_owned(), export.as_ref().to_owned()]);
         }
@@ -49,13 +57,13 @@ impl Daemon {
     pub fn start(&mut self) {
         assert!(self.child.is_none(), "the daemon runs already");
         let log = File::options().create(true).append(true).open(self.log_file()).expect("the daemon's log");
-        let child = Command::new(program())
-            .args(&self.args)
+        let child = Command::new(&self.args[0])
+            .args(&self.args[1..])
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("one more descriptor"))
             .stderr(log)
             .spawn()
-            .unwrap_or_else(|error| panic!("{}: {error}", program().display()));
+            .unwrap_or_else(|error| panic!("{}: {error}", self.args[0]));
         self.child = Some(child);
         eventually("the daemon serves", || {
             let ended = self.child.as_mut().and_then(|child| child.try_wait().expect("waiting for our child"));

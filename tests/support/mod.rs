@@ -8,6 +8,7 @@ pub mod daemon;
 pub mod images;
 pub mod nbd;
 pub mod random;
+pub mod server;
 pub mod tools;
 pub mod vm;
 pub mod writer;

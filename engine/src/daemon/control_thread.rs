@@ -6,14 +6,17 @@ use super::listen::Listening;
 use super::threads::Worker;
 use crate::control::options::Cache;
 use crate::control::qmp::Call;
-use crate::control::{Code, Event, MirrorRequest, Refusal, Reply, Request, Status};
+use crate::control::{Code, Event, MirrorRequest, Mode, Refusal, Reply, Request, Status};
 use crate::disk::Tools;
+use crate::io::remote::Remotes;
 use crate::io::{Arena, Buffer, Completion, File, Io, Op, Ring, Token, Wait, Waker};
 use crate::job::Phase;
-use crate::open::{files_of, identity};
+use crate::open::{Identity, export_named, files_of, identity};
 use crate::state::StateFolder;
+use crate::target::NO_BLOCKING;
 use crate::tls::Credentials;
 use formats::error::Result;
+use formats::nbd::{Address, Server};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use std::collections::BTreeMap;
 use std::io;
@@ -52,7 +55,7 @@ const RESTED: u64 = 7;
 const SPAN: u32 = 8;
 
 pub(super) struct ControlThread {
-    ring: Ring,
+    ring: Remotes<Ring>,
     arena: Arena,
     waker: Waker,
     signals: File,
@@ -63,6 +66,8 @@ pub(super) struct ControlThread {
     cache: Cache,
     credentials: Option<Arc<Credentials>>,
     state: StateFolder,
+    /// The Unix sockets that it serves at.
+    sockets: Vec<Identity>,
     sessions: Vec<Worker>,
     clients: BTreeMap<u64, Connection>,
     client_next: u64,
@@ -94,7 +99,7 @@ impl ControlThread {
             signal_hook::low_level::pipe::register(signal, signalled.try_clone()?)?;
         }
         Ok(Self {
-            ring: Ring::new(64, &arena)?,
+            ring: Remotes::new(Ring::new(64, &arena)?),
             arena,
             waker: Waker::new()?,
             signals: File::new(signals),
@@ -104,6 +109,7 @@ impl ControlThread {
             cache,
             credentials,
             state,
+            sockets: Vec::new(),
             sessions: Vec::new(),
             clients: BTreeMap::new(),
             client_next: 0,
@@ -154,6 +160,8 @@ impl ControlThread {
 
     /// Serves until it is told to end.
     pub fn run(&mut self, nbd: &[Listening], control: &Listening) -> io::Result<()> {
+        let sockets = nbd.iter().filter_map(|listening| listening.path.as_deref());
+        self.sockets = sockets.filter_map(|path| identity(path).ok()).collect();
         let listeners: Vec<(u64, File)> =
             nbd.iter().map(|listening| listening.file.clone()).zip(0..).map(|(f, n)| (n, f)).collect();
         self.ring.submit(token(WAKE, 0), Op::Wake { waker: self.waker.clone() });
@@ -309,6 +317,9 @@ impl ControlThread {
             },
             Request::Pause(name) => self.with_job(&name, |active| active.job.pause(true)),
             Request::Resume(name) => self.with_job(&name, |active| active.job.pause(false)),
+            Request::Set { export, mode: Some(Mode::WriteBlocking), .. } if self.is_remote(&export) => {
+                Err(refuse(Code::ConfigUnsupported, format!("export {export}: {NO_BLOCKING}")))
+            }
             Request::Set { export, speed, mode } => self.with_job(&export, |active| {
                 if let Some(speed) = speed {
                     active.job.mirror().rate.set(speed);
@@ -324,6 +335,12 @@ impl ControlThread {
             }
         };
         Some(answer)
+    }
+
+    /// True where the export's job has another server's export for its target.
+    fn is_remote(&self, export: &str) -> bool {
+        let active = self.find(export).ok().and_then(|number| self.jobs.get(&number));
+        active.is_some_and(|active| active.job.mirror().target.is_remote())
     }
 
     /// The client is answered when the job of this export is over.
@@ -375,6 +392,12 @@ impl ControlThread {
     /// A target that another export serves or another job writes would be written by two.
     fn refuse_in_use(&self, number: usize, request: &MirrorRequest) -> std::result::Result<(), Refusal> {
         let target = &request.target;
+        if let Some(Address { server: Server::Unix { path }, .. }) = export_named(Path::new(target))
+            && identity(Path::new(&path)).is_ok_and(|socket| self.sockets.contains(&socket))
+        {
+            let message = format!("{target}: that is this daemon's own socket: name another server's");
+            return Err(refuse(Code::InvalidArg, message));
+        }
         // What is not there yet is nobody's.
         let files = files_of(Path::new(target), request.format);
         let files: Vec<_> = files.iter().filter_map(|file| identity(file).ok()).collect();

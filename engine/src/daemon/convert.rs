@@ -103,7 +103,11 @@ fn copy(mirror: &Arc<Mirror>, cache: Cache, target_is_zero: bool, progress: &mut
     if cache == Cache::Unsafe {
         top.close_unsafely()?
     } else {
-        top.close()?
+        top.close()?;
+        if mirror.mark_doubtful() {
+            let what = "its server went away and came back, and may have lost what was copied before: copy it again";
+            return Err(Error::invalid(what).at(mirror.target.name()));
+        }
     }
     Ok(state(mirror))
 }

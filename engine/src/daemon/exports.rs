@@ -5,7 +5,7 @@ use crate::control::{Status, TargetFormat};
 use crate::disk::Disk;
 use crate::export::gate::{Gate, Route};
 use crate::export::session::Directory;
-use crate::open::{Access, Identity, identity, lasting_name, open_disk, probe_format, recover};
+use crate::open::{Access, Identity, export_named, identity, lasting_name, open_disk, probe_format, recover};
 use crate::pivot::RecordFile;
 use crate::state::StateFolder;
 use formats::error::{Context, Error, Result};
@@ -176,13 +176,19 @@ impl Truth {
     fn named(options: &ExportOptions, origin: &Path) -> Result<Self> {
         let format = match options.format {
             Some(format) => format,
+            None if export_named(origin).is_some() => {
+                return Err(Error::invalid(format!(
+                    "{}: another server's export is served as the raw disk that it is: add format=raw",
+                    origin.display()
+                )));
+            }
             None => probe_format(origin)?,
         };
         Ok(Self { path: origin.to_owned(), format, size: None })
     }
 
     fn open_to_read(self, cache: Cache, state: &StateFolder) -> Result<Disk> {
-        if state.has_left_behind(&self.path)? {
+        if export_named(&self.path).is_none() && state.has_left_behind(&self.path)? {
             return Err(Error::invalid(format!(
                 "{}: writes that a kill left behind are not in the image yet: serve it once without readonly",
                 self.path.display()
@@ -192,6 +198,11 @@ impl Truth {
     }
 
     fn open(self, cache: Cache, state: &StateFolder) -> Result<Disk> {
+        if export_named(&self.path).is_some() {
+            // Its server has what was answered, and there are no mappings that only we would know.
+            let access = Access { size: self.size, ..Access::writable(cache) };
+            return open_disk(&self.path, Some(self.format), access);
+        }
         let path = lasting_name(&self.path).context(|| self.path.display().to_string())?;
         let journal = state.journal(&path)?;
         let left = journal.left_behind()?;

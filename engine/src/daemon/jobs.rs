@@ -77,6 +77,7 @@ impl Active {
             return Err(Refusal::new(Code::OperationUnsupported, message));
         }
         let plan = plan(request, &source)?;
+        plan.refuse_following(request)?;
         let id = request.job_id.clone().unwrap_or_else(|| export.name.clone());
         let started = Started { job: id.clone(), notes: plan.notes.clone() };
         if request.dry_run {
@@ -227,6 +228,7 @@ impl Active {
     /// disk that is served no more as tidy as it can be.
     pub fn close(self) {
         self.job.mirror().hold(true);
+        self.job.mirror().target.hurry(self.job.phase() != Phase::Pivoted);
         self.threads.into_iter().for_each(Worker::end);
         let mirror = self.job.mirror();
         let left: &Disk = if self.job.phase() == Phase::Pivoted { &mirror.source } else { &mirror.target };

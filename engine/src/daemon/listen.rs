@@ -22,7 +22,7 @@ pub(super) struct Listening {
     pub file: File,
     /// What to call it.
     pub name: String,
-    path: Option<PathBuf>,
+    pub path: Option<PathBuf>,
 }
 
 impl Listening {

@@ -26,7 +26,7 @@ pub use convert::{ConvertOptions, Copied, convert};
 pub use map::{Run, Runs};
 
 use crate::control::options::{Access, ServeOptions};
-use crate::open::lasting_name;
+use crate::open::{export_named, lasting_name};
 use crate::state::{StateFolder, is_volatile};
 use crate::tls::Credentials;
 use control_thread::ControlThread;
@@ -91,7 +91,8 @@ fn state_folder(options: &ServeOptions) -> PathBuf {
     let folder_of = |path: &Path| lasting_name(path).ok()?.parent().map(Path::to_owned);
     let control = std::path::absolute(&options.control).unwrap_or_else(|_| options.control.clone());
     let beside = control.parent().unwrap_or(&control).to_owned();
-    let image = options.exports.first().and_then(|export| folder_of(&export.file));
+    let first = options.exports.first().filter(|export| export_named(&export.file).is_none());
+    let image = first.and_then(|export| folder_of(&export.file));
     match image {
         Some(image) if is_volatile(&beside) && !is_volatile(&image) => image.join(name),
         _ => beside.join(name),

@@ -3,7 +3,7 @@
 //! The kernel ends a dead process's operations after the process: a write of it could land on what
 //! the next daemon wrote already. Each such operation keeps its open file, and that its lock.
 use crate::control::TargetFormat;
-use crate::open::files_of;
+use crate::open::{export_named, files_of};
 use formats::error::{Context, Error, Result};
 use rustix::fs::{FlockOperation, OFlags, flock};
 use rustix::io::Errno;
@@ -16,8 +16,12 @@ use std::time::{Duration, Instant};
 const MAX: Duration = Duration::from_secs(30);
 const PAUSE: Duration = Duration::from_millis(5);
 
-/// Until nobody has a file of the image at `path` locked.
+/// Until nobody has a file of the image at `path` locked. Another server's export is its server's affair: what a
+/// dead daemon had under way there is in that server's hands, or lost.
 pub(super) fn until_image_is_free(path: &Path, format: Option<TargetFormat>) -> Result<()> {
+    if export_named(path).is_some() {
+        return Ok(());
+    }
     files_of(path, format).iter().try_for_each(|file| until_free(file))
 }
 

@@ -64,8 +64,10 @@ impl Flush {
         self.in_kernel = false;
         if let Err(error) = result {
             // The kernel reports a failed write-back once, then forgets: another flush that succeeds
-            // would say nothing of those bytes.
-            disk.poison();
+            // would say nothing of those bytes. A server that was not reached has forgotten nothing yet.
+            if !(disk.is_remote() && error.kind() == io::ErrorKind::ConnectionAborted) {
+                disk.poison();
+            }
             self.progress = Progress::default();
             disk.bell.ring();
             let top = disk.chain().top();

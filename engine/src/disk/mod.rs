@@ -20,10 +20,13 @@ pub use task::Task;
 
 use crate::bell::Bell;
 use crate::chain::Chain;
+use crate::io::remote::Remote;
 use formats::error::{Error, Result};
 use formats::image::Zeroing;
+use formats::range::ByteRange;
 use grace::Grace;
 use inflated::Inflated;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// A disk that can be read and, unless it is read-only, written, zeroed and flushed.
@@ -75,6 +78,29 @@ impl Disk {
     /// Path of the top image, for messages.
     pub fn name(&self) -> String {
         self.chain.top().path.display().to_string()
+    }
+
+    /// The other server's export that it is, if it is one.
+    fn remote(&self) -> Option<&Arc<Remote>> {
+        self.chain.top().file.file().as_remote()
+    }
+
+    /// True where another server keeps it.
+    pub fn is_remote(&self) -> bool {
+        self.remote().is_some()
+    }
+
+    /// Somebody waits who must not wait for long: a server that is out of reach is not waited for.
+    pub fn hurry(&self, on: bool) {
+        if let Some(remote) = self.remote() {
+            remote.hurry(on);
+        }
+    }
+
+    /// What its server may have lost of what was written, since this was asked last. Asked after a flush: what is
+    /// not in the answer is durable.
+    pub fn take_doubtful(&self) -> Vec<ByteRange> {
+        self.remote().map_or_else(Vec::new, |remote| remote.take_doubtful())
     }
 
     /// A flush of it failed: nobody knows what the device has. Nothing is promised of it any more.

@@ -92,7 +92,11 @@ impl File {
 
     /// Makes everything durable that was written before. Waits: for starting and stopping.
     pub fn flush_now(&self) -> io::Result<()> {
-        self.as_fd().map_or(Ok(()), |fd| rustix::fs::fdatasync(fd).map_err(io::Error::from))
+        match &*self.0 {
+            Inner::Open(fd) => Ok(rustix::fs::fdatasync(fd)?),
+            Inner::Remote(remote) => remote.flush_now(),
+            Inner::Simulated(_) => Ok(()),
+        }
     }
 
     /// The descriptor, where there is one.

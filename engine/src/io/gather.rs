@@ -82,6 +82,14 @@ impl Gather {
     }
 }
 
+impl From<Vec<u8>> for Gather {
+    /// These bytes, which are not copied.
+    fn from(bytes: Vec<u8>) -> Self {
+        let len = bytes.len();
+        Self { bytes, pieces: vec![Piece::Bytes(0..len)], len, sent: 0 }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::{Buffer, Gather};

@@ -83,6 +83,9 @@ pub struct Job {
 enum Stage {
     /// Writes that mark nothing are still under way.
     Attaching(Leaving),
+    /// A remote target is flushed before anything is written to it: only a connection that has seen every write
+    /// can say, at the end, that a flush has made them durable.
+    Reaching(Box<Task>),
     Seeding(Seeder),
     Copying,
     /// The target is made durable before it is called ready, and before the gate closes for the end.
@@ -174,7 +177,7 @@ impl Job {
     /// Bytes that are left: never 0 before it is ready.
     pub fn remaining(&self) -> u64 {
         let unseen = match &self.stage {
-            Stage::Attaching(_) => self.parts.mirror.source.size(),
+            Stage::Attaching(_) | Stage::Reaching(_) => self.parts.mirror.source.size(),
             Stage::Seeding(seeder) => self.parts.mirror.source.size() - seeder.seen(),
             _ => 0,
         };
@@ -198,7 +201,7 @@ impl Job {
 
     /// True while writes that mark nothing may be under way: nothing may reach the target yet.
     fn is_attaching(&self) -> bool {
-        matches!(self.stage, Stage::Attaching(_))
+        matches!(self.stage, Stage::Attaching(_) | Stage::Reaching(_))
     }
 
     /// Changes how guest writes are handled from now on.
@@ -226,7 +229,7 @@ impl Job {
     /// Takes in what became of one of its operations; a step follows.
     pub fn complete<I: Io>(&mut self, tools: &mut Tools<I>, base: Token, done: Completion) {
         match &mut self.stage {
-            Stage::Settling(task) => task.complete(tools, base, done),
+            Stage::Settling(task) | Stage::Reaching(task) => task.complete(tools, base, done),
             Stage::Ending(pivot) => {
                 if let Step::Done(outcome) = pivot.complete(tools, base, done) {
                     self.ended(outcome);
@@ -239,15 +242,35 @@ impl Job {
     /// Does what can be done. Never waits. True where something is to be done at once again.
     pub fn step<I: Io>(&mut self, tools: &mut Tools<I>, base: Token) -> bool {
         self.look_at_faults(tools.io.now());
+        if matches!(self.wish, Some(Wish::GiveUp)) {
+            // What is under way has to end first.
+            self.parts.mirror.target.hurry(true);
+        }
         match &mut self.stage {
             Stage::Attaching(leaving) => {
                 if leaving.is_empty(tools.waker) || planted(fault::Fault::LookBeforeOldWritesEnd) {
-                    self.stage = Stage::Seeding(Seeder::new(self.parts.target_is_zero));
-                    self.parts.mirror.hold(self.paused);
-                    self.choose_mode();
+                    match self.parts.mirror.target.is_remote() {
+                        true => {
+                            let flush = Task::flush(Arc::clone(&self.parts.mirror.target));
+                            self.stage = Stage::Reaching(Box::new(flush));
+                        }
+                        false => self.begin_seeding(),
+                    }
                     return true;
                 }
                 self.look_at_wishes(tools)
+            }
+            Stage::Reaching(task) => {
+                if task.step(tools, base) != Status::Done {
+                    return false;
+                }
+                if let Stage::Reaching(task) = std::mem::replace(&mut self.stage, Stage::Copying)
+                    && let Err(error) = task.end().0
+                {
+                    self.parts.mirror.fail(true, error);
+                }
+                self.begin_seeding();
+                true
             }
             Stage::Seeding(seeder) => {
                 match seeder.step(&self.parts.mirror, LOOKS) {
@@ -269,6 +292,8 @@ impl Job {
                 if task.step(tools, base) == Status::Done {
                     let Stage::Settling(task) = std::mem::replace(&mut self.stage, Stage::Copying) else { return true };
                     match task.end().0 {
+                        // What is doubtful is copied again, and flushed again.
+                        Ok(()) if self.parts.mirror.mark_doubtful() => {}
                         Ok(()) if self.phase == Phase::Ready => self.flushed = true,
                         Ok(()) => self.happened(Happened::CaughtUp),
                         Err(error) => self.parts.mirror.fail(true, error),
@@ -294,6 +319,13 @@ impl Job {
             Stage::Resting => self.rest(tools),
             Stage::Over => false,
         }
+    }
+
+    /// Lets the seeder look, and the copiers at the target.
+    fn begin_seeding(&mut self) {
+        self.stage = Stage::Seeding(Seeder::new(self.parts.target_is_zero));
+        self.parts.mirror.hold(self.paused);
+        self.choose_mode();
     }
 
     /// Looks at the backlog.
@@ -322,6 +354,8 @@ impl Job {
         let both = match self.parts.mode {
             Mode::Background => false,
             _ if self.is_attaching() => false,
+            // A guest does not wait for a server that may be out of reach.
+            _ if mirror.target.is_remote() => false,
             Mode::WriteBlocking => true,
             Mode::Auto => {
                 let looked = matches!(self.stage, Stage::Copying | Stage::Settling(_));

@@ -69,12 +69,17 @@ impl Blocking {
         Ok((Self { socket, replies, inbound, lost: None }, session))
     }
 
-    /// Asks, and gives `take` what comes until all is said.
-    pub fn exchange(&mut self, ask: Ask, take: impl FnMut(Event<'_>)) -> io::Result<()> {
+    /// True where it is of no use any more.
+    pub fn is_lost(&self) -> bool {
+        self.lost.is_some()
+    }
+
+    /// Asks, with the bytes of a write, and gives `take` what comes until all is said.
+    pub fn exchange(&mut self, ask: Ask, payload: &[u8], take: impl FnMut(Event<'_>)) -> io::Result<()> {
         if let Some(why) = &self.lost {
             return Err(lost(why));
         }
-        match self.try_exchange(ask, take) {
+        match self.try_exchange(ask, payload, take) {
             Ok(outcome) => outcome,
             Err(why) => {
                 let error = lost(&why);
@@ -88,12 +93,14 @@ impl Blocking {
     fn try_exchange(
         &mut self,
         ask: Ask,
+        payload: &[u8],
         mut take: impl FnMut(Event<'_>),
     ) -> std::result::Result<io::Result<()>, String> {
         let begun = Instant::now();
         let mut request = Vec::new();
         self.replies.ask(ask, &mut request);
         send_all(&self.socket, &request)?;
+        send_all(&self.socket, payload)?;
         loop {
             let mut input = self.inbound.rest();
             let before = input.len();

@@ -1,17 +1,25 @@
-//! A thread's own connection to an export, stepped: it reaches the server, agrees with it, and reads.
+//! A thread's own connection to an export, stepped: it reaches the server, agrees with it, reads and writes.
 //!
 //! ```text
 //! Connect ─► Receive ─► negotiation ─► Send … ─► replies: Send requests, Receive into the readers' buffers
-//!                any error, or an answer that does not come in time ─► Lost: every reader fails
+//!                any error, or an answer that does not come in time ─► Lost
+//! Lost ─► read only: everything fails
+//!     └─► writable: what was asked waits again; a rest, twice as long each time ─► Connect …
+//!             RECONNECT_TIME_MAX after the last answer: what waits fails, and what comes gets one try
 //! ```
 //!
-//! Of its own it has one operation of each kind under way at most: `Part` says which one is done.
-use super::super::{Buffer, Completion, File, Op, Token};
+//! Everything that is asked again may be done twice and is the same: the bytes of a write belong to its
+//! request until it is answered. A server that still has the first one in its queue may carry it out late; so a
+//! connection is shut down before the next is made, which is all that a client can do.
+//!
+//! Of its own it has one operation of each kind under way at most: `Part` says which one is done. The next
+//! connection is begun when those of the last are over, so that none is taken for another's.
+use super::super::{Completion, File, Op, Token};
 use super::blocking::{say_goodbye, socket_for};
-use super::{ANSWER_TIME_MAX, Remote, ended, late, lost, place, refused};
-use crate::io::Gather;
-use formats::nbd::client::{Ask, Event, Negotiation, Replies};
-use formats::range::ByteRange;
+use super::request::Request;
+use super::{Remote, ended, late, lost, place, refused};
+use crate::io::{Buffer, Gather};
+use formats::nbd::client::{Event, Negotiation, Replies};
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, ErrorKind};
 use std::sync::Arc;
@@ -21,8 +29,13 @@ use std::time::Duration;
 const PIECE_LEN: usize = 256 << 10;
 /// Requests that are under way; those behind them wait here, for what a server does not take yet.
 const REQUESTS_MAX: usize = 64;
+/// Bytes that may wait to be sent before another request is put behind them.
+const OUTBOUND_MAX: usize = 2 << 20;
 /// How often it is looked whether an answer is late.
 const LOOK: Duration = Duration::from_secs(1);
+/// The first rest before a server is reached again, and the longest.
+const REST_MIN: Duration = Duration::from_millis(100);
+const REST_MAX: Duration = Duration::from_secs(2);
 
 /// Which of its operations is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,11 +44,12 @@ pub(super) enum Part {
     Send,
     Receive,
     Look,
+    Rest,
 }
 
 impl Part {
     pub fn from_number(number: u64) -> Self {
-        [Self::Connect, Self::Send, Self::Receive, Self::Look][number as usize]
+        [Self::Connect, Self::Send, Self::Receive, Self::Look, Self::Rest][number as usize]
     }
 }
 
@@ -45,15 +59,25 @@ pub(super) struct Connection {
     /// Absent before the first step, and where there is no socket to be had.
     socket: Option<File>,
     /// Not asked yet.
-    waiting: VecDeque<Reader>,
+    waiting: VecDeque<Request>,
     /// Asked, by the request's cookie.
-    pub(super) asked: BTreeMap<u64, Reader>,
+    pub(super) asked: BTreeMap<u64, Request>,
     outbound: Vec<u8>,
-    sending: bool,
+    connecting: bool,
+    pub(super) sending: bool,
     receiving: bool,
     looking: bool,
+    resting: bool,
     /// Since when the server owes something else than an answer: a connection, a negotiation.
     since: Duration,
+    /// When something was sent or received last.
+    moved: Duration,
+    /// When the first loss was after the last answer.
+    failing_since: Option<Duration>,
+    /// The next rest.
+    rest: Duration,
+    /// When this connection was made, by the export's clock.
+    established: u64,
 }
 
 enum Stage {
@@ -61,39 +85,8 @@ enum Stage {
     Connecting,
     Negotiating(Box<Negotiation>),
     Open(Replies),
-    Lost(String),
-}
-
-/// One `Op::Read`.
-pub(super) struct Reader {
-    token: Token,
-    op: Op,
-    /// What it wants and does not have yet.
-    rest: ByteRange,
-    /// What of it is asked.
-    piece: ByteRange,
-    since: Duration,
-}
-
-impl Reader {
-    fn buf(&mut self) -> (u64, &mut Buffer) {
-        let Op::Read { at, buf, .. } = &mut self.op else { unreachable!("readers read") };
-        (*at, buf)
-    }
-
-    /// The place of what is asked in the buffer.
-    fn place(&mut self) -> &mut [u8] {
-        let piece = self.piece;
-        let (at, buf) = self.buf();
-        &mut buf[(piece.start - at) as usize..][..piece.len() as usize]
-    }
-
-    fn end(mut self, result: io::Result<()>) -> Completion {
-        let start = self.buf().0;
-        // Where nothing is wanted, the read began at the disk's end or behind it.
-        let result = result.map(|()| self.rest.end.saturating_sub(start) as u32);
-        Completion { token: self.token, op: self.op, result }
-    }
+    /// Why, and until when it rests.
+    Lost(String, Duration),
 }
 
 impl Connection {
@@ -105,10 +98,16 @@ impl Connection {
             waiting: VecDeque::new(),
             asked: BTreeMap::new(),
             outbound: Vec::new(),
+            connecting: false,
             sending: false,
             receiving: false,
             looking: false,
+            resting: false,
             since: Duration::ZERO,
+            moved: Duration::ZERO,
+            failing_since: None,
+            rest: REST_MIN,
+            established: 0,
         }
     }
 
@@ -121,14 +120,12 @@ impl Connection {
         self.waiting.is_empty() && self.asked.is_empty() && Arc::strong_count(&self.remote) == 1
     }
 
-    /// Takes in a read.
-    pub fn start(&mut self, token: Token, mut op: Op, ready: &mut Vec<Completion>) {
-        let Op::Read { at, buf, .. } = &mut op else { unreachable!("exports are read") };
-        let rest = self.remote.on_disk(*at, buf.len());
-        let reader = Reader { token, op, rest, piece: rest, since: Duration::ZERO };
-        match rest.is_empty() {
-            true => ready.push(reader.end(Ok(()))),
-            false => self.waiting.push_back(reader),
+    /// Takes in an operation.
+    pub fn start(&mut self, token: Token, op: Op, ready: &mut Vec<Completion>) {
+        let (request, checked) = Request::new(&self.remote, token, op);
+        match checked {
+            Ok(()) if !request.is_empty() => self.waiting.push_back(request),
+            outcome => ready.push(request.end(&self.remote, outcome)),
         }
     }
 
@@ -137,31 +134,49 @@ impl Connection {
         if matches!(self.stage, Stage::New) {
             self.connect(now, &mut submit);
         }
+        self.reach_again(now, ready, &mut submit);
         self.ask(now);
-        if let Stage::Lost(why) = &self.stage {
-            let asked = std::mem::take(&mut self.asked).into_values();
-            ready.extend(asked.chain(self.waiting.drain(..)).map(|reader| reader.end(Err(lost(why)))));
-            return;
-        }
-        let Some(socket) = &self.socket else { return };
         let owed = !self.waiting.is_empty() || !self.asked.is_empty();
         if owed && !self.looking {
             self.looking = true;
             submit(Part::Look, Op::Timeout { after: LOOK });
         }
-        if matches!(self.stage, Stage::Connecting) {
+        let Some(socket) = &self.socket else { return };
+        if !matches!(self.stage, Stage::Negotiating(_) | Stage::Open(_)) {
             return;
         }
         if !self.sending && !self.outbound.is_empty() {
             self.sending = true;
-            let mut gather = Gather::default();
-            gather.push_bytes(&std::mem::take(&mut self.outbound));
+            let gather = Gather::from(std::mem::take(&mut self.outbound));
             submit(Part::Send, Op::Send { socket: socket.clone(), gather });
         }
         if !self.receiving {
             self.receiving = true;
             let buf = Buffer::alone(PIECE_LEN);
             submit(Part::Receive, Op::Receive { socket: socket.clone(), buf, whole: false });
+        }
+    }
+
+    /// A lost connection fails what waits for it, or is made again when it has rested.
+    fn reach_again(&mut self, now: Duration, ready: &mut Vec<Completion>, submit: &mut impl FnMut(Part, Op)) {
+        let Stage::Lost(why, until) = &self.stage else { return };
+        let until = *until;
+        let max = self.remote.reconnect_time_max();
+        let given_up = self.failing_since.is_none_or(|since| now.saturating_sub(since) >= max);
+        if !self.remote.is_kept() || (given_up && now < until) {
+            let error = |request: Request| request.end(&self.remote, Err(lost(why)));
+            ready.extend(self.waiting.drain(..).map(error));
+            return;
+        }
+        if self.waiting.is_empty() {
+            return;
+        }
+        let is_quiet = !self.connecting && !self.sending && !self.receiving;
+        if now >= until && is_quiet {
+            self.connect(now, submit);
+        } else if now < until && !self.resting {
+            self.resting = true;
+            submit(Part::Rest, Op::Timeout { after: until - now });
         }
     }
 
@@ -172,21 +187,21 @@ impl Connection {
                 let socket = File::new(socket);
                 self.socket = Some(socket.clone());
                 self.stage = Stage::Connecting;
+                self.connecting = true;
                 submit(Part::Connect, Op::Connect { socket, peer: self.remote.peer.clone() });
             }
-            Err(error) => self.lose(error.to_string()),
+            Err(error) => self.lose(error.to_string(), now),
         }
     }
 
     /// Asks for as much as may be under way.
     fn ask(&mut self, now: Duration) {
         let Stage::Open(replies) = &mut self.stage else { return };
-        while self.asked.len() < REQUESTS_MAX {
-            let Some(mut reader) = self.waiting.pop_front() else { return };
-            let piece = self.remote.piece(reader.rest);
-            reader.piece = piece.intersect(reader.rest);
-            reader.since = now;
-            self.asked.insert(replies.ask(Ask::Read(piece), &mut self.outbound), reader);
+        while self.asked.len() < REQUESTS_MAX && self.outbound.len() < OUTBOUND_MAX {
+            let Some(mut request) = self.waiting.pop_front() else { return };
+            let cookie = replies.ask(request.ask(&self.remote, now), &mut self.outbound);
+            self.outbound.extend_from_slice(request.payload());
+            self.asked.insert(cookie, request);
         }
     }
 
@@ -199,83 +214,109 @@ impl Connection {
         now: Duration,
         ready: &mut Vec<Completion>,
     ) {
+        if result.is_ok() && matches!(part, Part::Send | Part::Receive) {
+            self.moved = now;
+        }
         match part {
-            Part::Connect => {}
+            Part::Connect => self.connecting = false,
             Part::Send => self.sending = false,
             Part::Receive => self.receiving = false,
+            Part::Rest => {
+                self.resting = false;
+                return;
+            }
             Part::Look => {
                 self.looking = false;
                 return self.look(now);
             }
         }
         match (result, op) {
-            _ if matches!(self.stage, Stage::Lost(_)) => {}
+            _ if matches!(self.stage, Stage::Lost(..)) => {}
             // What was asked before may be answered still: the other direction tells how it ends.
             (Err(_), Op::Send { .. }) => {}
-            (Err(error), _) => self.lose(ended(error)),
+            (Err(error), _) => self.lose(ended(error), now),
             (Ok(_), Op::Connect { .. }) => {
                 self.stage = Stage::Negotiating(Box::new(Negotiation::new(&self.remote.address.export)));
             }
             (Ok(count), Op::Send { gather, .. }) if (count as usize) < gather.remaining() => {
-                self.lose("the server takes no requests".to_owned());
+                self.lose("the server takes no requests".to_owned(), now);
             }
-            (Ok(0), Op::Receive { .. }) => self.lose(ended(ErrorKind::UnexpectedEof.into())),
-            (Ok(count), Op::Receive { buf, .. }) => self.received(&buf[..count as usize], ready),
+            (Ok(0), Op::Receive { .. }) => self.lose(ended(ErrorKind::UnexpectedEof.into()), now),
+            (Ok(count), Op::Receive { buf, .. }) => {
+                if let Err(why) = self.received(&buf[..count as usize], ready) {
+                    self.lose(why, now);
+                }
+            }
             (Ok(_), _) => {}
         }
     }
 
-    fn received(&mut self, mut input: &[u8], ready: &mut Vec<Completion>) {
+    /// An error says why the connection is of no use any more.
+    fn received(&mut self, mut input: &[u8], ready: &mut Vec<Completion>) -> Result<(), String> {
         if let Stage::Negotiating(negotiation) = &mut self.stage {
-            match negotiation.step(&mut input, &mut self.outbound) {
-                Ok(None) => return,
-                Ok(Some(session)) if session == self.remote.session => self.stage = Stage::Open(Replies::new(session)),
-                Ok(Some(_)) => return self.lose("the export is not what it was when it was opened".to_owned()),
-                Err(error) => return self.lose(error.one_line()),
+            match negotiation.step(&mut input, &mut self.outbound).map_err(|error| error.one_line())? {
+                None => return Ok(()),
+                Some(session) if session == self.remote.session => {
+                    self.established = self.remote.tick();
+                    self.stage = Stage::Open(Replies::new(session));
+                }
+                Some(_) => return Err("the export is not what it was when it was opened".to_owned()),
             }
         }
         while let Stage::Open(replies) = &mut self.stage {
-            match replies.step(&mut input) {
-                Ok(None) => return,
-                Ok(Some(Event::Done { cookie, outcome })) => {
-                    let reader = self.asked.remove(&cookie).expect("replies are of what was asked");
-                    self.answered(reader, outcome.map_err(|failure| refused(&failure)), ready);
+            match replies.step(&mut input).map_err(|error| error.one_line())? {
+                None => break,
+                Some(Event::Done { cookie, outcome }) => {
+                    let request = self.asked.remove(&cookie).expect("replies are of what was asked");
+                    (self.failing_since, self.rest) = (None, REST_MIN);
+                    self.answered(request, outcome.map_err(|failure| refused(&failure)), ready);
                 }
-                Ok(Some(event @ (Event::Data { cookie, .. } | Event::Zero { cookie, .. }))) => {
-                    let reader = self.asked.get_mut(&cookie).expect("replies are of what was asked");
-                    place(&event, reader.piece, reader.place());
+                Some(event @ (Event::Data { cookie, .. } | Event::Zero { cookie, .. })) => {
+                    let request = self.asked.get_mut(&cookie).expect("replies are of what was asked");
+                    place(&event, request.piece, request.place());
                 }
-                Ok(Some(Event::Extent { .. })) => unreachable!("only reads are asked"),
-                Err(error) => return self.lose(error.one_line()),
+                Some(Event::Extent { .. }) => unreachable!("nobody asks for extents here"),
             }
         }
+        Ok(())
     }
 
-    /// A piece of a read is there, or is not to be had.
-    fn answered(&mut self, mut reader: Reader, outcome: io::Result<()>, ready: &mut Vec<Completion>) {
-        reader.rest.start = reader.piece.end;
+    /// What was asked is done, or is not to be had.
+    fn answered(&mut self, mut request: Request, outcome: io::Result<()>, ready: &mut Vec<Completion>) {
         match outcome {
-            Ok(()) if !reader.rest.is_empty() => self.waiting.push_front(reader),
-            outcome => ready.push(reader.end(outcome)),
+            Ok(()) if !request.advance(&self.remote, self.established) => self.waiting.push_front(request),
+            outcome => ready.push(request.end(&self.remote, outcome)),
         }
     }
 
     /// Gives up a server that is late.
     fn look(&mut self, now: Duration) {
         let oldest = match self.stage {
-            Stage::Open(_) => self.asked.values().map(|reader| reader.since).min(),
+            Stage::Open(_) => self.asked.values().map(|request| request.since).min(),
+            Stage::Lost(..) => None,
             _ => Some(self.since),
         };
-        if oldest.is_some_and(|since| now.saturating_sub(since) > ANSWER_TIME_MAX) {
-            self.lose(late());
+        let Some(since) = oldest else { return };
+        // On a slow line the last of many requests has its answer long after it was asked.
+        let is_still = now.saturating_sub(since.max(self.moved)) > self.remote.answer_time_max();
+        if is_still || now.saturating_sub(since) > self.remote.request_time_max() {
+            self.lose(late(), now);
         }
     }
 
-    fn lose(&mut self, why: String) {
+    /// It is of no use any more. What was asked is to be asked again, in the order in which it was.
+    fn lose(&mut self, why: String, now: Duration) {
         if let Some(socket) = &self.socket {
             socket.shut_down();
         }
-        self.stage = Stage::Lost(why);
+        if self.remote.is_kept() {
+            tracing::warn!("{}: the connection is lost: {why}", self.remote.address);
+        }
+        self.outbound.clear();
+        std::mem::take(&mut self.asked).into_values().rev().for_each(|request| self.waiting.push_front(request));
+        self.failing_since.get_or_insert(now);
+        self.stage = Stage::Lost(why, now + self.rest);
+        self.rest = (2 * self.rest).min(REST_MAX);
     }
 }
 

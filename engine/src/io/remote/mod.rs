@@ -2,54 +2,86 @@
 //!
 //! ```text
 //! formats: map ─► Storage: read_at, next_data, next_hole ──► Blocking: one connection, behind a lock
-//! engine:  Op::Read of a File ─► Remotes: one connection a thread and export, stepped in its ring
+//! engine:  Op::Read, Write, Zero, Flush of a File ─► Remotes: one connection a thread and export, stepped in its ring
 //! ```
 //!
 //! Whoever submits an `Op` does not know that its file is remote: `Remotes` wraps a thread's queue and carries
 //! out what belongs to an export. A server that does not promise several connections (CAN_MULTI_CONN) may take
 //! only one, as `qemu-nbd` does: there everything goes by the lock, one request at a time, and waits.
 //!
-//! A server has `CONNECT_TIME_MAX` to be reached and `ANSWER_TIME_MAX` for each answer. What takes longer, hangs
-//! up or breaks the protocol is lost: everything under way on that connection fails, and what follows too.
+//! A server has `CONNECT_TIME_MAX` to be reached and may be silent for `ANSWER_TIME_MAX` when it owes an answer; for
+//! one of many it may take `REQUEST_TIME_MAX`. What takes longer, hangs up or breaks the protocol is lost. Of an
+//! export that is read, everything under way on that connection fails, and what follows too. One that is written is
+//! *kept*: its connections are made again, with rests between, for `RECONNECT_TIME_MAX` after the last answer; its
+//! size and its abilities have to be what they were.
+//!
+//! A flush is sent on one connection and counts for all, where the server promises that (CAN_MULTI_CONN) or has
+//! only that one. What a server may have lost when it went away is told by `Remote::take_doubtful`; see
+//! `unflushed`. A mirror copies it once more. A guest that is served from here is told nothing: for it, as with
+//! QEMU's client, a server that crashes and comes back is a disk that lost its cache.
+//!
+//! Of an export that is written nobody knows where its holes are: block status is asked once, whether the whole
+//! of it reads as zeroes, before the first write.
 mod blocking;
 mod connection;
 mod known;
+mod limits;
 mod queue;
+mod request;
+mod unflushed;
 
 pub use queue::Remotes;
 
+use super::Completion;
 use blocking::Blocking;
 use formats::error::{Context, Error, Result};
 use formats::nbd::client::{Ask, Event, Failure, Session};
-use formats::nbd::wire::transmission_flag::CAN_MULTI_CONN;
+use formats::nbd::wire::state;
+use formats::nbd::wire::transmission_flag::SEND_FLUSH;
 use formats::nbd::{Address, Server};
 use formats::range::ByteRange;
 use formats::storage::Storage;
 use known::Known;
+use request::Request;
 use rustix::io::Errno;
 use rustix::net::{SocketAddrAny, SocketAddrUnix};
 use std::io;
 use std::net::ToSocketAddrs;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+use unflushed::Unflushed;
 
 /// How long reaching a server may take, each of its addresses.
 pub const CONNECT_TIME_MAX: Duration = Duration::from_secs(10);
 /// How long a server may take for an answer, and for the negotiation.
 pub const ANSWER_TIME_MAX: Duration = Duration::from_secs(30);
+/// How long a request may take while its server answers others.
+const REQUEST_TIME_MAX: Duration = Duration::from_secs(300);
+/// How long it may take where somebody waits who must not wait for long.
+const HURRIED_TIME_MAX: Duration = Duration::from_secs(5);
+/// How long a server that is written to may be out of reach before requests fail.
+pub const RECONNECT_TIME_MAX: Duration = Duration::from_secs(60);
 /// Longest request, in bytes; a power of two.
 const REQUEST_LEN_MAX: u64 = 1 << 20;
+/// Longest request for zeroes, which moves none: a server that writes them needs its time.
+const ZERO_LEN_MAX: u64 = 32 << 20;
 /// Of how much of the disk the extents are asked at a time, in bytes.
 const STATUS_LEN: u64 = 1 << 30;
 
-/// An export that is open to be read.
+/// An export that is open.
 #[derive(Debug)]
 pub struct Remote {
     address: Address,
     /// Where its server was reached.
     peer: SocketAddrAny,
     session: Session,
+    writable: bool,
     metadata: Mutex<Metadata>,
+    unflushed: Mutex<Unflushed>,
+    hurried: AtomicBool,
+    /// Counts what has to be known the order of: connections that were made, and first writes.
+    clock: AtomicU64,
 }
 
 /// What is behind the lock.
@@ -57,11 +89,22 @@ pub struct Remote {
 struct Metadata {
     connection: Blocking,
     known: Known,
+    /// When the connection was made, by the export's clock.
+    established: u64,
 }
 
 impl Remote {
-    /// Reaches the server and agrees with it. Waits: for opening.
-    pub fn open(address: &Address) -> Result<Arc<Self>> {
+    /// Reaches the server and agrees with it. Waits: for opening. What is to be written is refused where its server
+    /// does not take that.
+    pub fn open(address: &Address, writable: bool) -> Result<Arc<Self>> {
+        let remote = Self::reach(address, writable)?;
+        if writable {
+            remote.refuse_writing().map_err(|error| error.at(address))?;
+        }
+        Ok(Arc::new(remote))
+    }
+
+    fn reach(address: &Address, writable: bool) -> Result<Self> {
         if address.tls {
             return Err(Error::unsupported(format!(
                 "{address}: TLS is not supported: reach the server by a Unix socket or through a tunnel, with nbd:"
@@ -71,13 +114,130 @@ impl Remote {
         for peer in peers(&address.server).context(|| format!("{address}: looking the server up"))? {
             match Blocking::connect(&peer, &address.export) {
                 Ok((connection, session)) => {
-                    let metadata = Mutex::new(Metadata { connection, known: Known::default() });
-                    return Ok(Arc::new(Self { address: address.clone(), peer, session, metadata }));
+                    let metadata = Mutex::new(Metadata { connection, known: Known::default(), established: 0 });
+                    let unflushed = Mutex::new(Unflushed::new(session.size));
+                    let (hurried, clock) = (AtomicBool::new(false), AtomicU64::new(0));
+                    let address = address.clone();
+                    return Ok(Self { address, peer, session, writable, metadata, unflushed, hurried, clock });
                 }
                 Err(error) => failed = error.at(address),
             }
         }
         Err(failed)
+    }
+
+    /// Its length in bytes.
+    pub fn size(&self) -> u64 {
+        self.session.size
+    }
+
+    /// Whether all of it is known to read as zeroes; not, where its server takes long to say so. Waits: for opening,
+    /// before anything is written.
+    pub fn is_zero(&self) -> io::Result<bool> {
+        if self.session.base_allocation.is_none() {
+            return Ok(false);
+        }
+        let (begun, mut at, mut zero) = (Instant::now(), 0, true);
+        while zero && at < self.session.size {
+            if begun.elapsed() > ANSWER_TIME_MAX {
+                return Ok(false);
+            }
+            let asked = ByteRange { start: at, end: self.session.size.min(at + STATUS_LEN) };
+            let mut end = at;
+            self.metadata().connection.exchange(Ask::BlockStatus(asked), &[], |event| {
+                if let Event::Extent { range, state: found, .. } = event {
+                    zero &= found & state::ZERO != 0;
+                    end = range.end;
+                }
+            })?;
+            at = end;
+        }
+        Ok(zero)
+    }
+
+    /// What its server may have lost since this was asked last: answered, and flushed too late to be sure of it.
+    pub fn take_doubtful(&self) -> Vec<ByteRange> {
+        self.unflushed().take_doubtful()
+    }
+
+    /// Makes everything durable that was answered before. Waits: for starting and stopping.
+    pub fn flush_now(&self) -> io::Result<()> {
+        if !self.writable || !self.session.has(SEND_FLUSH) {
+            return Ok(());
+        }
+        let marks = self.unflushed().begin_flush();
+        let flushed = self.exchange_again(Ask::Flush, &[], |_| {});
+        self.unflushed().end_flush(marks, flushed.as_ref().ok().copied());
+        flushed.map(|_| ())
+    }
+
+    /// By the connection that waits.
+    fn carry_out(&self, mut request: Request) -> Completion {
+        loop {
+            let ask = request.ask(self, Duration::ZERO);
+            let here = request.piece;
+            let asked = match ask {
+                Ask::Read(_) => self.exchange_again(ask, &[], |event| place(&event, here, request.place())),
+                _ => self.exchange_again(ask, request.payload(), |_| {}),
+            };
+            match asked {
+                Ok(established) if !request.advance(self, established) => {}
+                asked => return request.end(self, asked.map(|_| ())),
+            }
+        }
+    }
+
+    /// Asks by the connection that waits; where that was lost, and the export is kept, by another one. The answer
+    /// is when the connection was made.
+    fn exchange_again(&self, ask: Ask, payload: &[u8], mut take: impl FnMut(Event<'_>)) -> io::Result<u64> {
+        let mut metadata = self.metadata();
+        let asked = metadata.connection.exchange(ask, payload, &mut take);
+        if asked.is_ok() || !self.is_kept() || !metadata.connection.is_lost() {
+            return asked.map(|()| metadata.established);
+        }
+        let (connection, session) =
+            Blocking::connect(&self.peer, &self.address.export).map_err(|error| lost(&error.one_line()))?;
+        if session != self.session {
+            return Err(lost("the export is not what it was when it was opened"));
+        }
+        metadata.connection = connection;
+        metadata.established = self.tick();
+        metadata.connection.exchange(ask, payload, take)?;
+        Ok(metadata.established)
+    }
+
+    /// True where a lost connection is made again.
+    fn is_kept(&self) -> bool {
+        self.writable
+    }
+
+    /// Somebody waits who must not wait for long.
+    pub fn hurry(&self, on: bool) {
+        self.hurried.store(on, Ordering::SeqCst);
+    }
+
+    /// How long it may be out of reach before requests fail.
+    fn reconnect_time_max(&self) -> Duration {
+        if self.hurried.load(Ordering::SeqCst) { Duration::ZERO } else { RECONNECT_TIME_MAX }
+    }
+
+    /// How long a request may take while its server answers others.
+    fn request_time_max(&self) -> Duration {
+        if self.hurried.load(Ordering::SeqCst) { HURRIED_TIME_MAX } else { REQUEST_TIME_MAX }
+    }
+
+    /// How long its server may be silent that owes an answer.
+    fn answer_time_max(&self) -> Duration {
+        if self.hurried.load(Ordering::SeqCst) { HURRIED_TIME_MAX } else { ANSWER_TIME_MAX }
+    }
+
+    fn unflushed(&self) -> MutexGuard<'_, Unflushed> {
+        self.unflushed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The next moment of its clock.
+    fn tick(&self) -> u64 {
+        self.clock.fetch_add(1, Ordering::SeqCst) + 1
     }
 
     /// Where it is.
@@ -94,29 +254,15 @@ impl Remote {
             let piece = self.piece(ByteRange { start: done, end: wanted.end });
             let here = ByteRange { start: done, end: piece.end.min(wanted.end) };
             let into = &mut bytes[(done - at) as usize..][..here.len() as usize];
-            metadata.connection.exchange(Ask::Read(piece), |event| place(&event, here, into))?;
+            metadata.connection.exchange(Ask::Read(piece), &[], |event| place(&event, here, into))?;
             done = here.end;
         }
         Ok(wanted.len() as usize)
     }
 
-    /// What of `len` bytes from `at` on is on the disk.
-    fn on_disk(&self, at: u64, len: usize) -> ByteRange {
-        let size = self.session.size;
-        ByteRange { start: at.min(size), end: at.saturating_add(len as u64).min(size) }
-    }
-
-    /// The first request for `range`: aligned as the server wants it, and no longer than it may be.
-    fn piece(&self, range: ByteRange) -> ByteRange {
-        let sizes = self.session.block_sizes;
-        let len_max = REQUEST_LEN_MAX.min(sizes.maximum.into());
-        let aligned = range.align_outward(sizes.minimum.into()).prefix(len_max);
-        ByteRange { start: aligned.start, end: aligned.end.min(self.session.size) }
-    }
-
     /// Whether the bytes at `at` are known to be zeroes, and up to where that goes on at least.
     fn status(&self, at: u64) -> io::Result<(bool, u64)> {
-        if self.session.base_allocation.is_none() {
+        if self.writable || self.session.base_allocation.is_none() {
             return Ok((false, self.session.size));
         }
         let mut metadata = self.metadata();
@@ -126,9 +272,9 @@ impl Remote {
         let minimum = u64::from(self.session.block_sizes.minimum);
         let start = at - at % minimum;
         let asked = ByteRange { start, end: self.session.size.min(start.saturating_add(STATUS_LEN)) };
-        let Metadata { connection, known } = &mut *metadata;
+        let Metadata { connection, known, .. } = &mut *metadata;
         known.forget_oldest(start);
-        connection.exchange(Ask::BlockStatus(asked), |event| known.add(&event))?;
+        connection.exchange(Ask::BlockStatus(asked), &[], |event| known.add(&event))?;
         // An answer begins at what was asked: at `at`, or less than a block before.
         known.find(at).ok_or_else(|| io::Error::other("the server tells nothing of the bytes that it was asked of"))
     }
@@ -136,14 +282,9 @@ impl Remote {
     fn metadata(&self) -> MutexGuard<'_, Metadata> {
         self.metadata.lock().unwrap_or_else(PoisonError::into_inner)
     }
-
-    /// True where each thread may have a connection of its own.
-    fn is_shared(&self) -> bool {
-        self.session.flags & CAN_MULTI_CONN != 0
-    }
 }
 
-/// As its server shows it, which is thought not to change while it is open.
+/// As its server shows it. One that is read is thought not to change while it is open.
 impl Storage for Remote {
     fn read_at(&self, at: u64, bytes: &mut [u8]) -> io::Result<()> {
         match self.read_now(at, bytes)? == bytes.len() {

@@ -2,7 +2,7 @@
 use super::super::{Completion, File, Io, Op, Token, Wait};
 use super::Remote;
 use super::connection::{Connection, Part};
-use rustix::io::Errno;
+use super::request::Request;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use std::time::Duration;
 /// This bit and not the next higher one: the token of an operation of a connection's own.
 const OWN: u64 = 1 << 62;
 /// So many low bits say which part of a connection it is; those above, which connection.
-const PART_BITS: u32 = 2;
+const PART_BITS: u32 = 3;
 
 /// A queue that carries out operations on exports by way of another queue.
 ///
@@ -33,9 +33,9 @@ impl<I: Io> Remotes<I> {
     }
 
     fn start(&mut self, remote: &Arc<Remote>, token: Token, op: Op) {
-        if !matches!(op, Op::Read { .. }) {
-            let result = not_read(&op);
-            return self.ready.push(Completion { token, op, result });
+        if let Op::Prefetch { .. } = op {
+            // A hint, which is heard and not passed on.
+            return self.ready.push(Completion { token, op, result: Ok(0) });
         }
         if !remote.is_shared() {
             return self.ready.push(now(remote, token, op));
@@ -128,17 +128,11 @@ fn file_of(op: &Op) -> Option<&File> {
     }
 }
 
-/// Exports are read. What is only a hint is heard and not passed on.
-fn not_read(op: &Op) -> io::Result<u32> {
-    match op {
-        Op::Prefetch { .. } => Ok(0),
-        _ => Err(Errno::ROFS.into()),
-    }
-}
-
 /// Where the server takes one connection only: by that one, waiting.
-fn now(remote: &Remote, token: Token, mut op: Op) -> Completion {
-    let Op::Read { at, buf, .. } = &mut op else { unreachable!("all else is answered before") };
-    let result = remote.read_now(*at, buf).map(|count| count as u32);
-    Completion { token, op, result }
+fn now(remote: &Remote, token: Token, op: Op) -> Completion {
+    let (request, checked) = Request::new(remote, token, op);
+    match checked {
+        Ok(()) if !request.is_empty() => remote.carry_out(request),
+        outcome => request.end(remote, outcome),
+    }
 }

@@ -1,13 +1,14 @@
 //! A queue over a real ring, against servers of our own that answer, dawdle, hang up or change their mind.
 use super::super::{Arena, Buffer, Completion, File, Io, Op, Ring, Token, Wait};
-use super::{ANSWER_TIME_MAX, Remote, Remotes};
+use super::{ANSWER_TIME_MAX, HURRIED_TIME_MAX, RECONNECT_TIME_MAX, Remote, Remotes};
 use formats::nbd::wire::Header;
 use formats::nbd::{Address, BlockSizes, Errno, ExportInfo, Handshake, Outcome, ReplyTo, Server, Style, Tls};
+use formats::range::ByteRange;
 use formats::storage::Storage;
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 const SIZE: u64 = 64 << 20;
@@ -33,15 +34,19 @@ fn is_hole(at: u64) -> bool {
     at >> 20 & 3 == 2
 }
 
+/// A disk that is written to; none where the server's is as `byte` says.
+type Written = Option<Arc<Mutex<Vec<u8>>>>;
+
 /// Speaks with one client until it goes.
-fn speak(mut client: UnixStream, treats: Treats, multi_conn: bool) -> io::Result<()> {
-    let size = if matches!(treats, Treats::Shrunk) { SIZE / 2 } else { SIZE };
+fn speak(mut client: UnixStream, treats: Treats, multi_conn: bool, disk: &Written) -> io::Result<()> {
+    let size = disk.as_ref().map_or(SIZE, |disk| disk.lock().expect("a disk").len() as u64);
+    let size = if matches!(treats, Treats::Shrunk) { size / 2 } else { size };
     let block_sizes = BlockSizes { minimum: 512, preferred: 4096, maximum: 256 << 10 };
     let export = ExportInfo {
         name: "disk".into(),
         description: String::new(),
         size,
-        read_only: true,
+        read_only: disk.is_none(),
         multi_conn,
         fast_zero: false,
         block_sizes,
@@ -68,16 +73,41 @@ fn speak(mut client: UnixStream, treats: Treats, multi_conn: bool) -> io::Result
     for number in 0.. {
         let mut header = [0; 28];
         client.read_exact(&mut header)?;
-        let Header { command, cookie, offset, len, .. } = Header::parse(Style::Structured, &header).expect("a request");
+        let Header { flags, command, cookie, offset, len } =
+            Header::parse(Style::Structured, &header).expect("a request");
         match treats {
             Treats::Silent => continue,
             Treats::HangsUpAfter(count) if number == count => return Ok(()),
-            _ if command != 0 => return Ok(()),
+            _ if command != 0 && disk.is_none() => return Ok(()),
             _ => {}
+        }
+        if let Some(disk) = disk {
+            carry_out(&mut client, disk, flags, command, ByteRange { start: offset, end: offset + len })?;
+            client.write_all(&ReplyTo { style: Style::Simple, cookie, offset }.done())?;
+            continue;
         }
         assert!((offset | len) % 512 == 0 && len <= 256 << 10 && offset + len <= size, "{offset}, {len}");
         client.write_all(&answer(cookie, offset, len))?;
     }
+    Ok(())
+}
+
+/// What a writable disk does.
+fn carry_out(
+    client: &mut UnixStream,
+    disk: &Mutex<Vec<u8>>,
+    flags: u16,
+    command: u16,
+    range: ByteRange,
+) -> io::Result<()> {
+    let aligned = (range.start | range.end).is_multiple_of(512);
+    assert!(aligned && (command == 6 || range.len() <= 256 << 10), "{command}: {range}");
+    let mut bytes = vec![0; range.len() as usize];
+    if command == 1 {
+        client.read_exact(&mut bytes)?;
+    }
+    assert!(matches!(command, 1 | 3 | 6) && flags & !2 == 0 && (flags == 0 || command == 6), "{command}, {flags:#x}");
+    disk.lock().expect("a disk")[range.start as usize..range.end as usize].copy_from_slice(&bytes);
     Ok(())
 }
 
@@ -110,21 +140,26 @@ fn answer(cookie: u64, offset: u64, len: u64) -> Vec<u8> {
 
 /// An export that is open, its server for as long as somebody speaks with it.
 fn open(treats: &'static [Treats], multi_conn: bool) -> Arc<Remote> {
+    open_on(treats, multi_conn, None)
+}
+
+fn open_on(treats: &'static [Treats], multi_conn: bool, disk: Written) -> Arc<Remote> {
+    let writable = disk.is_some();
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = folder.path().join("socket");
     let listener = UnixListener::bind(&path).expect("a socket");
     std::thread::spawn(move || {
         for (number, client) in listener.incoming().enumerate() {
             let treats = treats[number.min(treats.len() - 1)];
-            let client = client.expect("a client");
+            let (client, disk) = (client.expect("a client"), disk.clone());
             std::thread::spawn(move || {
                 // A client that goes is no error.
-                let _ = speak(client, treats, multi_conn);
+                let _ = speak(client, treats, multi_conn, &disk);
             });
         }
     });
     let server = Server::unix(path.to_str().expect("a name")).expect("a path");
-    let remote = Remote::open(&Address::new(server, "disk").expect("a name")).expect("an export");
+    let remote = Remote::open(&Address::new(server, "disk").expect("a name"), writable).expect("an export");
     // Nobody reaches it by its name any more where the folder goes, so it stays until the test's process ends.
     drop(folder.keep());
     remote
@@ -246,7 +281,8 @@ fn a_server_that_never_answers_is_given_up() {
     for number in 0..3 {
         queue.submit(Token(number), Op::Read { file: file.clone(), at: 0, buf: Buffer::alone(512) });
     }
-    while queue.connections[0].1.asked.len() < 3 {
+    // What is sent after the clock was put forward would be a sign of life.
+    while queue.connections[0].1.asked.len() < 3 || queue.connections[0].1.sending {
         queue.reap(Wait::No, &mut Vec::new()).expect("a ring that works");
     }
     queue.below.by = ANSWER_TIME_MAX + Duration::from_secs(1);
@@ -269,4 +305,171 @@ fn connections_go_with_their_exports() {
         assert_eq!(found[&0].as_ref().expect("a read"), &truth(round * 512, 512));
         assert!(queue.connections.len() <= 2, "{} connections", queue.connections.len());
     }
+}
+
+/// A disk to write to, and its export.
+fn writable(treats: &'static [Treats], multi_conn: bool) -> (Arc<Mutex<Vec<u8>>>, Arc<Remote>) {
+    let disk = Arc::new(Mutex::new(vec![0x55; 4 << 20]));
+    let remote = open_on(treats, multi_conn, Some(Arc::clone(&disk)));
+    (disk, remote)
+}
+
+/// The ends of these operations, all under way at once.
+fn carried_out(queue: &mut Remotes<Later>, ops: Vec<Op>) -> BTreeMap<u64, io::Result<u32>> {
+    let count = ops.len();
+    for (token, op) in (0..).zip(ops) {
+        queue.submit(Token(token), op);
+    }
+    let (mut ends, mut done) = (BTreeMap::new(), Vec::new());
+    while ends.len() < count {
+        queue.reap(Wait::One, &mut done).expect("a ring that works");
+        for completion in done.drain(..) {
+            assert!(ends.insert(completion.token.0, completion.result).is_none(), "one completion an operation");
+        }
+    }
+    ends
+}
+
+fn write(file: &File, at: u64, len: usize, value: u8) -> Op {
+    let mut buf = Buffer::alone(len);
+    buf.fill(value);
+    Op::Write { file: file.clone(), at, buf }
+}
+
+#[test]
+fn writes_and_zeroes_arrive_whole_however_often_the_server_hangs_up() {
+    const OFTEN: &[Treats] =
+        &[Treats::Well, Treats::HangsUpAfter(5), Treats::HangsUpAfter(1), Treats::HangsUpAfter(20), Treats::Well];
+    for (treats, multi_conn) in [(&[Treats::Well][..], true), (&[Treats::Well], false), (OFTEN, true)] {
+        let (disk, remote) = writable(treats, multi_conn);
+        let file = File::remote(remote);
+        let mut truth = vec![0x55; 4 << 20];
+        let mut ops = Vec::new();
+        let mut at = 0;
+        for number in 1..40u64 {
+            let len = (number * number * 7 % 300 + 1) * 512;
+            let range = at as usize..(at + len).min(4 << 20) as usize;
+            if range.is_empty() {
+                break;
+            }
+            let zero = number % 3 == 0;
+            truth[range.clone()].fill(if zero { 0 } else { number as u8 });
+            ops.push(match zero {
+                true => Op::Zero { file: file.clone(), at, len: range.len() as u64, unmap: number % 2 == 0 },
+                false => write(&file, at, range.len(), number as u8),
+            });
+            at += len + 512;
+        }
+        ops.push(Op::Flush { file: file.clone() });
+        let ends = carried_out(&mut queue(), ops);
+        assert!(ends.values().all(Result::is_ok), "{ends:?}");
+        assert!(*disk.lock().expect("a disk") == truth, "several connections: {multi_conn}, treats: {}", treats.len());
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    let (_, remote) = writable(&[Treats::Well], true);
+    let file = File::remote(remote);
+    let zero = |at, len| Op::Zero { file: file.clone(), at, len, unmap: true };
+    let ops = vec![
+        write(&file, 100, 512, 1),
+        write(&file, 0, 100, 1),
+        write(&file, 4 << 20, 512, 1),
+        zero(512, 1),
+        zero(512, u64::MAX),
+    ];
+    let ends = carried_out(&mut queue(), ops);
+    let said = |number: u64| ends[&number].as_ref().expect_err("a refusal").to_string();
+    assert!(
+        said(0).contains("whole blocks of 512") && said(1).contains("whole blocks") && said(3).contains("whole blocks")
+    );
+    assert!(said(2).contains("No space left") && said(4).contains("No space left"));
+}
+
+/// A flush counts for what was written since its connection was made, and for nothing before.
+#[test]
+fn a_flush_by_a_younger_connection_leaves_doubts() {
+    let (_, remote) = writable(&[Treats::Well, Treats::HangsUpAfter(2), Treats::Well], true);
+    let file = File::remote(Arc::clone(&remote));
+    let mut queue = queue();
+    let flush = || Op::Flush { file: file.clone() };
+    let all_well = |ends: BTreeMap<u64, io::Result<u32>>| assert!(ends.values().all(Result::is_ok), "{ends:?}");
+    all_well(carried_out(&mut queue, vec![write(&file, 0, 512, 1)]));
+    all_well(carried_out(&mut queue, vec![flush()]));
+    assert_eq!(remote.take_doubtful(), []);
+    // Two were answered: this one comes by the next connection, and so does its flush.
+    all_well(carried_out(&mut queue, vec![write(&file, 1 << 20, 512, 1)]));
+    all_well(carried_out(&mut queue, vec![flush()]));
+    assert_eq!(remote.take_doubtful(), []);
+    // Another thread's connection is younger than this write.
+    all_well(carried_out(&mut queue, vec![write(&file, 2 << 20, 512, 1)]));
+    all_well(carried_out(&mut self::queue(), vec![flush()]));
+    assert_eq!(remote.take_doubtful(), [ByteRange { start: 2 << 20, end: 3 << 20 }]);
+    // The connection that waits was made before all of them.
+    all_well(carried_out(&mut queue, vec![write(&file, 3 << 20, 512, 1)]));
+    remote.flush_now().expect("a flush");
+    assert_eq!(remote.take_doubtful(), []);
+}
+
+/// Steps until all of `count` operations are over, or a second has passed.
+fn soon(queue: &mut Remotes<Later>, count: usize) -> Vec<io::Result<u32>> {
+    let (mut ends, mut done) = (Vec::new(), Vec::new());
+    let until = std::time::Instant::now() + Duration::from_secs(1);
+    while ends.len() < count && std::time::Instant::now() < until {
+        queue.reap(Wait::No, &mut done).expect("a ring that works");
+        ends.extend(done.drain(..).map(|completion| completion.result));
+        std::thread::yield_now();
+    }
+    ends
+}
+
+#[test]
+fn a_server_that_stays_away_fails_what_waits_for_it() {
+    let (_, remote) = writable(&[Treats::Well, Treats::HangsUpAfter(0)], true);
+    let file = File::remote(Arc::clone(&remote));
+    let mut queue = queue();
+    queue.submit(Token(1), write(&file, 0, 512, 1));
+    assert!(soon(&mut queue, 1).is_empty(), "given up too early");
+    queue.below.by += RECONNECT_TIME_MAX;
+    let mut done = Vec::new();
+    while done.is_empty() {
+        queue.reap(Wait::One, &mut done).expect("a ring that works");
+    }
+    let error = done[0].result.as_ref().expect_err("nobody answered").to_string();
+    assert!(error.contains("hung up"), "{error}");
+    // Whoever comes now gets one try.
+    let ends = carried_out(&mut queue, vec![write(&file, 0, 512, 1)]);
+    assert!(ends[&0].is_err(), "{ends:?}");
+}
+
+#[test]
+fn who_must_not_wait_does_not_wait() {
+    let (_, remote) = writable(&[Treats::Well, Treats::HangsUpAfter(0)], true);
+    let file = File::remote(Arc::clone(&remote));
+    remote.hurry(true);
+    assert!(carried_out(&mut queue(), vec![write(&file, 0, 512, 1)])[&0].is_err());
+    let (_, remote) = writable(&[Treats::Well, Treats::Silent], true);
+    let file = File::remote(Arc::clone(&remote));
+    let mut queue = queue();
+    queue.submit(Token(1), write(&file, 0, 512, 1));
+    assert!(soon(&mut queue, 1).is_empty(), "given up too early");
+    remote.hurry(true);
+    queue.below.by += HURRIED_TIME_MAX;
+    let mut done = Vec::new();
+    while done.is_empty() {
+        queue.reap(Wait::One, &mut done).expect("a ring that works");
+    }
+    assert!(done[0].result.is_err());
+}
+
+#[test]
+fn an_export_that_is_another_by_now_is_not_written() {
+    let (disk, remote) = writable(&[Treats::Well, Treats::Shrunk], true);
+    let file = File::remote(Arc::clone(&remote));
+    remote.hurry(true);
+    let ends = carried_out(&mut queue(), vec![write(&file, 0, 512, 1)]);
+    let error = ends[&0].as_ref().expect_err("another disk").to_string();
+    assert!(error.contains("not what it was"), "{error}");
+    assert!(disk.lock().expect("a disk").iter().all(|byte| *byte == 0x55));
 }

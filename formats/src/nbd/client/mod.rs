@@ -34,6 +34,13 @@ pub struct Session {
     pub base_allocation: Option<u32>,
 }
 
+impl Session {
+    /// True where the export has all of these; see `wire::transmission_flag`.
+    pub fn has(&self, flags: u16) -> bool {
+        self.flags & flags == flags
+    }
+}
+
 /// Collects units of known length from bytes that come in pieces of any size.
 #[derive(Debug, Default)]
 struct Collector(Vec<u8>);

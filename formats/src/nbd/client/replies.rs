@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::nbd::reply::BLOCK_EXTENTS_MAX;
 use crate::nbd::wire::{
     CHUNK_DONE, Command, Fields, Header, SIMPLE_REPLY_MAGIC, STRING_LEN_MAX, STRUCTURED_REPLY_MAGIC, chunk,
+    command_flag,
 };
 use crate::range::ByteRange;
 use std::collections::BTreeMap;
@@ -21,12 +22,37 @@ pub enum Ask {
     Read(ByteRange),
     /// Which of these bytes are holes, which zeroes? Only where `base:allocation` was agreed on.
     BlockStatus(ByteRange),
+    /// These bytes are written: they follow the request.
+    Write(ByteRange),
+    /// These bytes read as zeroes from now on. Only where the export has WRITE_ZEROES.
+    Zero {
+        /// Which.
+        range: ByteRange,
+        /// Their space stays taken.
+        keep: bool,
+    },
+    /// What was answered is made durable. Only where the export has FLUSH.
+    Flush,
 }
 
 impl Ask {
-    fn range(self) -> ByteRange {
-        let (Self::Read(range) | Self::BlockStatus(range)) = self;
-        range
+    /// The bytes that it is about; none of a flush.
+    pub fn range(self) -> ByteRange {
+        match self {
+            Self::Read(range) | Self::BlockStatus(range) | Self::Write(range) | Self::Zero { range, .. } => range,
+            Self::Flush => ByteRange { start: 0, end: 0 },
+        }
+    }
+
+    fn command(self) -> (Command, u16) {
+        match self {
+            Self::Read(_) => (Command::Read, 0),
+            Self::BlockStatus(_) => (Command::BlockStatus, 0),
+            Self::Write(_) => (Command::Write, 0),
+            Self::Zero { keep: false, .. } => (Command::WriteZeroes, 0),
+            Self::Zero { keep: true, .. } => (Command::WriteZeroes, command_flag::NO_HOLE),
+            Self::Flush => (Command::Flush, 0),
+        }
     }
 }
 
@@ -152,17 +178,14 @@ impl Replies {
     }
 
     /// Puts a request behind what is in `out`; the answer is its cookie. What is asked for is inside the
-    /// disk, not empty, below 4 GiB, and aligned as the export wants it.
+    /// disk, not empty, below 4 GiB, and aligned as the export wants it. Bytes to write follow at once.
     pub fn ask(&mut self, ask: Ask, out: &mut Vec<u8>) -> u64 {
         self.cookie += 1;
-        let command = match ask {
-            Ask::Read(_) => Command::Read,
-            Ask::BlockStatus(_) => Command::BlockStatus,
-        };
-        let range = ask.range();
+        let ((command, flags), range) = (ask.command(), ask.range());
         let (cookie, offset, len) = (self.cookie, range.start, range.len());
-        assert!(!range.is_empty() && range.end <= self.session.size, "a request inside the disk");
-        out.extend_from_slice(&Header { flags: 0, command: command as u16, cookie, offset, len }.to_bytes());
+        let inside = !range.is_empty() && range.end <= self.session.size;
+        assert!(inside || ask == Ask::Flush, "a request inside the disk");
+        out.extend_from_slice(&Header { flags, command: command as u16, cookie, offset, len }.to_bytes());
         let answered = Answered::new(range);
         self.pending.insert(cookie, Pending { ask, answered, extents_end: range.start, failure: None });
         cookie
@@ -252,6 +275,7 @@ impl Replies {
                 Ok(None)
             }
             (Ask::BlockStatus(_), 0) => Err(Error::malformed("a block status is answered without extents")),
+            (Ask::Write(_) | Ask::Zero { .. } | Ask::Flush, 0) => self.finish(cookie).map(Some),
         }
     }
 
@@ -362,6 +386,8 @@ impl Replies {
             Ask::Read(_) => pending.answered.is_whole(),
             // A prefix is an answer.
             Ask::BlockStatus(range) => pending.extents_end > range.start,
+            // The word that it is done is all that there is.
+            Ask::Write(_) | Ask::Zero { .. } | Ask::Flush => true,
         };
         match whole {
             true => Ok(Event::Done { cookie, outcome: Ok(()) }),
