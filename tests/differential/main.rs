@@ -21,10 +21,14 @@ use zoo::{Layer, Zoo};
 #[test]
 fn qemu_img_sees_what_we_see() {
     let (first, images) = (number("SEED", 1), number("IMAGES", 100));
-    let mut asked = BTreeMap::new();
+    let (mut asked, mut lost) = (BTreeMap::new(), 0);
     for seed in first..first + images {
         let folder = folder();
         let zoo = Zoo::new(folder.path(), seed);
+        if zoo.lost {
+            lost += 1;
+            continue;
+        }
         same_extents(&zoo);
         same_table(&zoo);
         let theirs = same_facts(&zoo);
@@ -35,6 +39,7 @@ fn qemu_img_sees_what_we_see() {
             *asked.entry(oracle).or_insert(0) += 1;
         }
     }
+    assert!(lost <= 1 + images / 100, "qemu-img crashed for {lost} of {images} images");
     // A filter that lets nothing through would look like peace.
     assert!(images < 20 || Oracle::ALL.iter().all(|oracle| asked.contains_key(oracle)), "{asked:?}");
 }

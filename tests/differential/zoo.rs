@@ -53,6 +53,8 @@ pub struct Zoo {
     pub layers: Vec<Layer>,
     /// For a failure's message.
     pub told: String,
+    /// A tool of QEMU's crashed: nobody knows what the chain holds.
+    pub lost: bool,
 }
 
 impl Zoo {
@@ -60,11 +62,15 @@ impl Zoo {
     #[track_caller]
     pub fn new(folder: &Path, seed: u64) -> Self {
         let random = &mut Random::new(seed);
-        let mut zoo = Self { folder: folder.to_owned(), layers: Vec::new(), told: format!("seed {seed}\n") };
+        let mut zoo =
+            Self { folder: folder.to_owned(), layers: Vec::new(), told: format!("seed {seed}\n"), lost: false };
         for index in 0..random.within(1..5) {
             zoo.add_layer(index, random);
             for _ in 0..random.within(1..4) {
                 zoo.step(random);
+                if zoo.lost {
+                    return zoo;
+                }
             }
         }
         // What the file system puts off could change what it says of space and holes from one look to the next.
@@ -87,7 +93,9 @@ impl Zoo {
         self.told += &format!("qemu-img {}\n", arguments.join(" "));
         let mut command = Command::new("qemu-img");
         let output = output(command.args(arguments).current_dir(&self.folder));
-        assert!(output.status.success(), "{}\n{}", told(&command, &output), self.told);
+        // `rebase` of QEMU 10.0.2 frees what is not its own now and then (seed 402).
+        self.lost = arguments[0] == "rebase" && output.status.code().is_none();
+        assert!(self.lost || output.status.success(), "{}\n{}", told(&command, &output), self.told);
     }
 
     fn add_layer(&mut self, index: u64, random: &mut Random) {
