@@ -111,12 +111,13 @@ pub fn plan(request: &MirrorRequest, source: &Disk) -> std::result::Result<Plan,
         true => (found.reuse(&path, request.format)?, false),
         false => (found.create(&path, request.format, layers)?, true),
     };
-    if let Some(header) = top_header(source).map_err(|error| failed(&error))? {
-        notes.extend(what_stays(&header, format));
+    let header = top_header(source).map_err(|error| failed(&error))?;
+    if let Some(header) = &header {
+        notes.extend(what_stays(header, format));
     }
     let creation = match create {
         true => {
-            let creation = Creation::plan(&request.options, format, &path, layers, shallow);
+            let creation = Creation::plan(&request.options, format, &path, layers, header.as_ref(), shallow);
             Some(creation.map_err(|refusal| named(&path, refusal))?)
         }
         false => None,

@@ -5,7 +5,8 @@ use crate::control::creation::{Compat, CompressionType, CreateOptions, Prealloca
 use crate::control::{Code, Refusal, TargetFormat};
 use crate::io::FileStorage;
 use formats::error::{Context, Error, Result};
-use formats::qcow2::{Backing, Compression, Create, DataFile, Geometry, create, header, read_header};
+use formats::qcow2::header::compatible;
+use formats::qcow2::{Backing, Compression, Create, DataFile, Geometry, Header, create};
 use formats::range::ByteRange;
 use formats::storage::Storage;
 use std::fs;
@@ -33,12 +34,13 @@ pub(super) enum Format {
 }
 
 impl Creation {
-    /// What is to be made of `options` for a source of `layers`. Changes nothing.
+    /// What is to be made of `options` for a source of `layers`, whose top has `header`. Changes nothing.
     pub fn plan(
         options: &CreateOptions,
         format: TargetFormat,
         path: &Path,
         layers: &[Arc<Layer>],
+        header: Option<&Header>,
         shallow: bool,
     ) -> std::result::Result<Self, Refusal> {
         let size = layers[0].image.size().next_multiple_of(SECTOR);
@@ -46,7 +48,7 @@ impl Creation {
         let format = match format {
             TargetFormat::Raw => refuse_for_raw(options).map(|()| Format::Raw)?,
             TargetFormat::Qcow2 => {
-                let mut create = like(&layers[0], size)?;
+                let mut create = like(header, size);
                 apply(options, &mut create)?;
                 create.preallocated = preallocation != Preallocation::Off;
                 create.backing = layers.get(1).filter(|_| shallow).map(|layer| backing(layer)).transpose()?;
@@ -106,24 +108,21 @@ impl Creation {
     }
 }
 
-/// The facts of a source's top layer that its copy inherits.
-fn like(top: &Layer, size: u64) -> std::result::Result<Create, Refusal> {
-    let mut create = Create::new(size);
-    if top.format == "qcow2" {
-        let header = open_header(&top.path)?;
-        let Geometry { version, cluster_bits, refcount_order, .. } = header.geometry;
-        let lazy_refcounts = header.compatible & header::compatible::LAZY_REFCOUNTS != 0;
-        let compression = header.compression;
+/// What a copy inherits of the header of its source's top layer.
+fn like(header: Option<&Header>, size: u64) -> Create {
+    let create = Create::new(size);
+    let Some(header) = header else { return create };
+    let Geometry { version, cluster_bits, refcount_order, .. } = header.geometry;
+    Create {
+        version,
+        cluster_bits,
+        refcount_order,
         // A copy of few subclusters must not become one of whole clusters.
-        let extended_l2 = header.geometry.extended_l2;
-        create = Create { version, cluster_bits, refcount_order, extended_l2, lazy_refcounts, compression, ..create };
+        extended_l2: header.geometry.extended_l2,
+        lazy_refcounts: header.compatible & compatible::LAZY_REFCOUNTS != 0,
+        compression: header.compression,
+        ..create
     }
-    Ok(create)
-}
-
-fn open_header(path: &Path) -> Result<header::Header> {
-    let file = fs::File::open(path).context(|| format!("{}: open", path.display()))?;
-    read_header(&FileStorage::new(file)).map_err(|error| error.at(path.display()))
 }
 
 /// Lays what was said over what was inherited.
