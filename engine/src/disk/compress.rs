@@ -6,7 +6,7 @@
 //! ```
 use super::Disk;
 use super::flush::Settling;
-use super::step::{Moved, Status, Tools, keep, scratch};
+use super::step::{Moved, Status, Tools, keep, scratch, start_write};
 use super::task::Task;
 use crate::io::{Buffer, Completion, Io, Op, Token, Work};
 use formats::error::{Error, Result};
@@ -191,25 +191,18 @@ impl Compress {
             stage => part.stage = stage,
         }
         let part = self.parts[number].as_mut().expect("it was just looked at");
-        if let Stage::Waiting(..) = part.stage
-            && self.error.is_none()
-        {
-            let Stage::Waiting(buf, host, reservation) = std::mem::replace(&mut part.stage, Stage::Over) else {
-                unreachable!("just looked at")
-            };
-            let file = &disk.chain().top().file;
-            match file.enter(host, &buf) {
-                Some(stay) => {
-                    part.stage = Stage::Writing(host, stay, reservation);
-                    let file = file.way(host, &buf).clone();
-                    tools.io.submit(Token(base.0 + number as u64), Op::Write { file, at: host, buf });
-                }
-                None => {
-                    part.stage = Stage::Waiting(buf, host, reservation);
-                    *blocked = true;
+        part.stage = match std::mem::replace(&mut part.stage, Stage::Over) {
+            Stage::Waiting(buf, host, reservation) if self.error.is_none() => {
+                match start_write(disk, tools, Token(base.0 + number as u64), host, buf) {
+                    Ok(stay) => Stage::Writing(host, stay, reservation),
+                    Err(buf) => {
+                        *blocked = true;
+                        Stage::Waiting(buf, host, reservation)
+                    }
                 }
             }
-        }
+            stage => stage,
+        };
         Ok(false)
     }
 

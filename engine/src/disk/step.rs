@@ -1,6 +1,8 @@
 //! What every stepped operation on a disk has to do with: its thread's tools, where a step left it, and
 //! what the kernel moved of a buffer.
-use crate::io::{Arena, Buffer, Io, Op, Waker};
+use super::Disk;
+use crate::data_file::Stay;
+use crate::io::{Arena, Buffer, Io, Op, Token, Waker};
 use formats::error::Error;
 use std::io;
 
@@ -28,6 +30,21 @@ pub enum Status {
 /// Memory beside the caller's: from the arena, or its own where that is full.
 pub(super) fn scratch<I: Io>(tools: &Tools<I>, len: usize) -> Buffer {
     tools.arena.take(len).unwrap_or_else(|| Buffer::alone(len))
+}
+
+/// Starts writing `buf` at `host` of the disk's payload. Gives it back where its pages are not free.
+pub(super) fn start_write<I: Io>(
+    disk: &Disk,
+    tools: &mut Tools<I>,
+    token: Token,
+    host: u64,
+    buf: Buffer,
+) -> Result<Stay, Buffer> {
+    let file = &disk.chain().top().file;
+    let Some(stay) = file.enter(host, &buf) else { return Err(buf) };
+    let file = file.way(host, &buf).clone();
+    tools.io.submit(token, Op::Write { file, at: host, buf });
+    Ok(stay)
 }
 
 /// Keeps the first error of several operations.

@@ -6,11 +6,11 @@
 //! ```
 use super::Disk;
 use super::flush::Settling;
-use super::step::{Moved, Status, Tools, keep, scratch};
+use super::step::{Moved, Status, Tools, keep, scratch, start_write};
 use super::task::Task;
 use crate::chain::{Layer, Look, Source};
 use crate::data_file::Stay;
-use crate::io::{Buffer, Completion, Io, Loan, Op, Token};
+use crate::io::{Buffer, Completion, Io, Loan, Token};
 use formats::error::{Error, Result};
 use formats::image::{Reservation, Reserve};
 use formats::range::ByteRange;
@@ -166,21 +166,14 @@ impl Write {
                     }
                 }
                 Stage::Waiting(buf) => {
-                    let file = &disk.chain().top().file;
-                    let host = part.host();
-                    match file.enter(host, &buf) {
-                        Some(stay) => {
-                            part.stage = Stage::Writing(stay);
-                            let file = file.way(host, &buf).clone();
-                            tools.io.submit(Token(base.0 + number as u64), Op::Write { file, at: host, buf });
-                            return false;
-                        }
-                        None => {
+                    match start_write(disk, tools, Token(base.0 + number as u64), part.host(), buf) {
+                        Ok(stay) => part.stage = Stage::Writing(stay),
+                        Err(buf) => {
                             part.stage = Stage::Waiting(buf);
                             *blocked = true;
-                            return false;
                         }
                     }
+                    return false;
                 }
                 Stage::Writing(stay) => {
                     part.stage = Stage::Writing(stay);
