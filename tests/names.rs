@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::Command;
 use support::daemon::program;
 use support::images::{create, holding};
-use support::tools::{output, ran, run, told};
+use support::tools::{ran, refused, run};
 use support::{assert_same, folder};
 
 const DISK_LEN: usize = 4 << 20;
@@ -50,15 +50,6 @@ fn converted(folder: &Path) -> Vec<u8> {
     let bytes = std::fs::read(folder.join("out")).expect("what was converted");
     std::fs::remove_file(folder.join("out")).expect("removing a file of ours");
     bytes
-}
-
-/// `command` is refused with all of `reasons`.
-#[track_caller]
-fn refused(mut command: Command, reasons: &[&str]) {
-    let output = output(&mut command);
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    let all = reasons.iter().all(|reason| said.contains(reason));
-    assert!(output.status.code() == Some(1) && all, "{reasons:?}: {}", told(&command, &output));
 }
 
 #[test]

@@ -9,19 +9,13 @@ use std::process::Command;
 use std::thread::JoinHandle;
 use std::time::Duration;
 use support::daemon::{Daemon, program};
-use support::images::{holding, random_chain};
+use support::images::{holding, random_chain, thin_disk};
 use support::random::Random;
 use support::server::Server;
-use support::tools::{output, ran, told};
+use support::tools::{content, ran, refused};
 use support::{assert_same, folder};
 
 const DISK_LEN: usize = 24 << 20;
-
-/// A disk with holes and zeroes, of which no two blocks of data are alike.
-fn disk() -> Vec<u8> {
-    let byte = |at: usize| (at / 512 * 31 + at) as u8 | 1;
-    (0..DISK_LEN).map(|at| if at >> 20 & 3 == 1 { 0 } else { byte(at) }).collect()
-}
 
 fn converting(source: &str, format: Option<&str>, out: &Path) -> Command {
     let mut command = Command::new(program());
@@ -40,19 +34,10 @@ fn converted(source: &str, format: Option<&str>, folder: &Path) -> Vec<u8> {
     bytes
 }
 
-/// `command` is refused with all of `reasons`.
-#[track_caller]
-fn refused(mut command: Command, reasons: &[&str]) {
-    let output = output(&mut command);
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    let all = reasons.iter().all(|reason| said.contains(reason));
-    assert!(output.status.code() == Some(1) && all, "{reasons:?}: {}", told(&command, &output));
-}
-
 #[test]
 fn every_server_is_read_whole() {
     let folder = folder();
-    let truth = disk();
+    let truth = thin_disk(DISK_LEN);
     let path = |name: &str| folder.path().join(name).display().to_string();
     let (raw, qcow2) = (path("disk.raw"), path("disk.qcow2"));
     std::fs::write(&raw, &truth).expect("a file of ours");
@@ -98,6 +83,20 @@ fn every_server_is_read_whole() {
     }
 }
 
+/// What a copy inherits was looked for in a file of the export's name, and there is none.
+#[test]
+fn an_image_inside_an_export_is_copied_to_a_new_image() {
+    let folder = folder();
+    let [inside, out] = ["inside.qcow2", "out.qcow2"].map(|name| folder.path().join(name));
+    let truth = thin_disk(DISK_LEN);
+    holding(&inside, "qcow2", &truth, &[]);
+    let server = Server::nbdkit(folder.path(), &["file", &format!("file={}", inside.display())]);
+    let mut command = Command::new(program());
+    command.args(["convert", &server.uri("")]).arg(&out).args(["--source-format", "qcow2", "--format", "qcow2"]);
+    ran(&mut command);
+    assert_same("the copy", &content(&out, "qcow2"), &truth);
+}
+
 /// A copy was as thick as the export said it was long.
 #[test]
 fn holes_of_an_export_are_holes_of_the_copy() {
@@ -138,7 +137,7 @@ fn an_image_is_read_through_an_export_below_it() {
 #[test]
 fn our_own_daemon_is_a_server_as_well_and_serves_what_is_on_another() {
     let folder = folder();
-    let truth = disk();
+    let truth = thin_disk(DISK_LEN);
     let path = |name: &str| folder.path().join(name);
     holding(&path("disk.qcow2"), "qcow2", &truth, &[]);
     let first = path("first");
@@ -167,7 +166,7 @@ fn our_own_daemon_is_a_server_as_well_and_serves_what_is_on_another() {
 #[test]
 fn a_server_by_tcp_is_reached() {
     let folder = folder();
-    let truth = disk();
+    let truth = thin_disk(DISK_LEN);
     let raw = folder.path().join("disk.raw");
     std::fs::write(&raw, &truth).expect("a file of ours");
     // The port that the system gave to somebody who has gone is free for a while.
@@ -187,7 +186,7 @@ fn a_server_by_tcp_is_reached() {
 fn what_fails_is_told_with_the_address_and_the_reason() {
     let folder = folder();
     let raw = folder.path().join("disk.raw");
-    std::fs::write(&raw, disk()).expect("a file of ours");
+    std::fs::write(&raw, thin_disk(DISK_LEN)).expect("a file of ours");
     let out = folder.path().join("out");
     let convert = |uri: &str| converting(uri, Some("raw"), &out);
     let file = format!("file={}", raw.display());

@@ -6,34 +6,19 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use support::daemon::{Daemon, program};
-use support::images::{compare, holding, random_chain};
+use support::images::{compare, holding, random_chain, thin_disk};
 use support::random::Random;
 use support::server::Server;
-use support::tools::{output, ran, told};
+use support::tools::{ran, refused};
 use support::writer::{Habits, Writer};
 use support::{assert_same, eventually, folder};
 
 const DISK_LEN: usize = 24 << 20;
 
-/// A disk with holes and zeroes, of which no two blocks of data are alike.
-fn disk() -> Vec<u8> {
-    let byte = |at: usize| (at / 512 * 31 + at) as u8 | 1;
-    (0..DISK_LEN).map(|at| if at >> 20 & 3 == 1 { 0 } else { byte(at) }).collect()
-}
-
 fn converting(source: &Path, format: &str, target: &str) -> Command {
     let mut command = Command::new(program());
     command.arg("convert").arg(source).arg(target).args(["--source-format", format]);
     command
-}
-
-/// `command` is refused with all of `reasons`.
-#[track_caller]
-fn refused(mut command: Command, reasons: &[&str]) {
-    let output = output(&mut command);
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    let all = reasons.iter().all(|reason| said.contains(reason));
-    assert!(output.status.code() == Some(1) && all, "{reasons:?}: {}", told(&command, &output));
 }
 
 /// What an export holds, as QEMU reads it.
@@ -53,10 +38,29 @@ fn garbage(folder: &Path, name: &str, len: usize) -> PathBuf {
     path
 }
 
+/// Folders of the server and of the daemon, whose sockets have the same names.
+fn two_folders(folder: &Path) -> (PathBuf, PathBuf) {
+    let (theirs, ours) = (folder.join("theirs"), folder.join("ours"));
+    for made in [&theirs, &ours] {
+        std::fs::create_dir(made).expect("a folder of ours");
+    }
+    (theirs, ours)
+}
+
+/// A server of a file that has other bytes, and a daemon that serves a disk.
+fn beside_each_other(folder: &Path) -> (Server, Daemon) {
+    let source = folder.join("disk.raw");
+    std::fs::write(&source, thin_disk(DISK_LEN)).expect("a file of ours");
+    let file = format!("file={}", garbage(folder, "target", DISK_LEN).display());
+    let (theirs, ours) = two_folders(folder);
+    let server = Server::nbdkit(&theirs, &["file", &file]);
+    (server, Daemon::serve(&ours, &[format!("vda={},format=raw", source.display())]))
+}
+
 #[test]
 fn every_server_gets_the_whole_disk() {
     let folder = folder();
-    let truth = disk();
+    let truth = thin_disk(DISK_LEN);
     let source = folder.path().join("disk.qcow2");
     holding(&source, "qcow2", &truth, &[]);
     let same = |uri: &str, what: &str| {
@@ -105,7 +109,7 @@ fn a_fresh_export_gets_data_alone() {
     let source = folder.path().join("disk.raw");
     let file = File::create(&source).expect("a file of ours");
     file.set_len(DISK_LEN as u64).expect("a file of holes");
-    for (number, piece) in disk().chunks(1 << 20).enumerate().filter(|(number, _)| number & 3 != 1) {
+    for (number, piece) in thin_disk(DISK_LEN).chunks(1 << 20).enumerate().filter(|(number, _)| number & 3 != 1) {
         file.write_all_at(piece, (number << 20) as u64).expect("a file of ours");
     }
     let log = folder.path().join("requests");
@@ -116,14 +120,14 @@ fn a_fresh_export_gets_data_alone() {
     let count = |word: &str| said.lines().filter(|line| line.contains(&format!(" {word} "))).count();
     assert_eq!(count("Zero"), 0, "{said}");
     assert!(count("Write") > 0 && count("Flush") > 0, "{said}");
-    assert_same("the export", &held(&server.uri(""), folder.path()), &disk());
+    assert_same("the export", &held(&server.uri(""), folder.path()), &thin_disk(DISK_LEN));
 }
 
 #[test]
 fn what_cannot_be_a_target_is_refused_by_name() {
     let folder = folder();
     let source = folder.path().join("disk.raw");
-    std::fs::write(&source, disk()).expect("a file of ours");
+    std::fs::write(&source, thin_disk(DISK_LEN)).expect("a file of ours");
     let small = format!("file={}", garbage(folder.path(), "small", DISK_LEN - 512).display());
     let file = format!("file={}", garbage(folder.path(), "target", DISK_LEN).display());
     let blocks =
@@ -172,10 +176,7 @@ fn a_guest_is_moved_to_an_export_and_lives_there_through_kills() {
     let chain = random_chain(folder.path(), &mut Random::new(11));
     let truth = chain.content();
     let served = folder.path().join("target");
-    let (theirs, ours) = (folder.path().join("theirs"), folder.path().join("ours"));
-    for made in [&theirs, &ours] {
-        std::fs::create_dir(made).expect("a folder of ours");
-    }
+    let (theirs, ours) = two_folders(folder.path());
     std::fs::write(&served, vec![0x55; truth.len().next_multiple_of(1 << 20)]).expect("a file of ours");
     let server = Server::qemu(&theirs, &["-t", "-e", "64", "-f", "raw", &served.display().to_string()]);
     let mut daemon = Daemon::serve(&ours, &[chain.export("vda")]);
@@ -206,13 +207,10 @@ fn a_guest_is_moved_to_an_export_and_lives_there_through_kills() {
 fn what_a_server_lost_before_it_was_flushed_is_copied_again() {
     let folder = folder();
     let source = folder.path().join("disk.raw");
-    let mut truth = disk();
+    let mut truth = thin_disk(DISK_LEN);
     truth.resize(3 * DISK_LEN, 7);
     std::fs::write(&source, &truth).expect("a file of ours");
-    let (theirs, ours) = (folder.path().join("theirs"), folder.path().join("ours"));
-    for made in [&theirs, &ours] {
-        std::fs::create_dir(made).expect("a folder of ours");
-    }
+    let (theirs, ours) = two_folders(folder.path());
     let mut server = Server::nbdkit(&theirs, &["memory", "72M"]);
     let daemon = Daemon::serve(&ours, &[format!("vda={},format=raw", source.display())]);
     let guest = Writer::start(&daemon.socket(), "vda", truth, Habits { seed: 5, ..Habits::default() });
@@ -245,17 +243,13 @@ fn what_a_server_lost_before_it_was_flushed_is_copied_again() {
 #[test]
 fn a_guest_waits_for_the_server_that_it_lives_on() {
     let folder = folder();
-    let source = folder.path().join("disk.raw");
-    std::fs::write(&source, disk()).expect("a file of ours");
-    let file = format!("file={}", garbage(folder.path(), "target", DISK_LEN).display());
-    let (theirs, ours) = (folder.path().join("theirs"), folder.path().join("ours"));
-    for made in [&theirs, &ours] {
-        std::fs::create_dir(made).expect("a folder of ours");
-    }
-    let mut server = Server::nbdkit(&theirs, &["file", &file]);
-    let daemon = Daemon::serve(&ours, &[format!("vda={},format=raw", source.display())]);
-    let guest =
-        Writer::start(&daemon.socket(), "vda", disk(), Habits { seed: 6, flush_one_in: 20, ..Habits::default() });
+    let (mut server, daemon) = beside_each_other(folder.path());
+    let guest = Writer::start(
+        &daemon.socket(),
+        "vda",
+        thin_disk(DISK_LEN),
+        Habits { seed: 6, flush_one_in: 20, ..Habits::default() },
+    );
     daemon.ok("mirror", &["vda", &server.uri(""), "--wait"]);
     daemon.pivot("vda");
     for _ in 0..3 {
@@ -272,16 +266,8 @@ fn a_guest_waits_for_the_server_that_it_lives_on() {
 #[test]
 fn a_pivot_that_was_asked_for_while_the_server_is_away_is_done_when_it_is_back() {
     let folder = folder();
-    let source = folder.path().join("disk.raw");
-    std::fs::write(&source, disk()).expect("a file of ours");
-    let file = format!("file={}", garbage(folder.path(), "target", DISK_LEN).display());
-    let (theirs, ours) = (folder.path().join("theirs"), folder.path().join("ours"));
-    for made in [&theirs, &ours] {
-        std::fs::create_dir(made).expect("a folder of ours");
-    }
-    let mut server = Server::nbdkit(&theirs, &["file", &file]);
-    let daemon = Daemon::serve(&ours, &[format!("vda={},format=raw", source.display())]);
-    let guest = Writer::start(&daemon.socket(), "vda", disk(), Habits { seed: 12, ..Habits::default() });
+    let (mut server, daemon) = beside_each_other(folder.path());
+    let guest = Writer::start(&daemon.socket(), "vda", thin_disk(DISK_LEN), Habits { seed: 12, ..Habits::default() });
     daemon.ok("mirror", &["vda", &server.uri(""), "--wait"]);
     let blocking = daemon.refused("set", &["vda", "--mode", "write-blocking"]);
     assert!(blocking.contains("in the background"), "{blocking}");
@@ -301,7 +287,7 @@ fn a_pivot_that_was_asked_for_while_the_server_is_away_is_done_when_it_is_back()
 fn a_server_that_fails_is_a_target_that_fails() {
     let folder = folder();
     let source = folder.path().join("disk.raw");
-    std::fs::write(&source, disk()).expect("a file of ours");
+    std::fs::write(&source, thin_disk(DISK_LEN)).expect("a file of ours");
     let file = format!("file={}", garbage(folder.path(), "target", DISK_LEN).display());
     let trigger = folder.path().join("fail");
     let failing = format!("error-pwrite-file={}", trigger.display());
@@ -310,7 +296,7 @@ fn a_server_that_fails_is_a_target_that_fails() {
     let ours = folder.path().join("ours");
     std::fs::create_dir(&ours).expect("a folder of ours");
     let daemon = Daemon::serve(&ours, &[format!("vda={},format=raw", source.display())]);
-    let guest = Writer::start(&daemon.socket(), "vda", disk(), Habits { seed: 7, ..Habits::default() });
+    let guest = Writer::start(&daemon.socket(), "vda", thin_disk(DISK_LEN), Habits { seed: 7, ..Habits::default() });
     std::fs::write(&trigger, "").expect("a file of ours");
     daemon.ok("mirror", &["vda", &server.uri(""), "--on-target-error", "enospc"]);
     eventually("the job pauses", || (daemon.status("vda")["paused"] == true).then_some(()));
@@ -330,7 +316,7 @@ fn two_exports_cannot_have_one_address() {
     let folder = folder();
     let (first, second) = (folder.path().join("first.raw"), folder.path().join("second.raw"));
     for file in [&first, &second] {
-        std::fs::write(file, disk()).expect("a file of ours");
+        std::fs::write(file, thin_disk(DISK_LEN)).expect("a file of ours");
     }
     let theirs = folder.path().join("theirs");
     std::fs::create_dir(&theirs).expect("a folder of ours");

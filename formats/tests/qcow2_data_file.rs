@@ -2,13 +2,14 @@
 //! data file is the disk by itself.
 mod support;
 
-use formats::image::{Image, Place, Progress, Settle, Zeroing};
+use formats::image::{Image, Place, Progress, Settle};
 use formats::journal::Forgetful;
 use formats::qcow2::{Create, DataFile, Open, Qcow2, create};
 use formats::range::ByteRange;
 use formats::storage::Storage;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use support::act::{act, assert_same};
 use support::disk::Disk;
 use support::file::{FileStorage, Layer};
 use support::notes::Notes;
@@ -161,29 +162,6 @@ fn write_and_check(made: &Made, mut model: Vec<u8>, random: &mut Random) {
     }
 }
 
-fn act(layer: &Layer, model: &mut [u8], random: &mut Random) {
-    let size = model.len() as u64;
-    let start = random.below(size);
-    let range = ByteRange { start, end: start + 1 + random.below((size - start).min(200_000)) };
-    let here = &mut model[start as usize..range.end as usize];
-    match random.below(6) {
-        0 => {
-            here.fill(0);
-            layer.zero(range, [Zeroing::Unmap, Zeroing::Keep][random.below(2) as usize]);
-        }
-        1 => {
-            // What a discard leaves as it was is the truth from then on.
-            layer.zero(range, Zeroing::Discard);
-            layer.read(start, here);
-        }
-        2 => layer.settle(),
-        _ => {
-            here.fill(random.below(256) as u8);
-            layer.write(start, here);
-        }
-    }
-}
-
 /// What is said of a run of the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Told {
@@ -245,13 +223,6 @@ fn mapped(folder: &Path) -> Vec<(u64, u64, Told)> {
         push(&mut runs, start, len, told);
     }
     runs
-}
-
-fn assert_same(ours: &[u8], theirs: &[u8], what: &str) {
-    assert_eq!(ours.len(), theirs.len(), "{what}");
-    if let Some(at) = ours.iter().zip(theirs).position(|(ours, theirs)| ours != theirs) {
-        panic!("byte {at} is {:#x}, expected {:#x}: {what}", ours[at], theirs[at]);
-    }
 }
 
 fn image_in_memory(raw: bool) -> Arc<Disk> {

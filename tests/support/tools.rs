@@ -21,6 +21,15 @@ pub fn ran(command: &mut Command) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
+/// `command` ends with 1, and its words have all of `reasons`.
+#[track_caller]
+pub fn refused(mut command: Command, reasons: &[&str]) {
+    let output = output(&mut command);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let all = reasons.iter().all(|reason| said.contains(reason));
+    assert!(output.status.code() == Some(1) && all, "{reasons:?}: {}", told(&command, &output));
+}
+
 /// Runs `command` to its end, however that is; one that hangs is killed when patience ends.
 #[track_caller]
 pub fn output(command: &mut Command) -> Output {
