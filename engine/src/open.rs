@@ -8,7 +8,7 @@ use crate::control::TargetFormat;
 use crate::control::options::Cache;
 use crate::disk::{DataFile, Disk};
 use crate::io::remote::Remote;
-use crate::io::{File, FileStorage, PAGE};
+use crate::io::{File, FileStorage, PAGE, is_in_memory};
 use formats::backing::{BackingName, Location};
 use formats::error::{Context, Error, Result};
 use formats::image::Image;
@@ -487,6 +487,9 @@ impl OpenFile {
             // It was alone, and is shared with our own second way in: the lock is kept by each open file,
             // and by every operation that the kernel still has of it.
             lock(&self.buffered, FlockOperation::NonBlockingLockShared)?;
+        }
+        if is_in_memory(&self.buffered) {
+            return Ok(DataFile::buffered(File::of_memory(self.buffered)));
         }
         let direct = match cache {
             Cache::None => direct_file(path, &self.buffered, writable),

@@ -1,7 +1,7 @@
 //! The control socket's clients: bytes between their sockets and their QMP sessions.
 use crate::control::qmp::{Call, Client};
 use crate::control::{Event, Refusal, Reply};
-use crate::io::{Buffer, Completion, File, Gather, Io, Op, Token};
+use crate::io::{Buffer, Completion, File, Gather, Io, Op, Token, Until};
 use std::time::Duration;
 
 /// How much is taken from a client at a time, in bytes.
@@ -41,7 +41,7 @@ impl Connection {
         }
         if !self.receiving && self.client.wants_input() {
             let buf = Buffer::alone(RECEIVE_LEN);
-            io.submit(Token(base.0 + RECEIVE), Op::Receive { socket: self.socket.clone(), buf, whole: false });
+            io.submit(Token(base.0 + RECEIVE), Op::Receive { socket: self.socket.clone(), buf, until: Until::Later });
             self.receiving = true;
         }
     }

@@ -9,7 +9,7 @@ use crate::control::qmp::Call;
 use crate::control::{Code, Event, MirrorRequest, Mode, Refusal, Reply, Request, Status};
 use crate::disk::Tools;
 use crate::io::remote::Remotes;
-use crate::io::{Arena, Buffer, Completion, File, Io, Op, Ring, Token, Wait, Waker};
+use crate::io::{Arena, Buffer, Completion, File, Io, Op, Ring, Token, Until, Wait, Waker};
 use crate::job::Phase;
 use crate::open::{Identity, export_named, files_of, identity};
 use crate::state::StateFolder;
@@ -167,7 +167,7 @@ impl ControlThread {
         self.ring.submit(token(WAKE, 0), Op::Wake { waker: self.waker.clone() });
         self.ring.submit(
             token(SIGNAL, 0),
-            Op::Receive { socket: self.signals.clone(), buf: Buffer::alone(1), whole: false },
+            Op::Receive { socket: self.signals.clone(), buf: Buffer::alone(1), until: Until::Later },
         );
         self.ring.submit(token(CONTROL, 0), Op::Accept { listener: control.file.clone(), accepted: None });
         for (number, listener) in &listeners {

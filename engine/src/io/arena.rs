@@ -54,14 +54,15 @@ impl Arena {
         false
     }
 
-    /// The region, for the ring to register.
-    pub(super) fn region(&self) -> (*mut u8, usize) {
-        (self.0.region.start.as_ptr(), self.0.region.len)
+    /// Where the region begins, for the ring to register.
+    pub(super) fn start(&self) -> *mut u8 {
+        self.0.region.start.as_ptr()
     }
 
-    /// True where `buffer` is a piece of this region.
-    pub(super) fn has(&self, buffer: &Buffer) -> bool {
-        matches!(&*buffer.lease, Lease::Pages { arena, .. } if Arc::ptr_eq(arena, &self.0))
+    /// Where `buffer` ends in the region; `None` where it is not a piece of it.
+    pub(super) fn end_of(&self, buffer: &Buffer) -> Option<usize> {
+        let mine = matches!(&*buffer.lease, Lease::Pages { arena, .. } if Arc::ptr_eq(arena, &self.0));
+        mine.then(|| buffer.address().addr() + buffer.len - self.start().addr())
     }
 }
 

@@ -13,6 +13,8 @@ pub struct File(Arc<Inner>);
 #[derive(Debug)]
 enum Inner {
     Open(OwnedFd),
+    /// On a file system in memory.
+    InMemory(OwnedFd),
     Remote(Arc<Remote>),
     Simulated(Simulated),
 }
@@ -30,6 +32,11 @@ impl File {
         Self(Arc::new(Inner::Open(fd.into())))
     }
 
+    /// A real one on a file system that `is_in_memory`.
+    pub fn of_memory(fd: impl Into<OwnedFd>) -> Self {
+        Self(Arc::new(Inner::InMemory(fd.into())))
+    }
+
     /// An export; only a `Remotes` queue can work on it.
     pub fn remote(remote: Arc<Remote>) -> Self {
         Self(Arc::new(Inner::Remote(remote)))
@@ -39,7 +46,7 @@ impl File {
     pub fn as_remote(&self) -> Option<&Arc<Remote>> {
         match &*self.0 {
             Inner::Remote(remote) => Some(remote),
-            Inner::Open(_) | Inner::Simulated(_) => None,
+            Inner::Open(_) | Inner::InMemory(_) | Inner::Simulated(_) => None,
         }
     }
 
@@ -51,7 +58,7 @@ impl File {
     /// The simulator's number; `None` for a real file.
     pub fn number(&self) -> Option<u32> {
         match &*self.0 {
-            Inner::Open(_) | Inner::Remote(_) => None,
+            Inner::Open(_) | Inner::InMemory(_) | Inner::Remote(_) => None,
             Inner::Simulated(simulated) => Some(simulated.number),
         }
     }
@@ -93,7 +100,7 @@ impl File {
     /// Makes everything durable that was written before. Waits: for starting and stopping.
     pub fn flush_now(&self) -> io::Result<()> {
         match &*self.0 {
-            Inner::Open(fd) => Ok(rustix::fs::fdatasync(fd)?),
+            Inner::Open(fd) | Inner::InMemory(fd) => Ok(rustix::fs::fdatasync(fd)?),
             Inner::Remote(remote) => remote.flush_now(),
             Inner::Simulated(_) => Ok(()),
         }
@@ -102,8 +109,16 @@ impl File {
     /// The descriptor, where there is one.
     pub fn as_fd(&self) -> Option<BorrowedFd<'_>> {
         match &*self.0 {
-            Inner::Open(fd) => Some(fd.as_fd()),
+            Inner::Open(fd) | Inner::InMemory(fd) => Some(fd.as_fd()),
             Inner::Remote(_) | Inner::Simulated(_) => None,
+        }
+    }
+
+    /// The descriptor of a file in memory.
+    pub(super) fn in_memory(&self) -> Option<BorrowedFd<'_>> {
+        match &*self.0 {
+            Inner::InMemory(fd) => Some(fd.as_fd()),
+            _ => None,
         }
     }
 
@@ -133,14 +148,14 @@ impl Waker {
             // Fails only where the counter is full: then the thread is being woken already.
             Inner::Open(fd) => drop(rustix::io::write(fd, &1u64.to_ne_bytes())),
             Inner::Simulated(simulated) => simulated.woken.store(true, Ordering::SeqCst),
-            Inner::Remote(_) => unreachable!("a waker has an eventfd"),
+            Inner::InMemory(_) | Inner::Remote(_) => unreachable!("a waker has an eventfd"),
         }
     }
 
     /// Whether a simulator's was woken since this was asked last.
     pub fn was_woken(&self) -> bool {
         match &*self.0.0 {
-            Inner::Open(_) | Inner::Remote(_) => false,
+            Inner::Open(_) | Inner::InMemory(_) | Inner::Remote(_) => false,
             Inner::Simulated(simulated) => simulated.woken.swap(false, Ordering::SeqCst),
         }
     }

@@ -9,7 +9,9 @@
 mod arena;
 mod file;
 mod gather;
+mod memory;
 mod pool;
+mod registered;
 pub mod remote;
 mod ring;
 mod storage;
@@ -18,6 +20,7 @@ mod words;
 pub use arena::{Arena, Buffer, Loan, PAGE};
 pub use file::{File, Waker};
 pub use gather::Gather;
+pub use memory::is_in_memory;
 pub use pool::{Pool, Turn, Work};
 pub use ring::Ring;
 pub use storage::FileStorage;
@@ -83,8 +86,8 @@ pub enum Op {
         socket: File,
         /// Into what.
         buf: Buffer,
-        /// Wait until `buf` is full.
-        whole: bool,
+        /// When it is done.
+        until: Until,
     },
     /// Send the rest of `gather`. The result is how many bytes went.
     Send {
@@ -128,6 +131,17 @@ pub enum Op {
     },
 }
 
+/// When a receive is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Until {
+    /// When something is there.
+    Some,
+    /// The same, but most likely nothing is there yet: looking at once would be in vain.
+    Later,
+    /// When its buffer is full.
+    Full,
+}
+
 /// An operation that is over, with everything that was lent to it.
 #[derive(Debug)]
 pub struct Completion {
@@ -152,6 +166,12 @@ pub enum Wait {
 pub trait Io {
     /// Queues `op`. It is started at the next `reap` at the latest.
     fn submit(&mut self, token: Token, op: Op);
+
+    /// Sends what `socket` takes of the rest of `gather` without a wait, where that is cheaper than an
+    /// operation. How many bytes went; an error is the operation's to find.
+    fn send_at_once(&mut self, _socket: &File, _gather: &Gather) -> usize {
+        0
+    }
 
     /// Moves what is done into `done`.
     fn reap(&mut self, wait: Wait, done: &mut Vec<Completion>) -> io::Result<()>;

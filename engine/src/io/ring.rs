@@ -1,16 +1,24 @@
 //! The kernel's queue: it owns every operation from its submission to its completion.
 // UNSAFETY: submission entries carry raw pointers into what this module owns.
 #![expect(unsafe_code)]
+
+#[cfg(test)]
+mod tests;
+
+use super::memory::{carry_out, zero_mode};
 use super::pool::{Helpers, Pool, Turn};
-use super::{Arena, Buffer, Completion, File, Gather, Io, Op, Token, Wait};
+use super::registered::Registered;
+use super::{Arena, Buffer, Completion, File, Gather, Io, Op, Token, Until, Wait};
 use io_uring::types::{CancelBuilder, Fd, FsyncFlags, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
-use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 use rustix::net::SocketAddrAny;
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
+
+/// `IORING_RECVSEND_POLL_FIRST` of `io_uring_enter(2)`: wait for the socket before the first try.
+const POLL_FIRST: u16 = 1;
 
 /// One thread's queue to the kernel. It stays on the thread that made it.
 pub struct Ring {
@@ -18,12 +26,12 @@ pub struct Ring {
     /// What the kernel has, by the number that its entry carries.
     in_kernel: Vec<Option<InKernel>>,
     free: Vec<usize>,
-    /// Memory that the kernel knows already, if it took it.
-    registered: Option<Arena>,
+    /// Dropped after the ring.
+    registered: Registered,
     /// Who computes for it; itself where there is nobody.
     helpers: Option<Helpers>,
-    /// What it computed itself and nobody took yet.
-    computed: Vec<Completion>,
+    /// What it did itself and nobody took yet.
+    ready: Vec<Completion>,
     started: Instant,
 }
 
@@ -70,23 +78,16 @@ fn vector(part: &[u8]) -> libc::iovec {
 
 impl Ring {
     /// A ring whose submission queue has room for `depth` operations (more are started early), with
-    /// `arena` registered where the system allows that much locked memory.
+    /// `arena` registered as far as it is used and the system allows that much locked memory.
     pub fn new(depth: u32, arena: &Arena) -> io::Result<Self> {
         let ring = Self::build(depth.next_power_of_two())?;
-        let (start, len) = arena.region();
-        let region = libc::iovec { iov_base: start.cast(), iov_len: len };
-        // SAFETY: the region lives as long as `registered`, which is dropped after the ring.
-        let registered = unsafe { ring.submitter().register_buffers(std::slice::from_ref(&region)) };
-        if let Err(error) = &registered {
-            tracing::debug!(%error, "the ring's buffers are not registered: copies cost a little more");
-        }
         Ok(Self {
+            registered: Registered::new(&ring, arena),
             ring,
             in_kernel: Vec::new(),
             free: Vec::new(),
-            registered: registered.is_ok().then(|| arena.clone()),
             helpers: None,
-            computed: Vec::new(),
+            ready: Vec::new(),
             started: Instant::now(),
         })
     }
@@ -123,13 +124,12 @@ impl Ring {
         })
     }
 
-    fn entry(&self, op: &mut Op, extra: &mut Extra) -> squeue::Entry {
+    fn entry(&mut self, op: &mut Op, extra: &mut Extra) -> squeue::Entry {
         match op {
             Op::Read { file, at, buf } => self.read(file, *at, buf),
             Op::Write { file, at, buf } => self.write(file, *at, buf),
             Op::Zero { file, at, len, unmap } => {
-                let mode = if *unmap { FallocateFlags::PUNCH_HOLE } else { FallocateFlags::ZERO_RANGE };
-                let mode = (mode | FallocateFlags::KEEP_SIZE).bits() as i32;
+                let mode = zero_mode(*unmap).bits() as i32;
                 opcode::Fallocate::new(fd(file), *len).offset(*at).mode(mode).build()
             }
             Op::Flush { file } => opcode::Fsync::new(fd(file)).flags(FsyncFlags::DATASYNC).build(),
@@ -138,9 +138,13 @@ impl Ring {
                 let len = (*len).min(1 << 30) as libc::off_t;
                 opcode::Fadvise::new(fd(file), len, libc::POSIX_FADV_WILLNEED).offset(*at).build()
             }
-            Op::Receive { socket, buf, whole } => {
-                let flags = if *whole { libc::MSG_WAITALL } else { 0 };
-                opcode::Recv::new(fd(socket), buf.address(), buf.len() as u32).flags(flags).build()
+            Op::Receive { socket, buf, until } => {
+                let (flags, how) = match until {
+                    Until::Some => (0, 0),
+                    Until::Later => (0, POLL_FIRST),
+                    Until::Full => (libc::MSG_WAITALL, 0),
+                };
+                opcode::Recv::new(fd(socket), buf.address(), buf.len() as u32).flags(flags).ioprio(how).build()
             }
             Op::Send { socket, gather } => {
                 let message = Message::new(gather);
@@ -176,19 +180,19 @@ impl Ring {
         }
     }
 
-    fn read(&self, file: &File, at: u64, buf: &mut Buffer) -> squeue::Entry {
+    fn read(&mut self, file: &File, at: u64, buf: &mut Buffer) -> squeue::Entry {
         let (start, len) = (buf.address(), buf.len() as u32);
-        match &self.registered {
-            Some(arena) if arena.has(buf) => opcode::ReadFixed::new(fd(file), start, len, 0).offset(at).build(),
-            _ => opcode::Read::new(fd(file), start, len).offset(at).build(),
+        match self.registered.has(&self.ring, buf) {
+            true => opcode::ReadFixed::new(fd(file), start, len, 0).offset(at).build(),
+            false => opcode::Read::new(fd(file), start, len).offset(at).build(),
         }
     }
 
-    fn write(&self, file: &File, at: u64, buf: &mut Buffer) -> squeue::Entry {
+    fn write(&mut self, file: &File, at: u64, buf: &mut Buffer) -> squeue::Entry {
         let (start, len) = (buf.address().cast_const(), buf.len() as u32);
-        match &self.registered {
-            Some(arena) if arena.has(buf) => opcode::WriteFixed::new(fd(file), start, len, 0).offset(at).build(),
-            _ => opcode::Write::new(fd(file), start, len).offset(at).build(),
+        match self.registered.has(&self.ring, buf) {
+            true => opcode::WriteFixed::new(fd(file), start, len, 0).offset(at).build(),
+            false => opcode::Write::new(fd(file), start, len).offset(at).build(),
         }
     }
 
@@ -214,7 +218,7 @@ impl Ring {
         if woken {
             self.listen();
         }
-        done.append(&mut self.computed);
+        done.append(&mut self.ready);
         if let Some(helpers) = &self.helpers {
             helpers.take(done);
         }
@@ -271,14 +275,29 @@ impl Io for Ring {
             (Op::Compute { from, to, work }, Some(helpers)) => helpers.put(token, from, to, work),
             (Op::Compute { from, mut to, work }, None) => {
                 let result = work.run(&from, &mut to);
-                self.computed.push(Completion { token, op: Op::Compute { from, to, work }, result });
+                self.ready.push(Completion { token, op: Op::Compute { from, to, work }, result });
             }
-            (op, _) => self.start(Some(token), op),
+            (mut op, _) => match carry_out(&mut op) {
+                Some(result) => self.ready.push(Completion { token, op, result }),
+                None => self.start(Some(token), op),
+            },
         }
     }
 
+    fn send_at_once(&mut self, socket: &File, gather: &Gather) -> usize {
+        // What is queued goes to the kernel by the next `reap`, and the rest of it then too.
+        if !self.ring.submission().is_empty() {
+            return 0;
+        }
+        let message = Message::new(gather);
+        // SAFETY: the header points into `message` and `gather`, which both outlive the call.
+        let count =
+            unsafe { libc::sendmsg(socket.raw(), &raw const message.header, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) };
+        usize::try_from(count).unwrap_or(0)
+    }
+
     fn reap(&mut self, wait: Wait, done: &mut Vec<Completion>) -> io::Result<()> {
-        self.enter(if self.computed.is_empty() { wait } else { Wait::No })?;
+        self.enter(if self.ready.is_empty() { wait } else { Wait::No })?;
         self.take_done(done);
         Ok(())
     }
@@ -303,7 +322,7 @@ impl Drop for Ring {
             if self.reap(Wait::One, &mut done).is_err() {
                 // The kernel cannot be asked any more: what it may still write to is kept for good.
                 std::mem::forget(std::mem::take(&mut self.in_kernel));
-                std::mem::forget(self.registered.take());
+                std::mem::forget(self.registered.arena().clone());
                 return;
             }
             done.clear();
@@ -331,138 +350,4 @@ fn completion(token: Token, mut op: Op, entry: &cqueue::Entry) -> Completion {
         _ => {}
     }
     Completion { token, op, result }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::{Arena, Buffer, File, Gather, Io, Op, Pool, Token, Turn, Wait, Waker, Work};
-    use super::Ring;
-    use std::time::Duration;
-
-    fn run(ring: &mut Ring, op: Op) -> (Op, std::io::Result<u32>) {
-        let mut done = Vec::new();
-        ring.submit(Token(9), op);
-        while done.is_empty() {
-            ring.reap(Wait::One, &mut done).expect("a ring that works");
-        }
-        let completion = done.remove(0);
-        assert_eq!(completion.token, Token(9));
-        (completion.op, completion.result)
-    }
-
-    #[test]
-    fn bytes_written_are_read_back_by_registered_and_other_buffers() {
-        let arena = Arena::new(64 << 10);
-        let mut ring = Ring::new(4, &arena).expect("a ring");
-        let file = File::new(tempfile::tempfile().expect("a temporary file"));
-        for mut buf in [arena.take(8192).expect("room"), Buffer::alone(8192)] {
-            buf.fill(7);
-            let (_, result) = run(&mut ring, Op::Write { file: file.clone(), at: 4096, buf });
-            assert_eq!(result.expect("a write"), 8192);
-        }
-        let zero = Op::Zero { file: file.clone(), at: 8192, len: 4096, unmap: true };
-        run(&mut ring, zero).1.expect("a hole");
-        run(&mut ring, Op::Flush { file: file.clone() }).1.expect("a flush");
-        let buf = arena.take(12288).expect("room");
-        let (op, result) = run(&mut ring, Op::Read { file, at: 4096, buf });
-        assert_eq!(result.expect("a read up to the end"), 8192);
-        let Op::Read { buf, .. } = op else { panic!("the same operation") };
-        assert!(buf[..4096].iter().all(|byte| *byte == 7) && buf[4096..8192].iter().all(|byte| *byte == 0));
-    }
-
-    #[test]
-    fn more_operations_than_the_queue_has_room_for_are_all_done() {
-        let arena = Arena::new(4096);
-        let mut ring = Ring::new(2, &arena).expect("a ring");
-        let file = File::new(tempfile::tempfile().expect("a temporary file"));
-        for n in 0..100 {
-            ring.submit(Token(n), Op::Write { file: file.clone(), at: n, buf: Buffer::alone(1) });
-        }
-        let mut done = Vec::new();
-        while done.len() < 100 {
-            ring.reap(Wait::One, &mut done).expect("a ring that works");
-        }
-        let mut tokens: Vec<u64> = done.iter().map(|completion| completion.token.0).collect();
-        tokens.sort_unstable();
-        assert!(tokens.into_iter().eq(0..100));
-    }
-
-    #[test]
-    fn a_gather_arrives_in_order_and_a_waker_wakes() {
-        let arena = Arena::new(4096);
-        let mut ring = Ring::new(4, &arena).expect("a ring");
-        let (ours, theirs) = std::os::unix::net::UnixStream::pair().expect("a socket pair");
-        let (ours, theirs) = (File::new(ours), File::new(theirs));
-        let mut gather = Gather::default();
-        gather.push_bytes(b"abc");
-        let mut buf = arena.take(3).expect("room");
-        buf.copy_from_slice(b"def");
-        gather.push_buffer(buf);
-        let (_, result) = run(&mut ring, Op::Send { socket: ours, gather });
-        assert_eq!(result.expect("a send"), 6);
-        let (op, _) = run(&mut ring, Op::Receive { socket: theirs, buf: Buffer::alone(6), whole: true });
-        let Op::Receive { buf, .. } = op else { panic!("the same operation") };
-        assert_eq!(&buf[..], b"abcdef");
-
-        let waker = Waker::new().expect("an eventfd");
-        waker.wake();
-        run(&mut ring, Op::Wake { waker }).1.expect("a waking");
-        run(&mut ring, Op::Timeout { after: Duration::from_millis(1) }).1.expect("an end");
-    }
-
-    /// A ring with an operation that was queued only hung for good when it was dropped: there was
-    /// nothing to cancel yet, and then nobody to end it.
-    #[test]
-    fn a_ring_that_goes_lets_nothing_go_before_the_kernel_did() {
-        for submitted in [true, false] {
-            let arena = Arena::new(4096);
-            let mut ring = Ring::new(4, &arena).expect("a ring");
-            let (ours, _theirs) = std::os::unix::net::UnixStream::pair().expect("a socket pair");
-            let buf = arena.take(100).expect("room");
-            ring.submit(Token(1), Op::Receive { socket: File::new(ours), buf, whole: true });
-            if submitted {
-                ring.reap(Wait::No, &mut Vec::new()).expect("a ring that works");
-            }
-            drop(ring);
-            assert!(arena.take(4096).is_some(), "the buffer came back");
-        }
-    }
-
-    /// Rings with helpers and without: everything comes back, each with its own buffers and error.
-    #[test]
-    fn what_is_computed_comes_back_like_any_operation() {
-        let pool = Pool::default();
-        for _ in 0..2 {
-            let pool = pool.clone();
-            std::thread::spawn(move || pool.serve());
-        }
-        let arena = Arena::new(1 << 20);
-        for helpers in [None, Some(pool)] {
-            let ring = Ring::new(4, &arena).and_then(|ring| ring.helped_by(helpers, Turn::Guest));
-            let mut ring = ring.expect("a ring");
-            let compute = |number: u8| {
-                let mut from = Buffer::alone(100);
-                from.fill(number);
-                let work = Work::new(|from, to| {
-                    to[..from.len()].copy_from_slice(from);
-                    if from[0] == 7 { Err(std::io::Error::other("seven")) } else { Ok(from.len()) }
-                });
-                Op::Compute { from, to: Buffer::alone(200), work }
-            };
-            (0..40).for_each(|number| ring.submit(Token(u64::from(number)), compute(number)));
-            let mut done = Vec::new();
-            while done.len() < 40 {
-                ring.reap(Wait::One, &mut done).expect("a ring");
-            }
-            done.sort_unstable_by_key(|completion| completion.token);
-            for (number, completion) in (0..).zip(done) {
-                let Op::Compute { to, .. } = completion.op else { panic!("not what was asked") };
-                assert_eq!(completion.token, Token(u64::from(number)));
-                assert!(to[..100] == [number; 100]);
-                assert_eq!(completion.result.ok(), (number != 7).then_some(100));
-            }
-            // A ring may go while the pool works for it.
-            (0..40).for_each(|number| ring.submit(Token(0), compute(number)));
-        }
-    }
 }

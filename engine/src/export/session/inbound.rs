@@ -7,7 +7,7 @@
 //!
 //! Inside TLS everything goes into the staging buffer, and what was in it into one of its own.
 use super::tls::Tls;
-use crate::io::{Arena, Buffer, File, Io, Loan, Op, Token};
+use crate::io::{Arena, Buffer, File, Io, Loan, Op, Token, Until};
 use formats::nbd::wire::HEADER_LEN_MAX;
 use std::io;
 use std::ops::Range;
@@ -48,6 +48,8 @@ pub(super) struct Inbound {
     payload: Option<Payload>,
     skip: u64,
     long_payloads: bool,
+    /// Headers that the last receive brought.
+    headers: usize,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -88,6 +90,7 @@ impl Inbound {
             payload: None,
             skip: 0,
             long_payloads: false,
+            headers: 0,
         }
     }
 
@@ -179,6 +182,7 @@ impl Inbound {
         (self.header_filled == self.header_len).then(|| {
             self.header_filled = 0;
             self.long_payloads = false;
+            self.headers += 1;
             Item::Header(header)
         })
     }
@@ -207,24 +211,27 @@ impl Inbound {
         if self.state != State::Idle || self.received.is_some() {
             return;
         }
-        let (buf, whole) = match self.payload.take() {
+        let (buf, until) = match self.payload.take() {
             Some(Payload::Here { buffer, filled }) if buffer.len() - filled >= self.direct_min => {
                 let rest_len = buffer.len() - filled;
                 let mut loan = Loan::new(buffer);
                 let head = loan.lend(filled);
                 let rest = loan.lend(rest_len);
                 self.payload = Some(Payload::Lent { loan, head });
-                (rest, true)
+                (rest, Until::Full)
             }
             payload => {
                 let short = self.long_payloads && payload.is_none();
+                // Whoever sent one request sends nothing before its reply, most likely.
+                let until = if self.headers <= 1 && payload.is_none() { Until::Later } else { Until::Some };
                 self.payload = payload;
                 let buffer = if short { &mut self.short } else { &mut self.staging };
-                (buffer.take().expect("what nobody receives into is here"), false)
+                (buffer.take().expect("what nobody receives into is here"), until)
             }
         };
         self.state = State::Receiving;
-        io.submit(token, Op::Receive { socket: self.socket.clone(), buf, whole });
+        self.headers = 0;
+        io.submit(token, Op::Receive { socket: self.socket.clone(), buf, until });
     }
 
     /// Takes in what became of a receive.

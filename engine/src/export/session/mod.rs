@@ -206,14 +206,17 @@ impl Session {
             self.start(io);
         }
         done.drain(..).for_each(|completion| self.complete(io, completion));
-        if self.leaving.is_none() {
-            self.take_in(io);
+        loop {
+            if self.leaving.is_none() {
+                self.take_in(io);
+            }
+            if self.leaving.is_some() && self.is_idle() {
+                self.layer.farewell();
+            }
+            // Replies that are gone make room for requests that came.
+            let Some(gone) = self.outbound.submit(io, self.token(SEND), self.layer.tls()) else { break };
+            self.gone(gone);
         }
-        if self.leaving.is_some() && self.is_idle() {
-            self.layer.farewell();
-        }
-        let gone = self.outbound.submit(io, self.token(SEND), self.layer.tls());
-        self.gone(gone);
         if self.leaving.is_none() && !self.layer.is_starting() {
             self.inbound.submit(io, self.token(RECEIVE));
         }
@@ -264,9 +267,10 @@ impl Session {
                 }
             }
             SEND => {
-                let gone =
-                    self.outbound.complete(io, self.token(SEND), self.layer.tls(), completion.op, completion.result);
-                self.gone(gone);
+                let (token, tls) = (self.token(SEND), self.layer.tls());
+                if let Some(gone) = self.outbound.complete(io, token, tls, completion.op, completion.result) {
+                    self.gone(gone);
+                }
             }
             WAKE => {
                 // First: who rings from now on is heard.

@@ -60,23 +60,28 @@ impl Outbound {
         self.broken
     }
 
-    /// Sends what waits, unless a send is under way. Gives back what is never going to be sent.
-    pub fn submit(&mut self, io: &mut impl Io, token: Token, tls: Option<&mut Tls>) -> Load {
+    /// Sends what waits, unless a send is under way. Gives back the load of what is gone already, or never will be
+    /// sent: there is room for more then.
+    pub fn submit(&mut self, io: &mut impl Io, token: Token, tls: Option<&mut Tls>) -> Option<Load> {
         if self.broken {
+            let nothing = self.waiting.is_empty();
             self.waiting.clear();
-            return std::mem::take(&mut self.waiting_load);
+            let load = std::mem::take(&mut self.waiting_load);
+            return (!nothing).then_some(load);
         }
         let has_to_say = tls.as_ref().is_some_and(|tls| tls.has_to_say());
-        if self.sending.is_none() && (!self.waiting.is_empty() || has_to_say) {
-            let gather = std::mem::replace(&mut self.waiting, std::mem::take(&mut self.spare));
-            self.sending = Some(std::mem::take(&mut self.waiting_load));
-            let gather = match tls {
-                None => gather,
-                Some(tls) => tls.encrypt(gather),
-            };
-            io.submit(token, Op::Send { socket: self.socket.clone(), gather });
+        if self.sending.is_some() || (self.waiting.is_empty() && !has_to_say) {
+            return None;
         }
-        Load::default()
+        let gather = std::mem::replace(&mut self.waiting, std::mem::take(&mut self.spare));
+        self.sending = Some(std::mem::take(&mut self.waiting_load));
+        match tls {
+            None => self.send(io, token, None, gather),
+            Some(tls) => {
+                let gather = tls.encrypt(gather);
+                self.send(io, token, Some(tls), gather)
+            }
+        }
     }
 
     /// Takes in what became of a send. Gives back the load of the replies that are gone.
@@ -87,23 +92,43 @@ impl Outbound {
         tls: Option<&mut Tls>,
         op: Op,
         result: io::Result<u32>,
-    ) -> Load {
-        let Op::Send { socket, mut gather } = op else { unreachable!("a send was submitted") };
+    ) -> Option<Load> {
+        let Op::Send { mut gather, .. } = op else { unreachable!("a send was submitted") };
         match result {
-            Ok(count) if count > 0 => gather.advance(count as usize),
-            _ => self.broken = true,
+            Ok(count) if count > 0 => {
+                gather.advance(count as usize);
+                self.send(io, token, tls, gather)
+            }
+            _ => {
+                self.broken = true;
+                self.end(gather)
+            }
         }
-        if !self.broken && !gather.is_empty() {
-            io.submit(token, Op::Send { socket, gather });
-            return Load::default();
+    }
+
+    /// Sends `gather` and, inside TLS, what follows it: what the socket takes at once, and the rest when it does.
+    fn send(&mut self, io: &mut impl Io, token: Token, mut tls: Option<&mut Tls>, mut gather: Gather) -> Option<Load> {
+        loop {
+            if !gather.is_empty() {
+                gather.advance(io.send_at_once(&self.socket, &gather));
+            }
+            if !gather.is_empty() {
+                io.submit(token, Op::Send { socket: self.socket.clone(), gather });
+                return None;
+            }
+            match tls.as_mut().filter(|tls| tls.has_to_say()) {
+                None => return self.end(gather),
+                Some(tls) => {
+                    gather.clear();
+                    gather = tls.encrypt_more(gather);
+                }
+            }
         }
+    }
+
+    fn end(&mut self, mut gather: Gather) -> Option<Load> {
         gather.clear();
-        if let Some(tls) = tls.filter(|tls| !self.broken && tls.has_to_say()) {
-            let gather = tls.encrypt_more(gather);
-            io.submit(token, Op::Send { socket, gather });
-            return Load::default();
-        }
         self.spare = gather;
-        self.sending.take().expect("a send was under way")
+        self.sending.take()
     }
 }

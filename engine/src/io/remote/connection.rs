@@ -18,7 +18,7 @@ use super::super::{Completion, File, Op, Token};
 use super::blocking::{say_goodbye, socket_for};
 use super::request::Request;
 use super::{Remote, ended, late, lost, place, refused};
-use crate::io::{Buffer, Gather};
+use crate::io::{Buffer, Gather, Until};
 use formats::nbd::client::{Event, Negotiation, Replies};
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, ErrorKind};
@@ -153,7 +153,7 @@ impl Connection {
         if !self.receiving {
             self.receiving = true;
             let buf = Buffer::alone(PIECE_LEN);
-            submit(Part::Receive, Op::Receive { socket: socket.clone(), buf, whole: false });
+            submit(Part::Receive, Op::Receive { socket: socket.clone(), buf, until: Until::Some });
         }
     }
 

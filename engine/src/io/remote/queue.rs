@@ -1,5 +1,5 @@
 //! A thread's queue that knows exports too: what belongs to one goes to its server, all else to the queue below.
-use super::super::{Completion, File, Io, Op, Token, Wait};
+use super::super::{Completion, File, Gather, Io, Op, Token, Wait};
 use super::Remote;
 use super::connection::{Connection, Part};
 use super::request::Request;
@@ -85,6 +85,10 @@ impl<I: Io> Io for Remotes<I> {
             Some(remote) => self.start(&remote, token, op),
             None => self.below.submit(token, op),
         }
+    }
+
+    fn send_at_once(&mut self, socket: &File, gather: &Gather) -> usize {
+        self.below.send_at_once(socket, gather)
     }
 
     fn reap(&mut self, wait: Wait, done: &mut Vec<Completion>) -> io::Result<()> {
