@@ -1,7 +1,7 @@
 //! The daemon: the only place that starts threads or waits.
 //!
 //! ```text
-//! control thread   sockets, QMP clients, jobs, pivots: `control_thread`
+//! control thread   sockets, QMP clients: `control_thread`; what they ask for, jobs, pivots: `desk`
 //! nbd threads      one a connection: a `Session`
 //! copy threads     one or two a job: a `Copier`
 //! pool             one a processor: what inflates and deflates for them
@@ -13,6 +13,7 @@ mod clients;
 mod compare;
 mod control_thread;
 mod convert;
+mod desk;
 mod exports;
 mod jobs;
 mod listen;
@@ -67,13 +68,13 @@ pub fn serve(options: &ServeOptions, ready: impl FnOnce(&str)) -> Result<()> {
     refuse_shared(&exports)?;
     let table = Arc::new(Table::new(&exports));
     let mut thread = ControlThread::new(exports, table, options.cache, credentials, state).context(|| "starting")?;
-    thread.resume_jobs();
+    thread.desk().resume_jobs();
     // Only now: who finds the sockets is served.
     let named = options.listeners.iter().map(Listening::at);
     let listeners = inherited.into_iter().map(Ok).chain(named).collect::<Result<Vec<_>>>()?;
     let control = Listening::unix(&options.control, Access::default())?;
     let places: Vec<&str> = listeners.iter().map(|listening| listening.name.as_str()).collect();
-    ready(&format!("serving {} at {}", thread.names(), places.join(", ")));
+    ready(&format!("serving {} at {}", thread.desk().names(), places.join(", ")));
     let served = thread.run(&listeners, &control).context(|| "the control thread");
     drop((listeners, control));
     thread.close()?;

@@ -1,7 +1,8 @@
 //! A mirror job from its start to its end.
 //!
 //! The phases are a table, in `phase`. `Job` is stepped by the control thread: it puts the mirror in
-//! the guest's way, lets the seeder look when it may, watches the backlog, and ends.
+//! the guest's way, lets the seeder look when it may, and watches the backlog. How it ends is in `ending`.
+mod ending;
 mod phase;
 
 pub use phase::{Happened, Phase};
@@ -12,9 +13,9 @@ use crate::export::gate::{Gate, Leaving, Route};
 use crate::fault::{self, planted};
 use crate::io::{Completion, Io, Token};
 use crate::mirror::{Fault, Mirror};
-use crate::pivot::{End, Pivot, RecordFile, Step};
+use crate::pivot::{Pivot, RecordFile, Step};
 use crate::seed::Seeder;
-use formats::error::{Error, Result};
+use ending::Wish;
 use rustix::io::Errno;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -28,15 +29,6 @@ const BACKLOG_BOTH: u64 = 64 << 20;
 const LOOKS: usize = 256;
 /// How long a copy that goes on after an error waits first.
 const RETRY: Duration = Duration::from_millis(500);
-
-/// What an operator wants of a running job.
-enum Wish {
-    Pivot(Box<(End, RecordFile)>),
-    /// Leave the target as a copy of one instant.
-    Finish,
-    /// Give up.
-    GiveUp,
-}
 
 /// What a job is made of.
 pub struct Parts {
@@ -154,19 +146,9 @@ impl Job {
         self.error.as_deref()
     }
 
-    /// The record as a finished pivot left it.
-    pub fn take_record(&mut self) -> Option<RecordFile> {
-        self.record.take()
-    }
-
     /// True where it has ended and the target is a whole copy.
     pub fn is_complete(&self) -> bool {
         self.complete
-    }
-
-    /// True where the wish for an end is known and not carried out yet.
-    pub fn is_ending(&self) -> bool {
-        self.wish.is_some() || matches!(self.stage, Stage::Ending(_) | Stage::Detaching(_) | Stage::Resting)
     }
 
     /// True while it keeps guests waiting at a closed gate: it has to be stepped to its end.
@@ -208,22 +190,6 @@ impl Job {
     pub fn set_mode(&mut self, mode: Mode) {
         self.parts.mode = mode;
         self.choose_mode();
-    }
-
-    /// Wishes for the pivot. Only in `Phase::Ready`.
-    pub fn pivot(&mut self, end: End, record: RecordFile) {
-        self.wish = Some(Wish::Pivot(Box::new((end, record))));
-    }
-
-    /// Wishes for the end on the source: with a whole copy, unless it never was ready or `force`. Who
-    /// heard that it is ready gets what was promised, also where the guest has just run ahead again.
-    pub fn cancel(&mut self, force: bool) {
-        self.wish = Some(if force || !self.was_ready { Wish::GiveUp } else { Wish::Finish });
-    }
-
-    /// Why a pivot or a finish was undone, once.
-    pub fn take_undone(&mut self) -> Option<String> {
-        self.undone.take()
     }
 
     /// Takes in what became of one of its operations; a step follows.
@@ -408,81 +374,6 @@ impl Job {
         self.paused = true;
     }
 
-    /// True where a wish was taken up.
-    fn look_at_wishes<I: Io>(&mut self, tools: &Tools<I>) -> bool {
-        if matches!(self.stage, Stage::Detaching(_)) {
-            return true;
-        }
-        match self.wish.take() {
-            None => return false,
-            Some(Wish::GiveUp) => self.detach(),
-            // It fell behind meanwhile: carried out when it has caught up.
-            Some(wish) if self.phase != Phase::Ready => {
-                self.wish = Some(wish);
-                return false;
-            }
-            // What was copied since may be much: made durable now, it does not keep the guest waiting.
-            Some(wish) if !self.flushed && !planted(fault::Fault::RecordBeforeFlush) => {
-                self.wish = Some(wish);
-                self.stage = Stage::Settling(Box::new(Task::flush(Arc::clone(&self.parts.mirror.target))));
-            }
-            Some(Wish::Pivot(wish)) => self.begin_end(wish.0, Some(wish.1), tools.io.now()),
-            Some(Wish::Finish) => self.begin_end(End::Stay, None, tools.io.now()),
-        }
-        true
-    }
-
-    /// Closes the gate for the end. A wish to end outweighs a wish to rest.
-    fn begin_end(&mut self, end: End, record: Option<RecordFile>, now: Duration) {
-        self.paused = false;
-        self.flushed = false;
-        self.parts.mirror.hold(false);
-        let (mirror, gate) = (Arc::clone(&self.parts.mirror), Arc::clone(&self.parts.gate));
-        self.stage = Stage::Ending(Box::new(Pivot::begin(mirror, gate, end, record, now, self.parts.pause_max)));
-        self.happened(Happened::EndBegan);
-    }
-
-    /// A pivot or a finish is over.
-    fn ended(&mut self, outcome: Result<()>) {
-        let Stage::Ending(pivot) = std::mem::replace(&mut self.stage, Stage::Copying) else { return };
-        let switched = pivot.switches();
-        self.record = pivot.into_record();
-        match outcome {
-            Ok(()) => {
-                self.complete = true;
-                self.parts.mirror.hold(true);
-                self.stage = Stage::Over;
-                self.happened(if switched { Happened::PivotDone } else { Happened::CancelDone });
-            }
-            Err(error) => {
-                self.undone = Some(error.one_line());
-                self.happened(Happened::EndUndone);
-                if self.parts.mirror.target.is_poisoned() {
-                    // Whatever was ready is so no more.
-                    self.parts.mirror.fail(true, error);
-                }
-            }
-        }
-    }
-
-    /// Takes the mirror out of the guest's way.
-    fn detach(&mut self) {
-        let route = Route { disk: Arc::clone(&self.parts.mirror.source), mirror: None };
-        self.parts.mirror.hold(true);
-        self.stage = Stage::Detaching(self.parts.gate.replace(route));
-    }
-
-    /// Waits for the copiers to end what they have.
-    fn rest<I: Io>(&mut self, tools: &Tools<I>) -> bool {
-        self.parts.mirror.progress.listen(tools.waker);
-        if !self.parts.mirror.is_idle() {
-            return false;
-        }
-        self.stage = Stage::Over;
-        self.happened(if self.broken { Happened::Broke } else { Happened::CancelDone });
-        true
-    }
-
     fn happened(&mut self, happened: Happened) {
         match self.phase.on(happened) {
             Some(phase) => {
@@ -499,12 +390,5 @@ impl Job {
             Phase::Pivoted => &self.parts.mirror.target,
             _ => &self.parts.mirror.source,
         }
-    }
-
-    /// Why a pivot cannot be asked for now; `None` where it can.
-    pub fn not_ready(&self) -> Option<Error> {
-        let left = self.remaining();
-        (self.phase != Phase::Ready)
-            .then(|| Error::invalid(format!("cannot pivot: {left} bytes still to copy (phase: {})", self.phase.name())))
     }
 }
