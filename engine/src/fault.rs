@@ -26,6 +26,8 @@ pub enum Fault {
     PivotWithoutLastPass,
     /// 7: the record overwrites the slot that counts.
     OverwriteTheNewestSlot,
+    /// 7: the members of a group are recorded one by one.
+    RecordApart,
     /// 8: the target is not flushed before the record.
     RecordBeforeFlush,
     /// 8: an external data file is not flushed before the mappings of what is in it.

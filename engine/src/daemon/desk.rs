@@ -299,7 +299,7 @@ impl Desk {
             refuse(Code::OperationInvalid, format!("export {name} is read-only: it cannot be pivoted"))
         })?;
         if let Some(active) = self.jobs.get_mut(&number) {
-            let end = active.switch(export);
+            let end = active.switch(export, None);
             active.job.pivot(end, record);
         }
         self.waker.wake();

@@ -11,7 +11,7 @@ use crate::job::{Job, Parts, Phase};
 use crate::journal::WordJournal;
 use crate::mirror::Mirror;
 use crate::open::identity;
-use crate::pivot::End;
+use crate::pivot::{End, Member};
 use crate::state::{KeptJob, StateFolder};
 use crate::target::plan;
 use formats::error::Context;
@@ -167,7 +167,7 @@ impl Active {
     }
 
     /// The end that makes the target the disk of `export`.
-    pub fn switch(&self, export: &Export) -> End {
+    pub fn switch(&self, export: &Export, member: Option<Member>) -> End {
         let mirror = self.job.mirror();
         End::Switch {
             record: Record {
@@ -179,6 +179,7 @@ impl Active {
                 size: mirror.source.size(),
             },
             journal: self.journal.clone(),
+            member,
         }
     }
 

@@ -70,6 +70,13 @@ impl Job {
                 self.wish = Some(wish);
                 self.stage = Stage::Settling(Box::new(Task::flush(Arc::clone(&self.parts.mirror.target))));
             }
+            Some(Wish::Pivot(wish)) if wish.0.waits_for_others() => match wish.0.undone() {
+                Some(error) => self.undone = Some(error.one_line()),
+                None => {
+                    self.wish = Some(Wish::Pivot(wish));
+                    return false;
+                }
+            },
             Some(Wish::Pivot(wish)) => self.begin_end(wish.0, Some(wish.1), tools.io.now()),
             Some(Wish::Finish) => self.begin_end(End::Stay, None, tools.io.now()),
         }

@@ -100,7 +100,7 @@ impl Stage {
             format: text("raw"),
             size: DISK,
         };
-        (End::Switch { record, journal: None }, RecordFile::new(File::simulated(self.record), None))
+        (End::Switch { record, journal: None, member: None }, RecordFile::new(File::simulated(self.record), None))
     }
 }
 

@@ -10,6 +10,7 @@
 //! one: `SEED=31 cargo test -p engine simulator::one_world`.
 mod corners;
 mod files;
+mod group;
 mod guest;
 mod history;
 mod world;

@@ -239,7 +239,7 @@ impl World {
             job.complete(&mut tools, Token(0), completion);
         }
         if job.phase() == Phase::Ready && !job.is_ending() && self.dice.one_in(6) {
-            let end = End::Switch { record: new_record(), journal: Some(Arc::clone(journal)) };
+            let end = End::Switch { record: new_record(), journal: Some(Arc::clone(journal)), member: None };
             job.pivot(end, self.record_file());
         }
         let mut tools = Tools { io: &mut life.control, arena: &life.arena, waker: &life.waker };

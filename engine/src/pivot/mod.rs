@@ -13,62 +13,31 @@
 //!
 //! A copy of one point in time (cancel when ready) goes the same way and ends before `Record`.
 //!
-//! A record whose writing fails may be durable all the same. Nobody may be served then until one
-//! side is named for certain, so the gate stays closed and the source is recorded anew, again and
-//! again: a guest that waits loses nothing.
+//! `recorder` writes the record; where it fails, the gate stays closed until one side is named for certain. Several
+//! pivots that are to be one are `together`: one record for all of them.
 //!
 //! Until the record is confirmed, the older slot names the source. A newest slot that rots would then
 //! be taken for one whose writing was cut short, and the source for the truth.
+mod record_file;
+mod recorder;
+mod together;
+
+pub use record_file::{GroupFile, RecordFile};
+pub use together::{Member, members};
+
 use crate::disk::{Status, Task, Tools};
 use crate::export::gate::{Gate, Leaving, Route};
 use crate::fault::{Fault, planted};
-use crate::io::{Buffer, Completion, File, Io, Op, Token};
+use crate::io::{Completion, Io, Op, Token};
 use crate::journal::WordJournal;
 use crate::mirror::Mirror;
 use formats::error::{Error, Result};
-use formats::record::{Record, SLOT_LEN};
+use formats::record::Record;
+use record_file::bytes_of;
+use recorder::Recorder;
 use std::sync::Arc;
 use std::time::Duration;
-
-/// How long to wait before a record is tried again.
-const RETRY: Duration = Duration::from_millis(500);
-
-/// The file that says which image is the truth, and what it says now.
-#[derive(Clone)]
-pub struct RecordFile {
-    file: File,
-    /// What counts, and its slot.
-    newest: Option<(Record, usize)>,
-}
-
-impl RecordFile {
-    /// The file, and what was read from it.
-    pub fn new(file: File, newest: Option<(Record, usize)>) -> Self {
-        Self { file, newest }
-    }
-
-    /// What counts now.
-    pub fn newest(&self) -> Option<&Record> {
-        self.newest.as_ref().map(|(record, _)| record)
-    }
-
-    fn generation(&self) -> u64 {
-        self.newest().map_or(0, |record| record.generation)
-    }
-
-    /// Writes `record` into the slot that does not count.
-    fn write(&self, record: &Record) -> Result<Op> {
-        let mut buf = Buffer::alone(SLOT_LEN);
-        buf.copy_from_slice(&record.encode()?);
-        Ok(Op::Write { file: self.file.clone(), at: (self.free_slot() * SLOT_LEN) as u64, buf })
-    }
-
-    /// The slot that does not count.
-    fn free_slot(&self) -> usize {
-        let newest = self.newest.as_ref().map_or(1, |(_, slot)| *slot);
-        if planted(Fault::OverwriteTheNewestSlot) { newest } else { 1 - newest }
-    }
-}
+use together::Arrival;
 
 /// How a job ends.
 pub enum End {
@@ -78,9 +47,26 @@ pub enum End {
         record: Record,
         /// The target's journal: it has to keep what the guest is told from the switch on.
         journal: Option<Arc<WordJournal>>,
+        /// Its part in a group, if it is not alone.
+        member: Option<Member>,
     },
     /// The guest stays on the source; the target is a copy of this instant.
     Stay,
+}
+
+impl End {
+    /// True where it is one of a group that is not all there. Its target is durable.
+    pub fn waits_for_others(&self) -> bool {
+        matches!(self, Self::Switch { member: Some(member), .. } if !member.assemble())
+    }
+
+    /// Why the group that it is one of was undone, if it was.
+    pub fn undone(&self) -> Option<Error> {
+        match self {
+            Self::Switch { member: Some(member), .. } => member.verdict()?.err(),
+            _ => None,
+        }
+    }
 }
 
 /// One pivot on its way.
@@ -93,28 +79,20 @@ pub struct Pivot {
     record_file: Option<RecordFile>,
     /// Nobody is inside and the last pass is over by then, or the pivot is undone.
     deadline: Duration,
-    /// Why the source is being recorded anew.
-    failed: Option<Error>,
 }
 
 enum Stage {
     Drain(Leaving),
     LastPass,
     FlushTarget(Box<Task>),
-    Record(Writing),
-    /// The record is being put into the other slot too; the guest is on the target already.
-    Confirm(Record),
-    Over,
-}
-
-/// How far a record has come.
-#[derive(Clone, Copy, PartialEq)]
-enum Writing {
+    /// Nothing is in the way of the record.
     Begin,
-    Written,
-    Flushing,
-    /// It failed; a while later it is tried again, naming the source.
-    Waiting,
+    Record(Recorder),
+    /// Another member of the group records.
+    Together,
+    /// The record is being put into so many slots more; the guest is on the target already.
+    Confirm(Record, u32),
+    Over,
 }
 
 /// Where a step left a pivot.
@@ -138,12 +116,12 @@ impl Pivot {
     ) -> Self {
         let stage = Stage::Drain(gate.close());
         mirror.target.hurry(true);
-        Self { mirror, gate, end, stage, record_file, deadline: now.saturating_add(pause_max), failed: None }
+        Self { mirror, gate, end, stage, record_file, deadline: now.saturating_add(pause_max) }
     }
 
     /// True while guests wait at the gate.
     pub fn holds_gate(&self) -> bool {
-        !matches!(self.stage, Stage::Confirm(_) | Stage::Over)
+        !matches!(self.stage, Stage::Confirm(..) | Stage::Over)
     }
 
     /// True where it ends on the target.
@@ -181,14 +159,19 @@ impl Pivot {
                     }
                     match &self.end {
                         End::Stay => return self.stay(Ok(())),
-                        End::Switch { .. } => self.stage = Stage::Record(Writing::Begin),
+                        End::Switch { .. } => self.stage = Stage::Begin,
                     }
                 }
-                Stage::Record(Writing::Begin) => match self.begin_record(tools, base) {
-                    Ok(()) => return Step::Busy,
+                Stage::Begin => match self.begin_record(tools, base) {
+                    Ok(stage) => self.stage = stage,
                     Err(error) => return self.undo(error),
                 },
-                Stage::Record(_) | Stage::Confirm(_) => return Step::Busy,
+                Stage::Together => match self.verdict(tools.io.now()) {
+                    Some(Ok(())) => return self.recorded(tools, base),
+                    Some(Err(error)) => return self.undo(error),
+                    None => return Step::Busy,
+                },
+                Stage::Record(_) | Stage::Confirm(..) => return Step::Busy,
                 Stage::Over => return Step::Done(Ok(())),
             }
         }
@@ -201,20 +184,31 @@ impl Pivot {
                 task.complete(tools, base, done);
                 Step::Busy
             }
-            Stage::Record(writing) => {
-                let writing = *writing;
-                self.record_moved(tools, base, writing, done)
-            }
-            Stage::Confirm(_) => match std::mem::replace(&mut self.stage, Stage::Over) {
-                Stage::Confirm(again) => self.confirmed(tools, base, again, done),
+            Stage::Record(recorder) => match recorder.complete(tools, base, done) {
+                None => Step::Busy,
+                Some(outcome) => {
+                    if let Some(member) = self.member() {
+                        member.decide(&outcome);
+                    }
+                    match outcome {
+                        Ok(()) => self.recorded(tools, base),
+                        Err(error) => self.undo(error),
+                    }
+                }
+            },
+            Stage::Confirm(..) => match std::mem::replace(&mut self.stage, Stage::Over) {
+                Stage::Confirm(record, left) => self.confirmed(tools, base, record, left, done),
                 _ => Step::Busy,
             },
-            Stage::Drain(_) | Stage::LastPass | Stage::Over => Step::Busy,
+            Stage::Drain(_) | Stage::LastPass | Stage::Begin | Stage::Together | Stage::Over => Step::Busy,
         }
     }
 
     /// `None` while copiers are at it.
     fn last_pass<I: Io>(&mut self, tools: &Tools<I>) -> Option<Result<()>> {
+        if let Some(Err(error)) = self.member().and_then(Member::verdict) {
+            return Some(Err(error));
+        }
         self.mirror.progress.listen(tools.waker);
         if self.mirror.is_settled() || planted(Fault::PivotWithoutLastPass) {
             return Some(Ok(()));
@@ -230,7 +224,7 @@ impl Pivot {
 
     fn after_last_pass(&self) -> Stage {
         match &self.end {
-            End::Switch { .. } if planted(Fault::RecordBeforeFlush) => Stage::Record(Writing::Begin),
+            End::Switch { .. } if planted(Fault::RecordBeforeFlush) => Stage::Begin,
             _ => Stage::FlushTarget(Box::new(Task::flush(Arc::clone(&self.mirror.target)))),
         }
     }
@@ -272,74 +266,81 @@ impl Pivot {
         self.stage = Stage::Over;
     }
 
-    /// Puts the record on its way: the target as the truth or, after a failure, the source again.
-    fn begin_record<I: Io>(&mut self, tools: &mut Tools<I>, base: Token) -> Result<()> {
-        let (End::Switch { record, journal }, Some(record_file)) = (&mut self.end, &self.record_file) else {
+    fn member(&self) -> Option<&Member> {
+        match &self.end {
+            End::Switch { member, .. } => member.as_ref(),
+            End::Stay => None,
+        }
+    }
+
+    /// What the group came to, if it has.
+    fn verdict(&self, now: Duration) -> Option<Result<()>> {
+        let member = self.member()?;
+        if now > self.deadline {
+            member.give_up();
+        }
+        member.verdict()
+    }
+
+    /// Puts the record on its way: the target as the truth or, should that fail, the source again.
+    fn begin_record<I: Io>(&mut self, tools: &mut Tools<I>, base: Token) -> Result<Stage> {
+        let (End::Switch { record, journal, member }, Some(file)) = (&mut self.end, &self.record_file) else {
             return Err(Error::invalid("a pivot without a record"));
         };
-        if let (Some(journal), None) = (journal, &self.failed) {
+        if let Some(journal) = journal {
             // Everything is settled: what comes after the switch is noted from its first write on.
             journal.wake();
         }
-        let mut new = match (&self.failed, record_file.newest()) {
-            (None, _) => record.clone(),
-            (Some(_), Some(old)) => old.clone(),
-            // There was none: the export's origin is the truth.
-            (Some(_), None) => Record {
-                truth: record.origin.clone(),
-                format: self.mirror.source.chain().top().format.to_owned(),
-                ..record.clone()
+        record.generation = file.generation() + 1;
+        let recorder = match member {
+            Some(member) if !planted(Fault::RecordApart) => match member.arrive(record.clone())? {
+                Arrival::Lead(recorder) => recorder,
+                Arrival::Wait => return Ok(Stage::Together),
             },
+            _ => {
+                let old = file.newest().cloned().unwrap_or_else(|| Record {
+                    // There was none: the export's origin is the truth.
+                    truth: record.origin.clone(),
+                    format: self.mirror.source.chain().top().format.to_owned(),
+                    ..record.clone()
+                });
+                // A failed record may count after a crash: what replaces it has to be newer.
+                let old = Record { generation: record.generation + 1, ..old };
+                Recorder::new(file.slots().clone(), bytes_of(record)?, bytes_of(&old)?)
+            }
         };
-        // A failed record may count after a crash: what replaces it has to be newer.
-        new.generation = record_file.generation() + if self.failed.is_some() { 2 } else { 1 };
-        let op = record_file.write(&new)?;
-        if self.failed.is_none() {
-            *record = new;
-        }
-        tools.io.submit(base, op);
-        self.stage = Stage::Record(Writing::Written);
-        Ok(())
-    }
-
-    fn record_moved<I: Io>(&mut self, tools: &mut Tools<I>, base: Token, writing: Writing, done: Completion) -> Step {
-        let Some(record_file) = &self.record_file else { return Step::Busy };
-        match (writing, done.result) {
-            (Writing::Written, Ok(count)) if count as usize == SLOT_LEN => {
-                tools.io.submit(base, Op::Flush { file: record_file.file.clone() });
-                self.stage = Stage::Record(Writing::Flushing);
-            }
-            (Writing::Flushing, Ok(_)) => return self.recorded(tools, base),
-            (Writing::Waiting, _) => self.stage = Stage::Record(Writing::Begin),
-            (_, result) => {
-                let error = result.err().unwrap_or_else(|| std::io::ErrorKind::WriteZero.into());
-                let error = Error::io("writing the pivot record in the state folder", error);
-                tracing::error!("{}: the guest waits until the record is certain", error.one_line());
-                self.failed.get_or_insert(error);
-                tools.io.submit(base, Op::Timeout { after: RETRY });
-                self.stage = Stage::Record(Writing::Waiting);
-            }
-        }
-        Step::Busy
+        recorder.start(tools, base);
+        Ok(Stage::Record(recorder))
     }
 
     /// The record is durable: from here on there is only one way.
     fn recorded<I: Io>(&mut self, tools: &mut Tools<I>, base: Token) -> Step {
-        if let Some(error) = self.failed.take() {
-            return self.undo(error);
-        }
         self.carry_bitmaps();
         let disk = if planted(Fault::SourceAfterRecord) { &self.mirror.source } else { &self.mirror.target };
         self.open(Route { disk: Arc::clone(disk), mirror: None });
-        let (End::Switch { record, .. }, Some(file)) = (&self.end, &mut self.record_file) else {
+        let (End::Switch { record, member, .. }, Some(file)) = (&self.end, &mut self.record_file) else {
             return Step::Done(Ok(()));
         };
-        file.newest = Some((record.clone(), file.free_slot()));
-        let again = Record { generation: record.generation + 1, ..record.clone() };
-        match file.write(&again) {
-            Ok(op) => {
-                tools.io.submit(base, op);
-                self.stage = Stage::Confirm(again);
+        let record = record.clone();
+        match member {
+            Some(_) => {
+                file.outdone(record.clone());
+                self.confirm(tools, base, record, 2)
+            }
+            None => {
+                file.written(record.clone());
+                self.confirm(tools, base, Record { generation: record.generation + 1, ..record }, 1)
+            }
+        }
+    }
+
+    /// Writes `record` into the slot that does not count.
+    fn confirm<I: Io>(&mut self, tools: &mut Tools<I>, base: Token, record: Record, left: u32) -> Step {
+        let Some(file) = &self.record_file else { return Step::Done(Ok(())) };
+        match bytes_of(&record) {
+            Ok(bytes) => {
+                tools.io.submit(base, file.slots().write(&bytes));
+                self.stage = Stage::Confirm(record, left);
                 Step::Busy
             }
             Err(error) => unconfirmed(&error),
@@ -359,22 +360,32 @@ impl Pivot {
         }
     }
 
-    /// The record in the other slot was written, or made durable.
-    fn confirmed<I: Io>(&mut self, tools: &mut Tools<I>, base: Token, again: Record, done: Completion) -> Step {
+    /// `record` was written once more, or made durable; there are so many slots `left`.
+    fn confirmed<I: Io>(
+        &mut self,
+        tools: &mut Tools<I>,
+        base: Token,
+        record: Record,
+        left: u32,
+        done: Completion,
+    ) -> Step {
         let Some(file) = &mut self.record_file else { return Step::Done(Ok(())) };
         match (done.op, done.result) {
-            (Op::Write { .. }, Ok(count)) if count as usize == SLOT_LEN => {
-                tools.io.submit(base, Op::Flush { file: file.file.clone() });
-                self.stage = Stage::Confirm(again);
+            (Op::Write { .. }, Ok(count)) if count as usize == file.slots().len() => {
+                tools.io.submit(base, Op::Flush { file: file.slots().file().clone() });
+                self.stage = Stage::Confirm(record, left);
                 return Step::Busy;
             }
-            (Op::Flush { .. }, Ok(_)) => file.newest = Some((again, file.free_slot())),
+            (Op::Flush { .. }, Ok(_)) => file.written(record.clone()),
             (_, result) => {
                 let error = result.err().unwrap_or_else(|| std::io::ErrorKind::WriteZero.into());
-                return unconfirmed(&Error::io("writing it a second time", error));
+                return unconfirmed(&Error::io("writing it once more", error));
             }
         }
-        Step::Done(Ok(()))
+        match left - 1 {
+            0 => Step::Done(Ok(())),
+            left => self.confirm(tools, base, Record { generation: record.generation + 1, ..record }, left),
+        }
     }
 }
 
