@@ -13,24 +13,25 @@
 //!
 //! A copy of one point in time (cancel when ready) goes the same way and ends before `Record`.
 //!
-//! `recorder` writes the record; where it fails, the gate stays closed until one side is named for certain. Several
-//! pivots that are to be one are `together`: one record for all of them.
-//!
-//! Until the record is confirmed, the older slot names the source. A newest slot that rots would then
-//! be taken for one whose writing was cut short, and the source for the truth.
+//! `recorder` writes the record; where it fails, the gate stays closed until one side is named for certain. `confirm`
+//! puts it into the other slot. Several pivots that are to be one are `together`: one record for all of them.
+mod confirm;
 mod record_file;
 mod recorder;
+mod replace;
 mod together;
 
 pub use record_file::{GroupFile, RecordFile};
+pub use replace::{Make, Replace};
 pub use together::{Member, members};
 
 use crate::disk::{Status, Task, Tools};
 use crate::export::gate::{Gate, Leaving, Route};
 use crate::fault::{Fault, planted};
-use crate::io::{Completion, Io, Op, Token};
+use crate::io::{Completion, Io, Token};
 use crate::journal::WordJournal;
 use crate::mirror::Mirror;
+use confirm::Confirm;
 use formats::error::{Error, Result};
 use formats::record::Record;
 use record_file::bytes_of;
@@ -90,8 +91,8 @@ enum Stage {
     Record(Recorder),
     /// Another member of the group records.
     Together,
-    /// The record is being put into so many slots more; the guest is on the target already.
-    Confirm(Record, u32),
+    /// The guest is on the target already.
+    Confirm(Confirm),
     Over,
 }
 
@@ -121,7 +122,7 @@ impl Pivot {
 
     /// True while guests wait at the gate.
     pub fn holds_gate(&self) -> bool {
-        !matches!(self.stage, Stage::Confirm(..) | Stage::Over)
+        !matches!(self.stage, Stage::Confirm(_) | Stage::Over)
     }
 
     /// True where it ends on the target.
@@ -171,7 +172,7 @@ impl Pivot {
                     Some(Err(error)) => return self.undo(error),
                     None => return Step::Busy,
                 },
-                Stage::Record(_) | Stage::Confirm(..) => return Step::Busy,
+                Stage::Record(_) | Stage::Confirm(_) => return Step::Busy,
                 Stage::Over => return Step::Done(Ok(())),
             }
         }
@@ -196,9 +197,9 @@ impl Pivot {
                     }
                 }
             },
-            Stage::Confirm(..) => match std::mem::replace(&mut self.stage, Stage::Over) {
-                Stage::Confirm(record, left) => self.confirmed(tools, base, record, left, done),
-                _ => Step::Busy,
+            Stage::Confirm(confirm) => match confirm.complete(tools, base, done) {
+                true => self.confirmed(),
+                false => Step::Busy,
             },
             Stage::Drain(_) | Stage::LastPass | Stage::Begin | Stage::Together | Stage::Over => Step::Busy,
         }
@@ -242,7 +243,11 @@ impl Pivot {
         self.mirror.target.hurry(false);
         self.gate.reopen();
         self.stage = Stage::Over;
-        Step::Done(Err(Error::invalid("requests that were under way took longer than the pause allows")))
+        Step::Done(Err(Self::too_long()))
+    }
+
+    fn too_long() -> Error {
+        Error::invalid("requests that were under way took longer than the pause allows")
     }
 
     /// Everything before the record is undone by opening the gate on the source, mirrored as before.
@@ -318,33 +323,24 @@ impl Pivot {
         self.carry_bitmaps();
         let disk = if planted(Fault::SourceAfterRecord) { &self.mirror.source } else { &self.mirror.target };
         self.open(Route { disk: Arc::clone(disk), mirror: None });
-        let (End::Switch { record, member, .. }, Some(file)) = (&self.end, &mut self.record_file) else {
+        let (End::Switch { record, member, .. }, Some(file)) = (&self.end, &self.record_file) else {
             return Step::Done(Ok(()));
         };
-        let record = record.clone();
-        match member {
-            Some(_) => {
-                file.outdone(record.clone());
-                self.confirm(tools, base, record, 2)
-            }
-            None => {
-                file.written(record.clone());
-                self.confirm(tools, base, Record { generation: record.generation + 1, ..record }, 1)
-            }
-        }
+        let confirm = match member {
+            Some(_) => Confirm::of_group(file.clone(), record.clone()),
+            None => Confirm::recorded(file.clone(), record.clone()),
+        };
+        let begun = confirm.start(tools, base);
+        self.stage = Stage::Confirm(confirm);
+        if begun { Step::Busy } else { self.confirmed() }
     }
 
-    /// Writes `record` into the slot that does not count.
-    fn confirm<I: Io>(&mut self, tools: &mut Tools<I>, base: Token, record: Record, left: u32) -> Step {
-        let Some(file) = &self.record_file else { return Step::Done(Ok(())) };
-        match bytes_of(&record) {
-            Ok(bytes) => {
-                tools.io.submit(base, file.slots().write(&bytes));
-                self.stage = Stage::Confirm(record, left);
-                Step::Busy
-            }
-            Err(error) => unconfirmed(&error),
+    /// Both slots name the target, or one does for certain.
+    fn confirmed(&mut self) -> Step {
+        if let Stage::Confirm(confirm) = std::mem::replace(&mut self.stage, Stage::Over) {
+            self.record_file = Some(confirm.into_record());
         }
+        Step::Done(Ok(()))
     }
 
     /// The target goes on with the source's bitmaps, which have all writes up to now. Where it cannot, they are
@@ -359,38 +355,4 @@ impl Pivot {
             tracing::warn!("{}: the source's bitmaps: {}", target.path.display(), error.one_line());
         }
     }
-
-    /// `record` was written once more, or made durable; there are so many slots `left`.
-    fn confirmed<I: Io>(
-        &mut self,
-        tools: &mut Tools<I>,
-        base: Token,
-        record: Record,
-        left: u32,
-        done: Completion,
-    ) -> Step {
-        let Some(file) = &mut self.record_file else { return Step::Done(Ok(())) };
-        match (done.op, done.result) {
-            (Op::Write { .. }, Ok(count)) if count as usize == file.slots().len() => {
-                tools.io.submit(base, Op::Flush { file: file.slots().file().clone() });
-                self.stage = Stage::Confirm(record, left);
-                return Step::Busy;
-            }
-            (Op::Flush { .. }, Ok(_)) => file.written(record.clone()),
-            (_, result) => {
-                let error = result.err().unwrap_or_else(|| std::io::ErrorKind::WriteZero.into());
-                return unconfirmed(&Error::io("writing it once more", error));
-            }
-        }
-        match left - 1 {
-            0 => Step::Done(Ok(())),
-            left => self.confirm(tools, base, Record { generation: record.generation + 1, ..record }, left),
-        }
-    }
-}
-
-/// The pivot is done all the same: the first slot is durable, and counts.
-fn unconfirmed(error: &Error) -> Step {
-    tracing::warn!("the pivot record has one good slot only: {}", error.one_line());
-    Step::Done(Ok(()))
 }

@@ -1,0 +1,154 @@
+//! Another disk in the place of an export's, which reads alike: a new overlay upon it, or the same image, grown.
+//!
+//! ```text
+//! Drain        gate closed, nobody inside
+//! Flush        the old disk's metadata and payload are durable
+//! Make         the new disk is there, and durable as far as it goes
+//! ──────────── everything above is undone by opening the gate on the old disk
+//! Record       ◄── the point of no return
+//! ──────────── everything below is done again after a crash
+//! Switch       the gate opens on the new disk
+//! Confirm      the same record in the other slot
+//! ```
+use super::confirm::Confirm;
+use super::record_file::{RecordFile, bytes_of};
+use super::recorder::Recorder;
+use super::{Pivot, Step};
+use crate::disk::{Disk, Status, Task, Tools};
+use crate::export::gate::{Gate, Leaving, Route};
+use crate::io::{Completion, Io, Token};
+use formats::error::{Error, Result};
+use formats::record::Record;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Makes the new disk of what is flushed and untouched, and says what to record; the generation is set here.
+pub type Make = Box<dyn FnOnce() -> Result<(Arc<Disk>, Record)> + Send>;
+
+/// One replacement on its way.
+pub struct Replace {
+    gate: Arc<Gate>,
+    old: Arc<Disk>,
+    make: Option<Make>,
+    record_file: RecordFile,
+    stage: Stage,
+    /// Nobody is inside by then, or it is undone.
+    deadline: Duration,
+}
+
+enum Stage {
+    Drain(Leaving),
+    Flush(Box<Task>),
+    Record(Recorder, Arc<Disk>, Record),
+    Confirm(Confirm),
+    Over,
+}
+
+impl Replace {
+    /// Closes the gate. Requests that are under way may take `pause_max`.
+    pub fn begin(gate: Arc<Gate>, record_file: RecordFile, make: Make, now: Duration, pause_max: Duration) -> Self {
+        let old = gate.route().disk;
+        let stage = Stage::Drain(gate.close());
+        Self { gate, old, make: Some(make), record_file, stage, deadline: now.saturating_add(pause_max) }
+    }
+
+    /// True while guests wait at the gate.
+    pub fn holds_gate(&self) -> bool {
+        !matches!(self.stage, Stage::Confirm(_) | Stage::Over)
+    }
+
+    /// The record as it stands afterwards.
+    pub fn into_record(self) -> RecordFile {
+        self.record_file
+    }
+
+    /// Takes in what is done and does what can be done. Waits for what `make` does, for nothing else.
+    pub fn step<I: Io>(&mut self, tools: &mut Tools<I>, base: Token) -> Step {
+        loop {
+            match &mut self.stage {
+                Stage::Drain(leaving) => {
+                    if !leaving.is_empty(tools.waker) {
+                        if tools.io.now() <= self.deadline {
+                            return Step::Busy;
+                        }
+                        self.gate.reopen();
+                        self.stage = Stage::Over;
+                        return Step::Done(Err(Pivot::too_long()));
+                    }
+                    self.stage = Stage::Flush(Box::new(Task::flush(Arc::clone(&self.old))));
+                }
+                Stage::Flush(task) => {
+                    if task.step(tools, base) != Status::Done {
+                        return Step::Busy;
+                    }
+                    let Stage::Flush(task) = std::mem::replace(&mut self.stage, Stage::Over) else { continue };
+                    match task.end().0.and_then(|()| self.begin_record(tools, base)) {
+                        Ok(stage) => self.stage = stage,
+                        Err(error) => return self.undo(error),
+                    }
+                }
+                Stage::Record(..) | Stage::Confirm(_) => return Step::Busy,
+                Stage::Over => return Step::Done(Ok(())),
+            }
+        }
+    }
+
+    /// Takes in what became of one of its operations. A result says that it is over.
+    pub fn complete<I: Io>(&mut self, tools: &mut Tools<I>, base: Token, done: Completion) -> Step {
+        match &mut self.stage {
+            Stage::Flush(task) => task.complete(tools, base, done),
+            Stage::Record(recorder, ..) => match recorder.complete(tools, base, done) {
+                None => {}
+                Some(Ok(())) => return self.recorded(tools, base),
+                Some(Err(error)) => return self.undo(error),
+            },
+            Stage::Confirm(confirm) => {
+                if confirm.complete(tools, base, done) {
+                    return self.confirmed();
+                }
+            }
+            Stage::Drain(_) | Stage::Over => {}
+        }
+        Step::Busy
+    }
+
+    fn undo(&mut self, error: Error) -> Step {
+        self.gate.open(Route { disk: Arc::clone(&self.old), mirror: None });
+        self.stage = Stage::Over;
+        Step::Done(Err(error))
+    }
+
+    fn begin_record<I: Io>(&mut self, tools: &mut Tools<I>, base: Token) -> Result<Stage> {
+        let make = self.make.take().ok_or_else(|| Error::invalid("the new disk was made already"))?;
+        let (disk, record) = make()?;
+        let file = &self.record_file;
+        let record = Record { generation: file.generation() + 1, ..record };
+        // Where nothing was ever recorded, what the command line names counts, and goes on to.
+        let old = file.newest().cloned().unwrap_or_else(|| Record {
+            truth: record.origin.clone(),
+            format: self.old.chain().top().format.to_owned(),
+            size: self.old.size(),
+            ..record.clone()
+        });
+        let old = Record { generation: record.generation + 1, ..old };
+        let recorder = Recorder::new(file.slots().clone(), bytes_of(&record)?, bytes_of(&old)?);
+        recorder.start(tools, base);
+        Ok(Stage::Record(recorder, disk, record))
+    }
+
+    fn recorded<I: Io>(&mut self, tools: &mut Tools<I>, base: Token) -> Step {
+        let Stage::Record(_, disk, record) = std::mem::replace(&mut self.stage, Stage::Over) else { return Step::Busy };
+        self.gate.open(Route { disk, mirror: None });
+        let confirm = Confirm::recorded(self.record_file.clone(), record);
+        let begun = confirm.start(tools, base);
+        self.stage = Stage::Confirm(confirm);
+        if begun { Step::Busy } else { self.confirmed() }
+    }
+
+    fn confirmed(&mut self) -> Step {
+        if let Stage::Confirm(confirm) = std::mem::replace(&mut self.stage, Stage::Over) {
+            self.record_file = confirm.into_record();
+        }
+        Step::Done(Ok(()))
+    }
+}
