@@ -3,9 +3,12 @@
 //! ```text
 //! DIR/lock                one daemon at a time
 //! DIR/NAME.record         which image is the truth of export NAME: two slots
+//! DIR/group.record        the same of several exports that were pivoted at one instant, until their own records say it
 //! DIR/NAME.job            the copy request of export NAME's job, while it is under way
 //! DIR/FILE-CRC.journal    mappings of the image FILE that are only in memory; CRC is of its path
 //! ```
+mod group;
+
 use crate::control::MirrorRequest;
 use crate::io::{File, Words};
 use crate::journal::{BootId, Owner, WORDS, WordJournal};

@@ -15,6 +15,9 @@
 //! An export of another server is there already, asked for or not, and raw: it is what its server makes of it.
 mod creation;
 mod data_file;
+mod overlay;
+
+pub use overlay::plan_overlay;
 
 use crate::chain::Layer;
 use crate::control::creation::Preallocation;
@@ -26,7 +29,7 @@ use crate::io::remote::Remote;
 use crate::open::{
     Access, files_of, identity, lasting_name, open_disk, open_export, open_on, probe_format, sync_folder,
 };
-use creation::{Creation, SECTOR};
+use creation::{Creation, SECTOR, Upon};
 use formats::backing::Location;
 use formats::error::{Context, Error, Result};
 use formats::image::Zeroing;
@@ -55,6 +58,8 @@ pub struct Plan {
     pub format: TargetFormat,
     /// Only what the source's top layer holds is copied.
     pub shallow: bool,
+    /// Where it is made upon the source's layers: the first of them that is below it.
+    below: Option<usize>,
     /// How the target is made, where it has to be.
     creation: Option<Creation>,
     /// What is there.
@@ -115,14 +120,23 @@ pub fn plan(request: &MirrorRequest, source: &Disk) -> std::result::Result<Plan,
     if let Some(header) = &header {
         notes.extend(what_stays(header, format));
     }
+    let below = (shallow && create).then_some(1);
+    if request.relative_backing && below.is_none() {
+        return Err(invalid(format!(
+            "{}: --relative-backing is of a backing name that is written: only a shallow copy into a new qcow2 image \
+             has one",
+            path.display()
+        )));
+    }
     let creation = match create {
         true => {
-            let creation = Creation::plan(&request.options, format, &path, layers, header.as_ref(), shallow);
+            let upon = below.map(|below| Upon { layer: &layers[below], relative: request.relative_backing });
+            let creation = Creation::plan(&request.options, format, &path, layers, header.as_ref(), upon);
             Some(creation.map_err(|refusal| named(&path, refusal))?)
         }
         false => None,
     };
-    let plan = Plan { path, format, shallow, creation, found, remote, chunk_bits, notes };
+    let plan = Plan { path, format, shallow, below, creation, found, remote, chunk_bits, notes };
     plan.check_options(request)?;
     if plan.creation.is_none() || found == Found::Device {
         plan.check_size(source)?;
@@ -191,9 +205,9 @@ impl Plan {
             ..Access::writable(cache)
         };
         let create = self.creation.is_some();
-        let disk = match create && self.shallow {
-            true => open_on(&self.path, self.format, access, &source.chain().layers()[1..])?,
-            false => open_disk(&self.path, Some(self.format), access)?,
+        let disk = match self.below {
+            Some(below) => open_on(&self.path, self.format, access, &source.chain().layers()[below..])?,
+            None => open_disk(&self.path, Some(self.format), access)?,
         };
         // A block device keeps what was on it.
         let is_zero = create && fs::metadata(&self.path).is_ok_and(|metadata| metadata.is_file());

@@ -92,6 +92,39 @@ pub struct MirrorRequest {
     /// How the target is made.
     #[serde(default, skip_serializing_if = "CreateOptions::is_empty")]
     pub options: CreateOptions,
+    /// A target that is made names its backing by the way from its own folder.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub relative_backing: bool,
+}
+
+/// A request for an external snapshot: a new overlay becomes the top of an export's chain, and what was the top is not
+/// written to any more.
+///
+/// Its serialised form is the arguments of `blkmirror-snapshot`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct SnapshotRequest {
+    /// Whose disk.
+    pub export: String,
+    /// The overlay's file.
+    pub file: String,
+    /// The overlay is there already; its contents hide the disk's.
+    #[serde(default)]
+    pub reuse_external: bool,
+    /// Its format: qcow2, which is what there is.
+    #[serde(default)]
+    pub format: Option<TargetFormat>,
+    /// How it is made.
+    #[serde(default, skip_serializing_if = "CreateOptions::is_empty")]
+    pub options: CreateOptions,
+    /// It names its backing by the way from its own folder.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub relative_backing: bool,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde asks")]
+fn is_false(flag: &bool) -> bool {
+    !flag
 }
 
 /// Formats that a target can have.

@@ -21,7 +21,7 @@ mod recorder;
 mod replace;
 mod together;
 
-pub use record_file::{GroupFile, RecordFile};
+pub use record_file::{GroupFile, RecordFile, slots_of};
 pub use replace::{Make, Replace};
 pub use together::{Member, members};
 

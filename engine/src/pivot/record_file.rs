@@ -21,6 +21,11 @@ impl RecordFile {
         Self { slots, newest: newest.map(|(record, _)| record), lags: false }
     }
 
+    /// The slot that does not count.
+    pub fn free_slot(&self) -> usize {
+        self.slots.free()
+    }
+
     /// True where what counts is not in this file yet: the group's record must not be replaced then.
     pub fn lags(&self) -> bool {
         self.lags
@@ -108,6 +113,12 @@ impl Slots {
     fn turn(&mut self) {
         self.newest = Some(self.free());
     }
+}
+
+/// Both slots of a record that says `member` twice, in the order in which they are written.
+pub fn slots_of(member: &Record) -> Result<[Vec<u8>; 2]> {
+    let again = Record { generation: member.generation + 1, ..member.clone() };
+    Ok([member.encode()?, again.encode()?])
 }
 
 /// The slot's bytes of `record`.

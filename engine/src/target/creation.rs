@@ -4,13 +4,14 @@ use crate::chain::Layer;
 use crate::control::creation::{Compat, CompressionType, CreateOptions, Preallocation};
 use crate::control::{Code, Refusal, TargetFormat};
 use crate::io::FileStorage;
+use crate::open::export_named;
 use formats::error::{Context, Error, Result};
 use formats::qcow2::header::compatible;
 use formats::qcow2::{Backing, Compression, Create, DataFile, Geometry, Header, create};
 use formats::range::ByteRange;
 use formats::storage::Storage;
 use std::fs;
-use std::path::Path;
+use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 /// Virtual sizes are whole sectors of so many bytes.
@@ -33,6 +34,14 @@ pub(super) enum Format {
     Qcow2(Create),
 }
 
+/// What a new image is to be on.
+#[derive(Clone, Copy)]
+pub(super) struct Upon<'a> {
+    pub layer: &'a Layer,
+    /// Named by the way from the image's folder.
+    pub relative: bool,
+}
+
 impl Creation {
     /// What is to be made of `options` for a source of `layers`, whose top has `header`. Changes nothing.
     pub fn plan(
@@ -41,7 +50,7 @@ impl Creation {
         path: &Path,
         layers: &[Arc<Layer>],
         header: Option<&Header>,
-        shallow: bool,
+        upon: Option<Upon<'_>>,
     ) -> std::result::Result<Self, Refusal> {
         let size = layers[0].image.size().next_multiple_of(SECTOR);
         let preallocation = options.preallocation.unwrap_or_default();
@@ -51,7 +60,7 @@ impl Creation {
                 let mut create = like(header, size);
                 apply(options, &mut create)?;
                 create.preallocated = preallocation != Preallocation::Off;
-                create.backing = layers.get(1).filter(|_| shallow).map(|layer| backing(layer)).transpose()?;
+                create.backing = upon.map(|upon| upon.backing(path)).transpose()?;
                 // What cannot be made is refused before a file is.
                 create.check().map_err(|error| invalid(error.one_line()))?;
                 Format::Qcow2(create)
@@ -183,12 +192,32 @@ fn refuse_for_raw(options: &CreateOptions) -> std::result::Result<(), Refusal> {
     }
 }
 
-fn backing(layer: &Layer) -> std::result::Result<Backing, Refusal> {
-    let name = layer
-        .path
-        .to_str()
-        .ok_or_else(|| Error::unsupported(format!("{}: a backing's name has to be UTF-8", layer.path.display())))?;
-    Ok(Backing { name: name.to_owned(), format: Some(layer.format.to_owned()) })
+impl Upon<'_> {
+    /// How an image at `path` names it.
+    fn backing(&self, path: &Path) -> std::result::Result<Backing, Refusal> {
+        let Self { layer, relative } = *self;
+        let name = match relative {
+            true => relative_to(path, &layer.path)?,
+            false => layer.path.clone(),
+        };
+        let unnamed = || Error::unsupported(format!("{}: a backing's name has to be UTF-8", layer.path.display()));
+        let name = name.to_str().ok_or_else(unnamed)?;
+        Ok(Backing { name: name.to_owned(), format: Some(layer.format.to_owned()) })
+    }
+}
+
+/// The way from the folder of `image` to the file at `backing`.
+fn relative_to(image: &Path, backing: &Path) -> std::result::Result<PathBuf, Refusal> {
+    if export_named(backing).is_some() {
+        let address = backing.display();
+        return Err(invalid(format!("--relative-backing: the backing is at an address ({address}), not in a folder")));
+    }
+    let folder = image.parent().unwrap_or(Path::new("/"));
+    let folder = folder.canonicalize().context(|| folder.display().to_string())?;
+    let backing = backing.canonicalize().context(|| backing.display().to_string())?;
+    let shared = folder.components().zip(backing.components()).take_while(|(a, b)| a == b).count();
+    let up = folder.components().skip(shared).map(|_| Component::ParentDir);
+    Ok(up.chain(backing.components().skip(shared)).collect())
 }
 
 fn write_zeroes(storage: &FileStorage, range: ByteRange) -> std::io::Result<()> {

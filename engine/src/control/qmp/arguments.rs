@@ -202,6 +202,7 @@ impl DriveMirror {
             dry_run: false,
             job_id: self.job_id,
             options: self.options,
+            relative_backing: false,
         })
     }
 

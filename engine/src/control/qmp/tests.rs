@@ -164,6 +164,7 @@ fn drive_mirror_means_the_same_as_in_qemu() {
         dry_run: false,
         job_id: Some("j".into()),
         options: CreateOptions { cluster_size: Some(4096), compat: Some(Compat::V2), ..CreateOptions::default() },
+        relative_backing: false,
     };
     let asked = send(&mut client, &json!({ "execute": "drive-mirror", "arguments": all }));
     assert_eq!(asked, call(Request::Mirror(request), false));
@@ -202,6 +203,7 @@ fn our_own_mirror_takes_every_member_of_the_request() {
         dry_run: true,
         job_id: Some("j".into()),
         options: CreateOptions { preallocation: Some(Preallocation::Falloc), ..CreateOptions::default() },
+        relative_backing: true,
     };
     let mut client = client();
     let asked = send(&mut client, &json!({ "execute": "blkmirror-mirror", "arguments": request }));
