@@ -5,10 +5,12 @@
 //! ```text
 //! qmp      one client's session: bytes to requests, replies and events to bytes
 //! creation how a target is made
+//! jobs     where a job stands, by QEMU's names
 //! libvirt  the same requests by libvirt's numbers
 //! options  what a daemon is started with
 //! ```
 pub mod creation;
+pub mod jobs;
 pub mod libvirt;
 pub mod options;
 pub mod qmp;
