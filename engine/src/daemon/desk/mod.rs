@@ -2,17 +2,23 @@
 //!
 //! It knows no sockets: who asks is a number, and what it has to say without being asked, an event or an answer that
 //! was waited for, is fetched by `take_news`.
+mod concluded;
+mod ends;
+
 use super::exports::{Export, layer_of};
 use super::jobs::Active;
+use crate::control::jobs::{IoStatus, JobInfo, JobStatus, is_id};
 use crate::control::options::Cache;
 use crate::control::qmp::Call;
 use crate::control::{Code, Event, MirrorRequest, Mode, Refusal, Reply, Request, Status};
 use crate::disk::Tools;
 use crate::io::{Completion, Io, Token, Waker};
-use crate::job::Phase;
+use crate::job::{IoError, Phase};
 use crate::open::{Identity, export_named, files_of, identity};
 use crate::state::StateFolder;
 use crate::target::NO_BLOCKING;
+use concluded::Concluded;
+use ends::Wish;
 use formats::error::Result;
 use formats::nbd::{Address, Server};
 use std::collections::BTreeMap;
@@ -41,6 +47,7 @@ pub(super) struct Desk {
     exports: Vec<Export>,
     /// The job of each export, by the export's number.
     jobs: BTreeMap<usize, Active>,
+    concluded: Concluded,
     cache: Cache,
     state: StateFolder,
     /// The Unix sockets that this daemon serves at.
@@ -52,17 +59,12 @@ pub(super) struct Desk {
     waker: Waker,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Wish {
-    Pivot,
-    Cancel,
-}
-
 impl Desk {
     pub fn new(exports: Vec<Export>, cache: Cache, state: StateFolder, waker: Waker) -> Self {
         Self {
             exports,
             jobs: BTreeMap::new(),
+            concluded: Concluded::default(),
             cache,
             state,
             sockets: Vec::new(),
@@ -91,17 +93,34 @@ impl Desk {
                 Err(failed) => {
                     let (request, refusal) = *failed;
                     tracing::error!(export = self.exports[number].name, "its job cannot go on: {refusal}");
-                    self.exports[number].last = Some(Status {
-                        phase: Phase::Failed.name().to_owned(),
-                        job: request.job_id,
-                        target: Some(request.target),
-                        error: Some(refusal.message),
-                        ..self.status(number)
-                    });
+                    self.failed_to_resume(number, request, refusal);
                     self.forget_job(number);
                 }
             }
         }
+    }
+
+    fn failed_to_resume(&mut self, number: usize, request: MirrorRequest, refusal: Refusal) {
+        let status = Status {
+            phase: Phase::Failed.name().to_owned(),
+            job: request.job_id.clone(),
+            target: Some(request.target),
+            error: Some(refusal.message),
+            ..self.status(number)
+        };
+        if let (Some(id), false) = (request.job_id, request.auto_dismiss) {
+            self.keep(JobInfo {
+                id,
+                stands: JobStatus::Concluded,
+                completing: false,
+                complete: false,
+                io_status: IoStatus::Ok,
+                auto_finalize: request.auto_finalize,
+                auto_dismiss: false,
+                at: Box::new(status.clone()),
+            });
+        }
+        self.exports[number].last = Some(status);
     }
 
     fn forget_job(&self, number: usize) {
@@ -146,24 +165,35 @@ impl Desk {
 
     /// What can be answered now; `None` where the client waits.
     pub fn handle(&mut self, client: u64, call: Call) -> Option<Answer> {
+        let answer = self.act(client, call);
+        let numbers: Vec<usize> = self.jobs.keys().copied().collect();
+        numbers.into_iter().for_each(|number| self.tell(number));
+        answer
+    }
+
+    fn act(&mut self, client: u64, call: Call) -> Option<Answer> {
+        let wait = call.wait;
         let answer = match call.request {
             Request::Status(None) => {
                 Ok(Reply::All((0..self.exports.len()).map(|number| self.status(number)).collect()))
             }
             Request::Status(Some(name)) => self.find(&name).map(|number| Reply::One(Box::new(self.status(number)))),
+            Request::Jobs => Ok(Reply::Jobs(self.all_jobs())),
             Request::Mirror(request) => self.mirror(&request),
-            Request::Pivot(name) => match self.pivot(&name) {
-                Ok(number) if call.wait => return self.wait_for(client, number, Wish::Pivot),
+            Request::Pivot(name) => match self.pivot(&name, wait) {
+                Ok(number) if wait => return self.wait_for(client, number, Wish::Pivot),
                 answer => answer.map(|_| Reply::Done {}),
             },
-            Request::Cancel { export, force } => match self.cancel(&export, force) {
-                Ok(number) if call.wait => return self.wait_for(client, number, Wish::Cancel),
+            Request::Cancel { export, force } => match self.cancel(&export, force, wait) {
+                Ok(number) if wait => return self.wait_for(client, number, Wish::Cancel),
                 answer => answer.map(|_| Reply::Done {}),
             },
-            Request::Finish(name) => match self.finish(&name) {
-                Ok(number) if call.wait => return self.wait_for(client, number, Wish::Cancel),
+            Request::Finish(name) => match self.finish(&name, wait) {
+                Ok(number) if wait => return self.wait_for(client, number, Wish::Cancel),
                 answer => answer.map(|_| Reply::Done {}),
             },
+            Request::Finalize(name) => self.finalize(&name),
+            Request::Dismiss(id) => self.dismiss(&id),
             Request::Pause(name) => self.with_job(&name, |active| active.job.pause(true)),
             Request::Resume(name) => self.with_job(&name, |active| active.job.pause(false)),
             Request::Set { export, mode: Some(Mode::WriteBlocking), .. } if self.is_remote(&export) => {
@@ -188,12 +218,6 @@ impl Desk {
     fn is_remote(&self, export: &str) -> bool {
         let active = self.find(export).ok().and_then(|number| self.jobs.get(&number));
         active.is_some_and(|active| active.job.mirror().target.is_remote())
-    }
-
-    /// The client is answered when the job of this export is over.
-    fn wait_for<T>(&mut self, client: u64, number: usize, wish: Wish) -> Option<T> {
-        self.waiting.push((client, number, wish));
-        None
     }
 
     fn find(&self, name: &str) -> std::result::Result<usize, Refusal> {
@@ -227,6 +251,7 @@ impl Desk {
             let message = format!("export {} has a copy job already: cancel it first", request.export);
             return Err(refuse(Code::BlockCopyActive, message));
         }
+        self.refuse_id(request)?;
         let check = |request: &MirrorRequest| self.refuse_in_use(number, request);
         let (started, active) = Active::start(request, &self.exports[number], self.cache, &self.state, &check)?;
         if let Some(active) = active {
@@ -234,6 +259,23 @@ impl Desk {
             self.waker.wake();
         }
         Ok(Reply::Started(started))
+    }
+
+    /// A job has a name of its own, also among those that have ended.
+    fn refuse_id(&self, request: &MirrorRequest) -> std::result::Result<(), Refusal> {
+        let id = request.job_id.as_ref().unwrap_or(&request.export);
+        if *id != request.export && !is_id(id) {
+            let what = "it has to begin with a letter, and to go on with letters, digits, '-', '.' and '_'";
+            return Err(refuse(Code::InvalidArg, format!("invalid job id '{id}': {what}")));
+        }
+        let under_way = self.jobs.values().map(|active| active.job.id());
+        match under_way.chain(self.concluded.iter().map(|job| job.id.as_str())).any(|other| other == id) {
+            false => Ok(()),
+            true => Err(refuse(
+                Code::InvalidArg,
+                format!("job id '{id}' is in use: name another, or dismiss the job that has it if it has concluded"),
+            )),
+        }
     }
 
     /// A target that another export serves or another job writes would be written by two.
@@ -273,47 +315,10 @@ impl Desk {
         Ok(Reply::Done {})
     }
 
-    /// A job that may be ended now with a whole target.
-    fn ready_job(&mut self, name: &str) -> std::result::Result<(usize, &mut Active), Refusal> {
-        let (number, active) = self.job(name)?;
-        if active.job.is_ending() {
-            return Err(refuse(Code::OperationInvalid, format!("the job of export {name} is being ended already")));
-        }
-        match active.job.not_ready() {
-            Some(reason) => Err(refuse(Code::BlockCopyActive, reason.one_line())),
-            None => Ok((number, active)),
-        }
-    }
-
-    fn finish(&mut self, name: &str) -> std::result::Result<usize, Refusal> {
-        let (number, active) = self.ready_job(name)?;
-        active.job.cancel(false);
-        self.waker.wake();
-        Ok(number)
-    }
-
-    fn pivot(&mut self, name: &str) -> std::result::Result<usize, Refusal> {
-        let (number, _) = self.ready_job(name)?;
-        let export = &self.exports[number];
-        let record = export.record.clone().ok_or_else(|| {
-            refuse(Code::OperationInvalid, format!("export {name} is read-only: it cannot be pivoted"))
-        })?;
-        if let Some(active) = self.jobs.get_mut(&number) {
-            let end = active.switch(export);
-            active.job.pivot(end, record);
-        }
-        self.waker.wake();
-        Ok(number)
-    }
-
-    fn cancel(&mut self, name: &str, force: bool) -> std::result::Result<usize, Refusal> {
-        let (number, active) = self.job(name)?;
-        if active.job.is_ending() && !force {
-            return Err(refuse(Code::OperationInvalid, format!("the job of export {name} is being ended already")));
-        }
-        active.job.cancel(force);
-        self.waker.wake();
-        Ok(number)
+    /// The jobs under way, and those that wait to be dismissed.
+    fn all_jobs(&self) -> Vec<JobInfo> {
+        let under_way = self.jobs.iter().map(|(number, active)| active.info(self.status(*number)));
+        under_way.chain(self.concluded.iter().cloned()).collect()
     }
 
     fn step_job<I: Io>(&mut self, number: usize, tools: &mut Tools<I>, base: Token) {
@@ -328,59 +333,27 @@ impl Desk {
             }
         }
         active.measure();
-        let (news, undone) = (active.news(), active.job.take_undone());
-        if let Some(phase) = news {
-            self.tell_phase(number, phase);
+        let (over, undone) = (active.job.phase().is_over(), active.job.take_undone());
+        if let Some(IoError { target, action, message }) = active.job.take_io_error() {
+            let (export, job) = (self.exports[number].name.clone(), active.job.id().to_owned());
+            self.news.push(News::Event(Event::IoError { export, job, target, action, message }));
         }
+        self.tell(number);
         if let Some(reason) = undone {
             let refusal = refuse(Code::OperationFailed, reason);
             self.answer_waiting(number, |_| Err(refusal.clone()));
         }
-        if news.is_some_and(Phase::is_over) {
+        if over {
             self.end_job(number);
         }
     }
 
-    fn tell_phase(&mut self, number: usize, phase: Phase) {
-        let status = self.status(number);
-        let complete = self.jobs.get(&number).is_some_and(|active| active.job.is_complete());
-        tracing::info!(export = status.export, phase = phase.name(), "job");
-        let event = Event::Phase {
-            export: status.export.clone(),
-            job: status.job.clone().unwrap_or_default(),
-            phase: phase.name().to_owned(),
-            complete,
-            status: Box::new(status),
-        };
-        self.news.push(News::Event(event));
-    }
-
-    fn end_job(&mut self, number: usize) {
-        let status = self.status(number);
-        let Some(mut active) = self.jobs.remove(&number) else { return };
-        let phase = active.job.phase();
-        let export = &mut self.exports[number];
-        if let Some(record) = active.job.take_record() {
-            export.record = Some(record);
-        }
-        active.close();
-        self.forget_job(number);
-        let export = &mut self.exports[number];
-        export.last = Some(status.clone());
-        self.answer_waiting(number, |wish| match (wish, phase) {
-            (Wish::Pivot, Phase::Pivoted) | (Wish::Cancel, Phase::Cancelled) => Ok(Reply::Done {}),
-            _ => {
-                let why = status.error.clone().unwrap_or_else(|| format!("the job ended: {}", phase.name()));
-                Err(refuse(Code::OperationFailed, why))
-            }
-        });
-    }
-
-    fn answer_waiting(&mut self, number: usize, answer: impl Fn(Wish) -> Answer) {
-        let (these, others) = std::mem::take(&mut self.waiting).into_iter().partition(|(_, of, _)| *of == number);
-        self.waiting = others;
-        let these: Vec<(u64, usize, Wish)> = these;
-        self.news.extend(these.into_iter().map(|(client, _, wish)| News::Answer(client, answer(wish))));
+    /// Tells what is new of a job.
+    fn tell(&mut self, number: usize) {
+        let Some(path) = self.jobs.get_mut(&number).and_then(Active::news) else { return };
+        let job = Box::new(self.jobs[&number].info(self.status(number)));
+        tracing::info!(export = job.at.export, phase = job.at.phase, paused = job.at.paused, "job");
+        self.news.push(News::Event(Event::Job { job, path }));
     }
 
     /// Ends the jobs, and leaves every image durable and tidy. Nobody uses the exports any more.
