@@ -245,6 +245,9 @@ pub struct Mirror {
     /// The target's format; the source's where it is not given
     #[arg(long, value_name = "FORMAT", value_parser = formats())]
     pub format: Option<TargetFormat>,
+    /// The target has to be a block device
+    #[arg(long)]
+    pub blockdev: bool,
     /// How the target is made, by the names of `qemu-img create -o`; may be given several times
     #[arg(short = 'o', long = "option", value_name = "KEY=VALUE[,…]", value_parser = creation::parse)]
     pub options: Vec<Settings>,

@@ -63,6 +63,7 @@ fn request(args: Mirror) -> Result<MirrorRequest, Failure> {
         shallow: args.shallow,
         reuse_external: args.reuse_external,
         format: if args.raw { Some(TargetFormat::Raw) } else { args.format },
+        block_device: args.blockdev,
         mode: args.mode,
         speed: args.speed,
         granularity: args.granularity,
@@ -70,6 +71,7 @@ fn request(args: Mirror) -> Result<MirrorRequest, Failure> {
         dry_run: args.dry_run,
         job_id: args.job_id,
         options: creation::all(&args.options).map_err(Failure::new)?,
+        ..MirrorRequest::default()
     })
 }
 

@@ -24,6 +24,8 @@ pub enum Fault {
     PivotWithoutDrain,
     /// 6: the pivot does not wait for the copies under way.
     PivotWithoutLastPass,
+    /// 6: an end that waits to be finalized keeps the guests waiting.
+    PendingHoldsGate,
     /// 7: the record overwrites the slot that counts.
     OverwriteTheNewestSlot,
     /// 7: the members of a group are recorded one by one.

@@ -4,9 +4,11 @@
 //! DIR/lock                one daemon at a time
 //! DIR/NAME.record         which image is the truth of export NAME: two slots
 //! DIR/group.record        the same of several exports that were pivoted at one instant, until their own records say it
+//! DIR/exports.json        the exports that were added to a running daemon
 //! DIR/NAME.job            the copy request of export NAME's job, while it is under way
 //! DIR/FILE-CRC.journal    mappings of the image FILE that are only in memory; CRC is of its path
 //! ```
+mod exports;
 mod group;
 
 use crate::control::MirrorRequest;
@@ -82,13 +84,18 @@ impl StateFolder {
 
     /// Keeps the request of a job that starts, so that it goes on after a kill.
     pub fn keep_job(&self, job: &KeptJob) -> Result<()> {
-        let path = self.job_path(&job.request.export);
-        let named = || format!("{}: keeping the job's request", path.display());
-        let text = serde_json::to_vec_pretty(job).map_err(std::io::Error::from).context(named)?;
-        let new = path.with_extension("job.new");
+        self.keep(&self.job_path(&job.request.export), job, "keeping the job's request")
+    }
+
+    /// Puts `what` into the file at `path`, at one instant and for good.
+    fn keep(&self, path: &Path, what: &(impl Serialize + ?Sized), doing: &str) -> Result<()> {
+        let named = || format!("{}: {doing}", path.display());
+        let text = serde_json::to_vec_pretty(what).map_err(std::io::Error::from).context(named)?;
+        let mut new = path.as_os_str().to_owned();
+        new.push(".new");
         let mut file = fs::File::create(&new).context(named)?;
         file.write_all(&text).and_then(|()| file.sync_all()).context(named)?;
-        fs::rename(&new, &path).context(named)?;
+        fs::rename(&new, path).context(named)?;
         self.sync()
     }
 

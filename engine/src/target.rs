@@ -112,6 +112,9 @@ pub fn plan(request: &MirrorRequest, source: &Disk) -> std::result::Result<Plan,
     refuse_own_layers(&path, request.format, layers)?;
     let remote = address.map(|address| Remote::open(&address, true)).transpose().map_err(|error| failed(&error))?;
     let found = if remote.is_some() { Found::Export } else { Found::look(&path)? };
+    if request.block_device && found != Found::Device {
+        return Err(invalid(format!("{}: the target is not a block device, which was asked for", path.display())));
+    }
     let (format, create) = match request.reuse_external || found == Found::Export {
         true => (found.reuse(&path, request.format)?, false),
         false => (found.create(&path, request.format, layers)?, true),

@@ -2,9 +2,11 @@
 //!
 //! Where messages end is written again here from the rule's sentence: an object ends with its
 //! outermost brace or with its line, anything else with its line. A daemon that agrees to
-//! everything, or refuses it, stands behind the session.
+//! everything, or refuses it, stands behind the session; what a job is told in its name is checked
+//! against the jobs that it spoke of.
 use arbitrary::{Arbitrary, Unstructured};
-use engine::control::qmp::{Client, MESSAGE_LEN_MAX, OUTPUT_LEN_MAX};
+use engine::control::jobs::{IoStatus, JobInfo, JobStatus};
+use engine::control::qmp::{Call, Client, MESSAGE_LEN_MAX, OUTPUT_LEN_MAX};
 use engine::control::{Code, Event, Refusal, Reply, Request, Started, Status};
 use serde_json::{Value, json};
 use std::time::Duration;
@@ -78,37 +80,42 @@ enum Deed {
     Event(u8, bool),
 }
 
-const COMMANDS: [&str; 28] = [
+const COMMANDS: [&str; 33] = [
     "qmp_capabilities",
-    "blkmirror-abort",
     "blkmirror-cancel",
     "blkmirror-finish",
     "blkmirror-mirror",
     "blkmirror-pause",
     "blkmirror-pivot",
-    "blkmirror-rebase",
     "blkmirror-resume",
     "blkmirror-set",
     "blkmirror-status",
+    "block-job-abort",
     "block-job-cancel",
     "block-job-change",
     "block-job-complete",
+    "block-job-dismiss",
+    "block-job-finalize",
     "block-job-pause",
     "block-job-resume",
     "block-job-set-speed",
+    "block-rebase",
     "drive-mirror",
     "job-cancel",
     "job-complete",
+    "job-dismiss",
+    "job-finalize",
     "job-pause",
     "job-resume",
     "query-block-jobs",
     "query-commands",
     "query-jobs",
+    "query-qmp-schema",
     "query-version",
     "quit",
     "query-block",
 ];
-const MEMBERS: [&str; 22] = [
+const MEMBERS: [&str; 26] = [
     "device",
     "target",
     "format",
@@ -131,8 +138,12 @@ const MEMBERS: [&str; 22] = [
     "reuse-external",
     "dry-run",
     "enable",
+    "flags",
+    "base",
+    "bandwidth",
+    "type",
 ];
-const WORDS: [&str; 14] = [
+const WORDS: [&str; 15] = [
     "full",
     "top",
     "none",
@@ -147,6 +158,19 @@ const WORDS: [&str; 14] = [
     "qcow2",
     "raw",
     "job0",
+    "mirror",
+];
+const STATUSES: [JobStatus; 10] = [
+    JobStatus::Created,
+    JobStatus::Running,
+    JobStatus::Paused,
+    JobStatus::Ready,
+    JobStatus::Standby,
+    JobStatus::Waiting,
+    JobStatus::Pending,
+    JobStatus::Aborting,
+    JobStatus::Concluded,
+    JobStatus::Null,
 ];
 const PHASES: [&str; 8] = ["none", "seeding", "converging", "ready", "pivoting", "pivoted", "cancelled", "failed"];
 
@@ -226,6 +250,7 @@ pub fn run(data: &[u8]) {
         sent: Vec::new(),
         daemon: &input.daemon[..input.daemon.len().min(100)],
         next: 0,
+        jobs: Vec::new(),
     };
     session.converse(&said, input.cuts);
     check(&session.sent, &said);
@@ -237,6 +262,8 @@ struct Session<'a> {
     sent: Vec<u8>,
     daemon: &'a [Deed],
     next: usize,
+    /// The jobs that the daemon spoke of last.
+    jobs: Vec<JobInfo>,
 }
 
 impl Session<'_> {
@@ -245,7 +272,11 @@ impl Session<'_> {
         loop {
             while let Some(call) = self.client.next_call() {
                 assert!(self.client.is_answering() && self.client.next_call().is_none(), "one call at a time");
+                self.check_call(&call);
                 let answer = self.answer(&call.request);
+                if let Ok(Reply::Jobs(jobs)) = &answer {
+                    self.jobs = jobs.clone();
+                }
                 self.client.answer(answer);
             }
             assert!(!self.client.is_answering());
@@ -267,6 +298,32 @@ impl Session<'_> {
         }
     }
 
+    /// What a job is told by QEMU's commands is told one that is there, where it can be told so.
+    fn check_call(&self, call: &Call) {
+        use JobStatus::{Concluded, Created, Paused, Pending, Ready, Running, Standby, Waiting};
+        let of_export = |export: &String, allowed: &dyn Fn(&JobInfo) -> bool| {
+            assert!(self.jobs.iter().any(|job| job.at.export == *export && allowed(job)), "{call:?}: {:?}", self.jobs);
+        };
+        let copies = |job: &JobInfo| matches!(job.stands, Created | Running | Paused | Ready | Standby);
+        match &call.request {
+            Request::Finalize(export) => of_export(export, &|job| job.stands == Pending),
+            Request::Dismiss(id) => {
+                assert!(self.jobs.iter().any(|job| job.id == *id && job.stands == Concluded), "{call:?}");
+            }
+            Request::Pause(export) if !call.wait => {
+                of_export(export, &|job| (copies(job) || job.stands == Pending) && !job.at.paused);
+            }
+            Request::Resume(export) if !call.wait => {
+                of_export(export, &|job| (copies(job) || job.stands == Pending) && job.at.paused);
+            }
+            Request::Set { export, .. } if !call.wait => {
+                of_export(export, &|job| copies(job) || matches!(job.stands, Waiting | Pending));
+            }
+            // The others can also be asked for by libvirt's numbers, without a look at the jobs.
+            _ => {}
+        }
+    }
+
     fn answer(&mut self, request: &Request) -> Result<Reply, Refusal> {
         loop {
             let deed = match self.daemon {
@@ -277,14 +334,9 @@ impl Session<'_> {
             self.next += 1;
             match deed {
                 Deed::Event(phase, paused) => {
-                    let status = status(0, phase, paused);
-                    let event = Event::Phase {
-                        export: "e0".into(),
-                        job: "job0".into(),
-                        phase: status.phase.clone(),
-                        complete: paused,
-                        status: Box::new(status),
-                    };
+                    let job = job(0, phase, paused);
+                    let path = vec![one_of(&STATUSES, phase / 10), job.stands];
+                    let event = Event::Job { job: Box::new(job), path };
                     self.client.event(&event, Duration::from_micros(self.next as u64));
                     if !self.next.is_multiple_of(self.daemon.len()) {
                         continue;
@@ -295,12 +347,28 @@ impl Session<'_> {
                 Deed::Started if matches!(request, Request::Mirror(_)) => {
                     return Ok(Reply::Started(Started { job: "job0".into(), notes: Vec::new() }));
                 }
+                Deed::Jobs(count, phase) if matches!(request, Request::Jobs) => {
+                    return Ok(Reply::Jobs((0..count % 4).map(|nth| job(nth, phase, count >= 128)).collect()));
+                }
                 Deed::Jobs(count, phase) if matches!(request, Request::Status(_)) => {
                     return Ok(Reply::All((0..count % 4).map(|nth| status(nth, phase, false)).collect()));
                 }
                 Deed::Done | Deed::Started | Deed::Jobs(..) => return Ok(Reply::Done {}),
             }
         }
+    }
+}
+
+fn job(nth: u8, stands: u8, paused: bool) -> JobInfo {
+    JobInfo {
+        id: format!("job{nth}"),
+        stands: one_of(&STATUSES, stands),
+        completing: stands >= 128,
+        complete: stands >= 64,
+        io_status: IoStatus::Ok,
+        auto_finalize: paused,
+        auto_dismiss: stands.is_multiple_of(2),
+        at: Box::new(status(nth, stands, paused)),
     }
 }
 
@@ -387,6 +455,14 @@ fn check(sent: &[u8], said: &[u8]) {
             Some("qmp_capabilities") => assert!(!(done && negotiated), "once"),
             Some(_) => assert!(negotiated || !done, "nothing is done before the capabilities"),
             None => assert!(!done, "no command, nothing done"),
+        }
+        match name {
+            Some("query-commands" | "query-qmp-schema" | "query-jobs" | "query-block-jobs") if done => {
+                assert!(reply["return"].is_array());
+            }
+            Some("query-version") if done => assert!(reply["return"]["qemu"].is_object()),
+            Some(name) if done => assert!(COMMANDS.contains(&name), "{name} is a command"),
+            _ => {}
         }
         negotiated |= done;
     }

@@ -180,6 +180,7 @@ fn a_mirror_has_every_word_of_its_request() {
         dry_run: false,
         job_id: Some("j".into()),
         options: CreateOptions { cluster_size: Some(8192), compat: Some(Compat::V2), ..CreateOptions::default() },
+        ..MirrorRequest::default()
     };
     assert_eq!(fake.calls(), [Call { request: Request::Mirror(request), wait: true }]);
 }

@@ -5,15 +5,19 @@
 //! ```text
 //! qmp      one client's session: bytes to requests, replies and events to bytes
 //! creation how a target is made
+//! jobs     where a job stands, by QEMU's names
 //! libvirt  the same requests by libvirt's numbers
 //! options  what a daemon is started with
 //! ```
 pub mod creation;
+pub mod jobs;
 pub mod libvirt;
 pub mod options;
 pub mod qmp;
 
 use creation::CreateOptions;
+use options::ExportOptions;
+use jobs::{ErrorAction, JobInfo, JobStatus};
 use serde::{Deserialize, Serialize};
 
 /// One wish of an operator.
@@ -23,9 +27,14 @@ pub enum Request {
     Mirror(MirrorRequest),
     /// How one export stands, or all of them.
     Status(Option<String>),
+    /// The jobs: those under way, and those that nobody has dismissed yet.
+    Jobs,
     /// Make the target the disk that is served. Answered when it is done.
+    ///
+    /// The job of a request with `auto_finalize: false` waits for `Finalize` before it is ended with a whole target,
+    /// unless whoever asks for the end waits for it.
     Pivot(String),
-    /// End the job, the guest staying on the source. Answered when it is done.
+    /// End the job, the guest staying on the source. Answered when it is done; of the wait the same is true.
     Cancel {
         /// Whose job.
         export: String,
@@ -35,6 +44,10 @@ pub enum Request {
     /// End a ready job, its target a copy of that instant; refused before ready, where `Cancel` gives
     /// up. Answered when it is done.
     Finish(String),
+    /// Carry out the end that was asked for.
+    Finalize(String),
+    /// Forget a job that has ended, by its own name.
+    Dismiss(String),
     /// Stop copying; guest writes are still tracked.
     Pause(String),
     /// Go on copying.
@@ -48,6 +61,19 @@ pub enum Request {
         /// How guest writes are handled.
         mode: Option<Mode>,
     },
+    /// Make the targets of several exports the disks that are served, at one instant. Answered when it is done.
+    PivotTogether(Vec<String>),
+    /// Put a new overlay on top of an export's chain. Answered when it is done.
+    Snapshot(SnapshotRequest),
+    /// Serve one more disk, also after a restart.
+    AddExport(ExportOptions),
+    /// Serve a disk no more. Answered when it is closed.
+    RemoveExport {
+        /// Which.
+        export: String,
+        /// Also where clients are connected: their connections end.
+        force: bool,
+    },
     /// End the daemon.
     Quit,
 }
@@ -55,7 +81,7 @@ pub enum Request {
 /// A copy request; what its flags mean together is in `docs/flags.md`.
 ///
 /// Its serialised form is the arguments of `blkmirror-mirror`.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct MirrorRequest {
     /// The export whose disk is copied.
@@ -71,6 +97,9 @@ pub struct MirrorRequest {
     /// The target's format, where it was named.
     #[serde(default)]
     pub format: Option<TargetFormat>,
+    /// The target has to be a block device.
+    #[serde(default)]
+    pub block_device: bool,
     /// How guest writes are handled.
     #[serde(default)]
     pub mode: Mode,
@@ -89,6 +118,12 @@ pub struct MirrorRequest {
     /// Name of the job; the export's name where it is not given.
     #[serde(default)]
     pub job_id: Option<String>,
+    /// The end that is asked for is carried out at once, and not when the job is told to finalize.
+    #[serde(default = "yes")]
+    pub auto_finalize: bool,
+    /// The job is forgotten when it has ended, and not when it is dismissed.
+    #[serde(default = "yes")]
+    pub auto_dismiss: bool,
     /// How the target is made.
     #[serde(default, skip_serializing_if = "CreateOptions::is_empty")]
     pub options: CreateOptions,
@@ -125,6 +160,33 @@ pub struct SnapshotRequest {
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde asks")]
 fn is_false(flag: &bool) -> bool {
     !flag
+}
+
+impl Default for MirrorRequest {
+    fn default() -> Self {
+        Self {
+            export: String::new(),
+            target: String::new(),
+            shallow: false,
+            reuse_external: false,
+            format: None,
+            block_device: false,
+            mode: Mode::default(),
+            speed: 0,
+            granularity: 0,
+            on_target_error: OnError::default(),
+            dry_run: false,
+            job_id: None,
+            auto_finalize: true,
+            auto_dismiss: true,
+            options: CreateOptions::default(),
+            relative_backing: false,
+        }
+    }
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// Formats that a target can have.
@@ -175,6 +237,8 @@ pub enum Reply {
     One(Box<Status>),
     /// Everybody's.
     All(Vec<Status>),
+    /// The jobs.
+    Jobs(Vec<JobInfo>),
     /// A job was started, or would be.
     Started(Started),
 }
@@ -270,6 +334,8 @@ pub enum Code {
     OperationInvalid,
     /// Not by this program, or not on this file.
     OperationUnsupported,
+    /// An argument asks for what this program has not.
+    ArgumentUnsupported,
     /// Tried, and failed.
     OperationFailed,
     /// A copy is under way on this export, or is not ready for what was asked.
@@ -279,19 +345,12 @@ pub enum Code {
 /// Something that happened to a job, for everybody who listens.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
-    /// The job is in another phase now, or was paused or resumed in the one it is in.
-    Phase {
-        /// Whose job.
-        export: String,
-        /// The job's name.
-        job: String,
-        /// The new phase's name.
-        phase: String,
-        /// True where the job has ended and its target is a whole copy: after a pivot, and after the
-        /// cancel of a ready job that was not forced.
-        complete: bool,
-        /// The status at that moment.
-        status: Box<Status>,
+    /// It stands elsewhere now, is in another phase, or was paused or resumed.
+    Job {
+        /// The job as it is now.
+        job: Box<JobInfo>,
+        /// Where it stood when it was told of last, where it stands now, and what was between.
+        path: Vec<JobStatus>,
     },
     /// One side failed.
     IoError {
@@ -301,8 +360,8 @@ pub enum Event {
         job: String,
         /// True where the target failed, false where the source did.
         target: bool,
-        /// What the job does about it: `report`, `stop` or `ignore`.
-        action: String,
+        /// What the job does about it.
+        action: ErrorAction,
         /// The error.
         message: String,
     },

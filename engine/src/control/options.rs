@@ -1,6 +1,6 @@
 //! What a daemon is started with.
 use crate::control::TargetFormat;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
 /// Everything that `serve` needs to know.
@@ -37,15 +37,20 @@ pub struct TlsOptions {
 }
 
 /// One disk to serve.
-#[derive(Clone, Debug, PartialEq, Eq)]
+///
+/// Its serialised form is the arguments of `blkmirror-export-add`, and what the state folder keeps.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct ExportOptions {
     /// Its name for NBD clients and operators. Not empty.
     pub name: String,
     /// The top layer of its chain.
     pub file: PathBuf,
     /// The top layer's format; where it was not named it is probed, and raw is not guessed.
+    #[serde(default)]
     pub format: Option<TargetFormat>,
     /// True where guests may not write.
+    #[serde(default)]
     pub readonly: bool,
 }
 

@@ -79,7 +79,7 @@ impl ControlThread {
         Ok(Self {
             ring: Remotes::new(Ring::new(64, &arena)?),
             arena,
-            desk: Desk::new(exports, cache, state, waker.clone()),
+            desk: Desk::new(exports, Arc::clone(&table), cache, state, waker.clone()),
             waker,
             signals: File::new(signals),
             table,

@@ -4,7 +4,9 @@ use crate::control::options::{Cache, ExportOptions};
 use crate::control::{Status, TargetFormat};
 use crate::disk::Disk;
 use crate::export::gate::{Gate, Route};
+use crate::export::roll::Member;
 use crate::export::session::Directory;
+use crate::io::File;
 use crate::open::{Access, Identity, export_named, identity, lasting_name, open_disk, probe_format, recover};
 use crate::pivot::RecordFile;
 use crate::state::StateFolder;
@@ -12,7 +14,7 @@ use formats::error::{Context, Error, Result};
 use formats::nbd::{BlockSizes, ExportInfo, Exports};
 use formats::record::Record;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 /// One export as the control thread knows it.
 pub(super) struct Export {
@@ -104,11 +106,11 @@ pub(super) fn refuse_twice(export: &ExportOptions, all: &[ExportOptions]) -> Res
 
 /// Refuses an image that one export writes and another one uses: neither would know of the other's
 /// clusters. A base that both only read is fine.
-pub(super) fn refuse_shared(exports: &[Export]) -> Result<()> {
-    for (number, export) in exports.iter().enumerate() {
+pub(super) fn refuse_shared<'a>(exports: impl Iterator<Item = &'a Export> + Clone) -> Result<()> {
+    for (number, export) in exports.clone().enumerate() {
         let disk = export.gate.route().disk;
         let top = disk.chain().top().paths().map(identity).collect::<Result<Vec<_>>>()?;
-        let others = exports.iter().enumerate().filter(|(other, _)| *other != number).map(|(_, other)| other);
+        let others = exports.clone().enumerate().filter(|(other, _)| *other != number).map(|(_, other)| other);
         for other in others.filter(|_| !disk.read_only()) {
             if layer_of(&other.gate.route().disk, &top).is_some() {
                 return Err(shared(&disk.name(), &export.name, &other.name));
@@ -215,32 +217,49 @@ impl Truth {
     }
 }
 
-/// What sessions look exports up in.
-pub(super) struct Table(Vec<(ExportInfo, Arc<Gate>)>);
+/// What sessions look exports up in; the first is the default.
+#[derive(Default)]
+pub(super) struct Table(RwLock<Vec<(ExportInfo, Arc<Gate>)>>);
 
 impl Table {
-    /// The exports as they are; the first is the default.
-    pub fn new(exports: &[Export]) -> Self {
-        Self(exports.iter().map(|export| (export.info(), Arc::clone(&export.gate))).collect())
+    /// One more export, or one that has changed.
+    pub fn put(&self, export: &Export) {
+        let mut table = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let new = (export.info(), Arc::clone(&export.gate));
+        match table.iter_mut().find(|(info, _)| info.name == export.name) {
+            Some(place) => *place = new,
+            None => table.push(new),
+        }
+    }
+
+    /// Lets nobody in to an export any more.
+    pub fn take_away(&self, name: &str) {
+        self.0.write().unwrap_or_else(PoisonError::into_inner).retain(|(info, _)| info.name != name);
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, Vec<(ExportInfo, Arc<Gate>)>> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Exports for Table {
     fn lookup(&self, name: &str) -> Option<ExportInfo> {
-        match name {
-            "" => self.0.first(),
-            name => self.0.iter().find(|(info, _)| info.name == name),
-        }
-        .map(|(info, gate)| ExportInfo { bitmaps: gate.route().bitmaps(), ..info.clone() })
+        let table = self.read();
+        let found = if name.is_empty() { table.first() } else { table.iter().find(|(info, _)| info.name == name) };
+        found.map(|(info, gate)| ExportInfo { bitmaps: gate.route().bitmaps(), ..info.clone() })
     }
 
     fn list(&self) -> Vec<ExportInfo> {
-        self.0.iter().map(|(info, _)| info.clone()).collect()
+        self.read().iter().map(|(info, _)| info.clone()).collect()
     }
 }
 
 impl Directory for Table {
-    fn gate(&self, name: &str) -> Option<Arc<Gate>> {
-        self.0.iter().find(|(info, _)| info.name == name).map(|(_, gate)| Arc::clone(gate))
+    fn enter(&self, name: &str, socket: File) -> Option<(Arc<Gate>, Member)> {
+        let table = self.read();
+        let (_, gate) = table.iter().find(|(info, _)| info.name == name)?;
+        // Under the lock: an export is taken away, and then waited for until nobody is on its roll.
+        let member = gate.roll.join(socket);
+        Some((Arc::clone(gate), member))
     }
 }

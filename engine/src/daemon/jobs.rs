@@ -3,11 +3,12 @@ use super::exports::Export;
 use super::threads::Worker;
 use super::wait::until_image_is_free;
 use crate::control::creation::{CreateOptions, Preallocation};
+use crate::control::jobs::{JobInfo, JobStatus};
 use crate::control::options::Cache;
 use crate::control::{Code, MirrorRequest, Refusal, Started, Status};
 use crate::copier::Depth;
 use crate::disk::Disk;
-use crate::job::{Job, Parts, Phase};
+use crate::job::{Goal, Job, Parts, Phase, path};
 use crate::journal::WordJournal;
 use crate::mirror::Mirror;
 use crate::open::identity;
@@ -38,9 +39,19 @@ pub(super) struct Active {
     target: PathBuf,
     journal: Option<Arc<WordJournal>>,
     notes: Vec<String>,
-    /// The phase that was told last.
-    told: Option<Phase>,
+    auto_finalize: bool,
+    auto_dismiss: bool,
+    /// What was told of it last.
+    told: Option<Told>,
     pace: Pace,
+}
+
+/// What a job is told by.
+#[derive(Clone, Copy, PartialEq)]
+struct Told {
+    phase: Phase,
+    paused: bool,
+    stands: JobStatus,
 }
 
 /// How fast the copy has been lately.
@@ -90,13 +101,13 @@ impl Active {
             Ok(Arc::clone(journal.get_or_init(|| asleep)) as Arc<dyn Journal>)
         })?;
         let journal = journal.into_inner();
-        let path = target.disk.chain().top().path.clone();
+        let target_path = target.disk.chain().top().path.clone();
         let mut mirror = Mirror::new(source, Arc::new(target.disk), plan.chunk_bits, plan.shallow);
         mirror.zeroing = plan.zeroing();
         let mirror = Arc::new(mirror);
         mirror.rate.set(request.speed);
         let kept = MirrorRequest {
-            target: path.display().to_string(),
+            target: target_path.display().to_string(),
             shallow: plan.shallow,
             reuse_external: true,
             format: Some(plan.format),
@@ -105,7 +116,7 @@ impl Active {
             ..request.clone()
         };
         let keep = |target_identity| KeptJob { source: mirror.source.name(), target_identity, request: kept };
-        let threads = identity(&path)
+        let threads = identity(&target_path)
             .and_then(|identity| state.keep_job(&keep(identity)))
             .and_then(|()| copiers(&mirror).context(|| format!("starting the copy threads of export {}", export.name)));
         let threads = threads.inspect_err(|_| {
@@ -123,7 +134,17 @@ impl Active {
             pause_max: PAUSE_MAX,
         });
         let pace = Pace { since: Instant::now(), copied: 0, bytes_per_s: 0 };
-        let active = Self { job, threads, target: path, journal, notes: plan.notes, told: None, pace };
+        let active = Self {
+            job,
+            threads,
+            target: target_path,
+            journal,
+            notes: plan.notes,
+            auto_finalize: request.auto_finalize,
+            auto_dismiss: request.auto_dismiss,
+            told: None,
+            pace,
+        };
         Ok((started, Some(active)))
     }
 
@@ -183,10 +204,40 @@ impl Active {
         }
     }
 
-    /// The phase, where it was not told yet.
-    pub fn news(&mut self) -> Option<Phase> {
-        let phase = self.job.phase();
-        (self.told.replace(phase) != Some(phase)).then_some(phase)
+    /// An end was asked for; `wait`: by somebody who waits for it, and so wants it carried out.
+    pub fn end_asked(&mut self, wait: bool) {
+        if !wait && !self.auto_finalize {
+            self.job.hold();
+        }
+    }
+
+    /// Where it stood when it was told of last, to where it stands now; `None` where there is nothing to tell.
+    pub fn news(&mut self) -> Option<Vec<JobStatus>> {
+        let job = &self.job;
+        let now = Told { phase: job.phase(), paused: job.is_paused(), stands: job.stands() };
+        let before = self.told.replace(now);
+        if before == Some(now) {
+            return None;
+        }
+        let mut path = path(before.map_or(JobStatus::Null, |told| told.stands), now.stands, job.is_complete());
+        if now.phase.is_over() && self.auto_dismiss {
+            path.push(JobStatus::Null);
+        }
+        Some(path)
+    }
+
+    /// What there is to say of it; its export is as `at` says.
+    pub fn info(&self, at: Status) -> JobInfo {
+        JobInfo {
+            id: self.job.id().to_owned(),
+            stands: self.job.stands(),
+            completing: self.job.goal() == Some(Goal::Pivot),
+            complete: self.job.is_complete(),
+            io_status: self.job.io_status(),
+            auto_finalize: self.auto_finalize,
+            auto_dismiss: self.auto_dismiss,
+            at: Box::new(at),
+        }
     }
 
     /// Measures how fast the copy is.

@@ -26,7 +26,7 @@ pub use compare::{Comparison, Incomparable, compare};
 pub use convert::{ConvertOptions, Copied, convert};
 pub use map::{Run, Runs};
 
-use crate::control::options::{Access, ServeOptions};
+use crate::control::options::{Access, ExportOptions, ServeOptions};
 use crate::open::{export_named, lasting_name};
 use crate::state::{StateFolder, is_volatile};
 use crate::tls::Credentials;
@@ -60,13 +60,18 @@ pub fn serve(options: &ServeOptions, ready: impl FnOnce(&str)) -> Result<()> {
             state.path().display()
         );
     }
-    options.exports.iter().try_for_each(|export| refuse_twice(export, &options.exports))?;
+    wait::until_free(&state.group_path())?;
+    for record in state.settle_group()? {
+        tracing::info!(export = record.export, "a pivot of several was under way, and it was done: {}", record.truth);
+    }
+    let wanted = with_kept(&options.exports, &state)?;
+    wanted.iter().try_for_each(|export| refuse_twice(export, &wanted))?;
     // Before any of them is opened, for an image that two exports name would be waited for in vain.
-    options.exports.iter().try_for_each(|export| Export::wait_until_free(export, &state))?;
+    wanted.iter().try_for_each(|export| Export::wait_until_free(export, &state))?;
     let open = |export| Export::open(export, options.cache, &state);
-    let exports = options.exports.iter().map(open).collect::<Result<Vec<_>>>()?;
-    refuse_shared(&exports)?;
-    let table = Arc::new(Table::new(&exports));
+    let exports = wanted.iter().map(open).collect::<Result<Vec<_>>>()?;
+    refuse_shared(exports.iter())?;
+    let table = Arc::<Table>::default();
     let mut thread = ControlThread::new(exports, table, options.cache, credentials, state).context(|| "starting")?;
     thread.desk().resume_jobs();
     // Only now: who finds the sockets is served.
@@ -79,6 +84,13 @@ pub fn serve(options: &ServeOptions, ready: impl FnOnce(&str)) -> Result<()> {
     drop((listeners, control));
     thread.close()?;
     served
+}
+
+/// The exports of the command line, and those that were added while a daemon of this state folder ran.
+fn with_kept(named: &[ExportOptions], state: &StateFolder) -> Result<Vec<ExportOptions>> {
+    let kept = state.kept_exports()?.into_iter();
+    let added = kept.filter(|kept| named.iter().all(|export| export.name != kept.name));
+    Ok(named.iter().cloned().chain(added).collect())
 }
 
 /// The named one; or one beside the control socket; or, where a reboot would empty that, one beside

@@ -45,6 +45,22 @@ impl Roll {
         present.members.push((number, socket));
         Member { roll: Arc::clone(&self.0), number, elders }
     }
+
+    /// How many are connected.
+    pub fn count(&self) -> usize {
+        self.0.present().members.len()
+    }
+
+    /// Ends all connections; each goes when what it has under way is done.
+    pub fn expel(&self) {
+        self.0.present().members.iter().for_each(|(_, socket)| socket.shut_down());
+    }
+
+    /// True where nobody is connected; else `waker` is called when that may have changed.
+    pub fn is_empty(&self, waker: &Waker) -> bool {
+        self.0.left.listen(waker);
+        self.count() == 0
+    }
 }
 
 impl Member {

@@ -1,4 +1,8 @@
 //! How a job ends: what was wished for, when that is taken up, and what comes of it.
+//!
+//! An end can be held: it is asked for, the target is made durable, and the job is *pending* until it is told to
+//! finalize. Nothing of the end itself happens before: the gate is open, guests write, the target follows them, and
+//! the source is the truth. `finalize` then does all that an end does.
 use super::{Happened, Job, Phase, Stage};
 use crate::disk::{Task, Tools};
 use crate::export::gate::Route;
@@ -18,16 +22,72 @@ pub(super) enum Wish {
     GiveUp,
 }
 
+/// Which end a job is on its way to, with a whole target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Goal {
+    /// The target becomes the disk.
+    Pivot,
+    /// The target stays a copy of one instant.
+    Copy,
+}
+
 impl Job {
     /// Wishes for the pivot. Only in `Phase::Ready`.
     pub fn pivot(&mut self, end: End, record: RecordFile) {
-        self.wish = Some(Wish::Pivot(Box::new((end, record))));
+        self.wish_for(Wish::Pivot(Box::new((end, record))));
     }
 
     /// Wishes for the end on the source: with a whole copy, unless it never was ready or `force`. Who
     /// heard that it is ready gets what was promised, also where the guest has just run ahead again.
     pub fn cancel(&mut self, force: bool) {
-        self.wish = Some(if force || !self.was_ready { Wish::GiveUp } else { Wish::Finish });
+        self.wish_for(if force || !self.was_ready { Wish::GiveUp } else { Wish::Finish });
+    }
+
+    /// Has the end that was just wished for wait for `finalize`. Who gives up does not wait.
+    pub fn hold(&mut self) {
+        self.held = !matches!(self.wish, Some(Wish::GiveUp));
+    }
+
+    /// Lets a held end go on.
+    pub fn finalize(&mut self) {
+        self.held = false;
+        self.go_on();
+    }
+
+    /// True where an end was asked for that is not carried out before `finalize`.
+    pub fn is_held(&self) -> bool {
+        self.held
+    }
+
+    /// True where its end waits for `finalize`, and for nothing else.
+    pub fn awaits_finalize(&self) -> bool {
+        self.pending && self.held
+    }
+
+    /// The end with a whole target that was asked for and not reached yet.
+    pub fn goal(&self) -> Option<Goal> {
+        match (&self.wish, &self.stage) {
+            (Some(Wish::Pivot(_)), _) => Some(Goal::Pivot),
+            (Some(Wish::Finish), _) => Some(Goal::Copy),
+            (_, Stage::Ending(pivot)) if pivot.switches() => Some(Goal::Pivot),
+            (_, Stage::Ending(_)) => Some(Goal::Copy),
+            _ => None,
+        }
+    }
+
+    fn wish_for(&mut self, wish: Wish) {
+        if !matches!(wish, Wish::GiveUp) {
+            self.go_on();
+        }
+        self.wish = Some(wish);
+        (self.held, self.pending) = (false, false);
+    }
+
+    /// A wish to end outweighs a wish to rest: a job that rests does not catch up.
+    fn go_on(&mut self) {
+        if self.paused {
+            self.pause(false);
+        }
     }
 
     /// Why a pivot or a finish was undone, once.
@@ -65,10 +125,18 @@ impl Job {
                 self.wish = Some(wish);
                 return false;
             }
+            Some(wish) if self.awaits_finalize() => {
+                self.wish = Some(wish);
+                return false;
+            }
             // What was copied since may be much: made durable now, it does not keep the guest waiting.
             Some(wish) if !self.flushed && !planted(fault::Fault::RecordBeforeFlush) => {
                 self.wish = Some(wish);
                 self.stage = Stage::Settling(Box::new(Task::flush(Arc::clone(&self.parts.mirror.target))));
+            }
+            Some(wish) if self.held => {
+                self.wish = Some(wish);
+                self.rest_pending();
             }
             Some(Wish::Pivot(wish)) if wish.0.waits_for_others() => match wish.0.undone() {
                 Some(error) => self.undone = Some(error.one_line()),
@@ -81,6 +149,16 @@ impl Job {
             Some(Wish::Finish) => self.begin_end(End::Stay, None, tools.io.now()),
         }
         true
+    }
+
+    /// From here on the job follows the guest as before, until it is told to finalize.
+    fn rest_pending(&mut self) {
+        self.pending = true;
+        // It will not hold: the guest writes on.
+        self.flushed = false;
+        if planted(fault::Fault::PendingHoldsGate) {
+            self.parts.gate.close();
+        }
     }
 
     /// Closes the gate for the end. A wish to end outweighs a wish to rest.
@@ -106,6 +184,7 @@ impl Job {
                 self.happened(if switched { Happened::PivotDone } else { Happened::CancelDone });
             }
             Err(error) => {
+                self.pending = false;
                 self.undone = Some(error.one_line());
                 self.happened(Happened::EndUndone);
                 if self.parts.mirror.target.is_poisoned() {

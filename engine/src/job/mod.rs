@@ -3,10 +3,14 @@
 //! The phases are a table, in `phase`. `Job` is stepped by the control thread: it puts the mirror in
 //! the guest's way, lets the seeder look when it may, and watches the backlog. How it ends is in `ending`.
 mod ending;
+mod life;
 mod phase;
 
+pub use ending::Goal;
+pub use life::path;
 pub use phase::{Happened, Phase};
 
+use crate::control::jobs::{ErrorAction, IoStatus};
 use crate::control::{Mode, OnError};
 use crate::disk::{Disk, Status, Task, Tools};
 use crate::export::gate::{Gate, Leaving, Route};
@@ -48,16 +52,33 @@ pub struct Parts {
     pub pause_max: Duration,
 }
 
+/// One side failed, and what is done about it.
+pub struct IoError {
+    /// The target failed; else the source.
+    pub target: bool,
+    /// What is done.
+    pub action: ErrorAction,
+    /// How it failed.
+    pub message: String,
+}
+
 /// One mirror job.
 pub struct Job {
     parts: Parts,
     phase: Phase,
     stage: Stage,
     wish: Option<Wish>,
+    /// The wish waits for `finalize`.
+    held: bool,
+    /// It has come to where it waits; or it waited, and is being carried out.
+    pending: bool,
     paused: bool,
     /// What the seeder marked.
     seeded: u64,
     error: Option<String>,
+    io_status: IoStatus,
+    /// What failed since it was asked last.
+    io_error: Option<IoError>,
     undone: Option<String>,
     retry_at: Option<Duration>,
     /// The record as a finished pivot left it.
@@ -103,9 +124,13 @@ impl Job {
             phase: Phase::Seeding,
             stage,
             wish: None,
+            held: false,
+            pending: false,
             paused: false,
             seeded: 0,
             error: None,
+            io_status: IoStatus::Ok,
+            io_error: None,
             undone: None,
             retry_at: None,
             record: None,
@@ -146,6 +171,16 @@ impl Job {
         self.error.as_deref()
     }
 
+    /// What its last error did to it.
+    pub fn io_status(&self) -> IoStatus {
+        self.io_status
+    }
+
+    /// What failed since it was asked last.
+    pub fn take_io_error(&mut self) -> Option<IoError> {
+        self.io_error.take()
+    }
+
     /// True where it has ended and the target is a whole copy.
     pub fn is_complete(&self) -> bool {
         self.complete
@@ -176,6 +211,7 @@ impl Job {
         self.paused = paused;
         if !paused {
             self.error = None;
+            self.io_status = IoStatus::Ok;
             self.parts.mirror.clear_fault();
         }
         self.parts.mirror.hold(paused || self.is_attaching());
@@ -349,19 +385,27 @@ impl Job {
             false => OnError::Report,
         };
         let no_space = fault.error.raw_os_error() == Some(Errno::NOSPC.raw_os_error());
-        self.error = Some(self.describe(&fault));
-        match policy {
-            OnError::Stop => self.stop(fault),
-            OnError::Enospc if no_space => self.stop(fault),
-            OnError::Ignore => {
+        let message = self.describe(&fault);
+        self.error = Some(message.clone());
+        let target = fault.target;
+        let action = match policy {
+            OnError::Stop => ErrorAction::Stop,
+            OnError::Enospc if no_space => ErrorAction::Stop,
+            OnError::Ignore => ErrorAction::Ignore,
+            OnError::Report | OnError::Enospc => ErrorAction::Report,
+        };
+        match action {
+            ErrorAction::Stop => self.stop(fault, no_space),
+            ErrorAction::Ignore => {
                 self.parts.mirror.fail(fault.target, fault.error);
                 self.retry_at = Some(now + RETRY);
             }
-            OnError::Report | OnError::Enospc => {
+            ErrorAction::Report => {
                 self.broken = true;
                 self.detach();
             }
         }
+        self.io_error = Some(IoError { target, action, message });
     }
 
     fn describe(&self, fault: &Fault) -> String {
@@ -369,7 +413,8 @@ impl Job {
     }
 
     /// Rests until it is resumed.
-    fn stop(&mut self, fault: Fault) {
+    fn stop(&mut self, fault: Fault, no_space: bool) {
+        self.io_status = if no_space { IoStatus::Nospace } else { IoStatus::Failed };
         self.parts.mirror.fail(fault.target, fault.error);
         self.paused = true;
     }

@@ -32,11 +32,13 @@ pub struct Replace {
     make: Option<Make>,
     record_file: RecordFile,
     stage: Stage,
+    pause_max: Duration,
     /// Nobody is inside by then, or it is undone.
     deadline: Duration,
 }
 
 enum Stage {
+    New,
     Drain(Leaving),
     Flush(Box<Task>),
     Record(Recorder, Arc<Disk>, Record),
@@ -45,16 +47,16 @@ enum Stage {
 }
 
 impl Replace {
-    /// Closes the gate. Requests that are under way may take `pause_max`.
-    pub fn begin(gate: Arc<Gate>, record_file: RecordFile, make: Make, now: Duration, pause_max: Duration) -> Self {
+    /// One that closes the gate at its first step. Requests that are under way then may take `pause_max`.
+    pub fn new(gate: Arc<Gate>, record_file: RecordFile, make: Make, pause_max: Duration) -> Self {
         let old = gate.route().disk;
-        let stage = Stage::Drain(gate.close());
-        Self { gate, old, make: Some(make), record_file, stage, deadline: now.saturating_add(pause_max) }
+        let (make, stage, deadline) = (Some(make), Stage::New, Duration::ZERO);
+        Self { gate, old, make, record_file, stage, pause_max, deadline }
     }
 
     /// True while guests wait at the gate.
     pub fn holds_gate(&self) -> bool {
-        !matches!(self.stage, Stage::Confirm(_) | Stage::Over)
+        !matches!(self.stage, Stage::New | Stage::Confirm(_) | Stage::Over)
     }
 
     /// The record as it stands afterwards.
@@ -66,6 +68,10 @@ impl Replace {
     pub fn step<I: Io>(&mut self, tools: &mut Tools<I>, base: Token) -> Step {
         loop {
             match &mut self.stage {
+                Stage::New => {
+                    self.deadline = tools.io.now().saturating_add(self.pause_max);
+                    self.stage = Stage::Drain(self.gate.close());
+                }
                 Stage::Drain(leaving) => {
                     if !leaving.is_empty(tools.waker) {
                         if tools.io.now() <= self.deadline {
@@ -107,7 +113,7 @@ impl Replace {
                     return self.confirmed();
                 }
             }
-            Stage::Drain(_) | Stage::Over => {}
+            Stage::New | Stage::Drain(_) | Stage::Over => {}
         }
         Step::Busy
     }

@@ -1,6 +1,7 @@
 //! Corners that a world of dice rarely comes to: each is built by hand, step by step.
 use super::files::{Dice, Files, SimIo};
 use crate::chain::{Chain, Layer, Look, Source};
+use crate::control::jobs::JobStatus;
 use crate::control::{Mode, OnError};
 use crate::copier::{Copier, Depth};
 use crate::disk::{DataFile, Disk, Status, Task, Tools};
@@ -341,4 +342,72 @@ fn the_target_is_flushed_before_the_gate_closes() {
     job.step(&mut tools, Token(0));
     assert!(stage.gate.enter(&stage.waker).is_some(), "the gate is open while the target is flushed");
     assert_eq!(stage.run(&mut job, &mut io, &mut copier, Phase::Pivoted), Phase::Pivoted);
+}
+
+/// Ready, and asked for a pivot that waits.
+fn pending(stage: &Stage, io: &mut SimIo, copier: &mut (Copier, SimIo)) -> Job {
+    let mut job = stage.job(OnError::Report);
+    assert_eq!(stage.run(&mut job, io, copier, Phase::Ready), Phase::Ready);
+    let (end, record) = stage.switch();
+    job.pivot(end, record);
+    job.hold();
+    assert!(!job.awaits_finalize() && job.stands() == JobStatus::Ready);
+    assert_eq!(stage.run(&mut job, io, copier, Phase::Pivoting), Phase::Ready, "it waits");
+    assert!(job.awaits_finalize() && job.stands() == JobStatus::Pending && job.is_ending());
+    job
+}
+
+#[test]
+fn a_pending_pivot_follows_the_guest_until_it_is_finalized() {
+    let stage = Stage::new();
+    let (mut io, mut copier) = (SimIo::new(&stage.files, 2, 0), stage.copier());
+    let mut job = pending(&stage, &mut io, &mut copier);
+    let pass = stage.gate.enter(&stage.waker).expect("the gate is open");
+    assert!(pass.route().mirror.is_some(), "what is written now is marked");
+    stage.mirror.written(ByteRange { start: 0, end: 3 * CHUNK });
+    drop(pass);
+    assert_eq!(stage.run(&mut job, &mut io, &mut copier, Phase::Pivoting), Phase::Ready);
+    assert!(stage.mirror.is_settled(), "and copied");
+    // Whoever pauses it now has it finalized all the same.
+    job.pause(true);
+    stage.mirror.written(ByteRange { start: 0, end: CHUNK });
+    assert_eq!(stage.run(&mut job, &mut io, &mut copier, Phase::Pivoting), Phase::Ready);
+    assert!(!stage.mirror.is_settled(), "it rests");
+    job.finalize();
+    assert_eq!(stage.run(&mut job, &mut io, &mut copier, Phase::Pivoted), Phase::Pivoted);
+    assert!(job.is_complete() && job.stands() == JobStatus::Concluded);
+}
+
+#[test]
+fn a_pending_pivot_can_be_given_up() {
+    let stage = Stage::new();
+    let (mut io, mut copier) = (SimIo::new(&stage.files, 2, 0), stage.copier());
+    let mut job = pending(&stage, &mut io, &mut copier);
+    job.cancel(true);
+    job.hold();
+    assert_eq!(
+        stage.run(&mut job, &mut io, &mut copier, Phase::Cancelled),
+        Phase::Cancelled,
+        "who gives up does not wait"
+    );
+    assert!(stage.gate.enter(&stage.waker).is_some_and(|pass| pass.route().mirror.is_none()));
+    assert!(!job.is_complete());
+}
+
+/// An end that was undone left the job pending: nothing was asked for any more, and nothing could be.
+#[test]
+fn a_finalize_that_is_undone_leaves_a_ready_job() {
+    let stage = Stage::new();
+    let (mut io, mut copier) = (SimIo::new(&stage.files, 2, 0), stage.copier());
+    let mut job = pending(&stage, &mut io, &mut copier);
+    let stuck = stage.gate.enter(&stage.waker);
+    job.finalize();
+    assert_eq!(stage.run(&mut job, &mut io, &mut copier, Phase::Pivoting), Phase::Pivoting);
+    assert_eq!(job.stands(), JobStatus::Pending);
+    assert_eq!(stage.run(&mut job, &mut io, &mut copier, Phase::Ready), Phase::Ready);
+    assert!(job.take_undone().is_some() && job.stands() == JobStatus::Ready && !job.is_ending());
+    drop(stuck);
+    let (end, record) = stage.switch();
+    job.pivot(end, record);
+    assert_eq!(stage.run(&mut job, &mut io, &mut copier, Phase::Pivoted), Phase::Pivoted, "once more, at once");
 }

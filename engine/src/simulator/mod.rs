@@ -128,6 +128,19 @@ fn a_pivot_without_a_last_pass_is_caught() {
     assert_caught(Fault::PivotWithoutLastPass, |seed| Plan { mode: Mode::Background, ..calm(seed) });
 }
 
+/// Promise 6. With every pivot held, and every guest served meanwhile.
+#[test]
+fn worlds_in_which_pivots_wait_keep_every_promise() {
+    let pivots: u32 = (1..=400).map(|seed| World::new(Plan { held: true, ..Plan::of(seed) }).run()).sum();
+    assert!(pivots > 100, "{pivots} pivots");
+}
+
+/// Promise 6.
+#[test]
+fn a_pending_end_that_holds_guests_is_caught() {
+    assert_caught(Fault::PendingHoldsGate, |seed| Plan { held: true, ..calm(seed) });
+}
+
 /// Promise 8.
 #[test]
 fn a_record_before_the_flush_is_caught() {

@@ -52,6 +52,8 @@ pub struct Plan {
     pub eager: bool,
     /// The qcow2 images among the two have external data files.
     pub data_files: bool,
+    /// The pivot waits to be finalized, until a guest was answered meanwhile.
+    pub held: bool,
 }
 
 impl Plan {
@@ -74,6 +76,7 @@ impl Plan {
             fail_one_in: if dice.one_in(3) { 40 } else { 0 },
             eager: false,
             data_files: false,
+            held: dice.one_in(4),
         }
     }
 }
@@ -117,6 +120,9 @@ struct Life {
     copier_waits: bool,
     /// The guests are on the target.
     switched: bool,
+    /// How many requests were answered, and how many had been when the job became pending.
+    answered: u64,
+    answered_before: Option<u64>,
 }
 
 impl World {
@@ -207,8 +213,7 @@ impl World {
                 self.start_job(&mut life);
             }
             self.step(&mut life);
-            let quiet = life.guests.iter().all(|guest| guest.left == 0 && guest.is_idle());
-            if started && quiet && life.job.is_none() {
+            if started && life.is_silent() && life.job.is_none() {
                 drop(life);
                 return None;
             }
@@ -223,7 +228,10 @@ impl World {
         }
         match self.dice.roll(GUESTS + 4) {
             number if number < GUESTS => {
-                life.guests[number as usize].step(&life.gate, &mut self.history, &mut self.dice);
+                let guest = &mut life.guests[number as usize];
+                let was_busy = !guest.is_idle();
+                guest.step(&life.gate, &mut self.history, &mut self.dice);
+                life.answered += u64::from(was_busy && guest.is_idle());
             }
             0..=5 => life.step_copier(),
             _ => self.step_job(life),
@@ -231,6 +239,7 @@ impl World {
     }
 
     fn step_job(&mut self, life: &mut Life) {
+        let silent = life.is_silent();
         let Some((job, journal, ..)) = &mut life.job else { return };
         let mut done = Vec::new();
         life.control.reap(Wait::No, &mut done).expect("a simulated queue");
@@ -241,6 +250,15 @@ impl World {
         if job.phase() == Phase::Ready && !job.is_ending() && self.dice.one_in(6) {
             let end = End::Switch { record: new_record(), journal: Some(Arc::clone(journal)), member: None };
             job.pivot(end, self.record_file());
+            if self.plan.held {
+                job.hold();
+            }
+        }
+        if job.awaits_finalize() {
+            let before = *life.answered_before.get_or_insert(life.answered);
+            if (silent || life.answered > before) && self.dice.one_in(6) {
+                job.finalize();
+            }
         }
         let mut tools = Tools { io: &mut life.control, arena: &life.arena, waker: &life.waker };
         job.step(&mut tools, Token(0));
@@ -298,6 +316,8 @@ impl World {
             copier_waker: Waker::simulated(101),
             copier_waits: false,
             switched: false,
+            answered: 0,
+            answered_before: None,
         }
     }
 
@@ -425,6 +445,11 @@ impl World {
 }
 
 impl Life {
+    /// True where no guest has anything left to ask.
+    fn is_silent(&self) -> bool {
+        self.guests.iter().all(|guest| guest.left == 0 && guest.is_idle())
+    }
+
     fn step_copier(&mut self) {
         let Some((_, _, copier, io)) = &mut self.job else { return };
         // As its thread does: it waits in its ring for an operation's end, or for its waker.

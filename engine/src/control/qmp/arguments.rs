@@ -1,4 +1,5 @@
 //! The arguments of each command, by QEMU's names where QEMU has the command.
+use super::answers::JobType;
 use super::problem::Problem;
 use crate::control::creation::CreateOptions;
 use crate::control::{MirrorRequest, Mode, OnError, Request, TargetFormat};
@@ -55,12 +56,6 @@ pub(super) struct ChangeJob {
     pub(super) copy_mode: Mode,
 }
 
-#[derive(Deserialize)]
-#[serde(rename_all = "kebab-case")]
-enum JobType {
-    Mirror,
-}
-
 /// An export that has to be named.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -106,14 +101,17 @@ impl Set {
 
 /// libvirt's `virDomainBlockRebase`.
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub(super) struct BlockRebase {
     pub(super) export: String,
     #[serde(default)]
     pub(super) base: Option<String>,
     #[serde(default)]
     pub(super) bandwidth: u64,
+    #[serde(default)]
     pub(super) flags: u32,
+    #[serde(default)]
+    pub(super) dry_run: bool,
 }
 
 /// libvirt's `virDomainBlockJobAbort`.
@@ -154,6 +152,9 @@ pub(super) struct DriveMirror {
     /// Ours alone: how the target is made.
     #[serde(default)]
     options: CreateOptions,
+    /// Ours alone: answer whether it could be done.
+    #[serde(default)]
+    dry_run: bool,
     #[serde(default = "yes")]
     unmap: bool,
     #[serde(default = "yes")]
@@ -195,12 +196,15 @@ impl DriveMirror {
             shallow: self.sync == Sync::Top,
             reuse_external: self.mode == NewImageMode::Existing,
             format: self.format,
+            block_device: false,
             mode: self.copy_mode,
             speed: self.speed,
             granularity: self.granularity,
             on_target_error: self.on_target_error,
-            dry_run: false,
+            dry_run: self.dry_run,
             job_id: self.job_id,
+            auto_finalize: self.auto_finalize,
+            auto_dismiss: self.auto_dismiss,
             options: self.options,
             relative_backing: false,
         })
@@ -211,8 +215,6 @@ impl DriveMirror {
             (self.sync == Sync::None, "'sync' 'none'"),
             (self.on_source_error != OnError::Report, "'on-source-error' other than 'report'"),
             (!self.unmap, "'unmap' false"),
-            (!self.auto_finalize, "'auto-finalize' false"),
-            (!self.auto_dismiss, "'auto-dismiss' false"),
         ];
         cases.iter().find(|(asked, _)| *asked).map(|(_, what)| *what)
     }

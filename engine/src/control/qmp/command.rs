@@ -1,15 +1,21 @@
 //! What each command asks for: its name, its arguments, and what the daemon has to be asked.
+//!
+//! The table is the one definition: the parser, `query-commands` and `query-qmp-schema` come from it.
+use super::answers::{BlockJobInfo, CommandInfo, Empty, JobInfo, SchemaInfo, VersionInfo};
 use super::arguments::{
     BlockRebase, Cancel, CancelJob, Capabilities, ChangeJob, Device, DriveMirror, JobAbort, JobId, MaybeExport,
     NamedExport, Nothing, Set, SetSpeed,
 };
 use super::problem::Problem;
-use super::render::{self, Render};
-use super::{Call, version};
-use crate::control::{MirrorRequest, Mode, Request, libvirt};
+use super::render::{self, Render, value};
+use super::schema::Schema;
+use super::shape::{Shape, shape};
+use super::{Call, event, version};
+use crate::control::jobs::{self, JobVerb};
+use crate::control::{MirrorRequest, Mode, Request, Started, Status, libvirt};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
 /// What is done about a command.
 #[derive(Debug)]
@@ -18,102 +24,159 @@ pub(super) enum Plan {
     Answer(Value),
     /// The daemon is asked, and its reply is written down so.
     Ask(Call, Render),
-    /// The export that has this job is looked for first.
-    OfJob(String, Verb),
+    /// The job is looked for first.
+    OfJob(JobCommand),
 }
 
-/// What a QMP command does to a job, whose export is not known yet.
+/// What a QMP command says to a job, of which only the name is known yet.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) enum Verb {
+pub(super) struct JobCommand {
+    pub(super) id: String,
+    /// It is one of `block-job-*`, which have errors of their own.
+    pub(super) block: bool,
+    verb: Verb,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+enum Verb {
     Complete,
     Cancel { force: bool },
     Pause,
     Resume,
     SetSpeed(u64),
     Change(Mode),
+    Finalize,
+    Dismiss,
 }
 
-impl Verb {
-    /// The call, now that the export is known. QEMU's verbs answer when they have begun.
-    pub(super) fn call(self, export: String) -> Call {
-        let request = match self {
-            Self::Complete => Request::Pivot(export),
-            Self::Cancel { force } => Request::Cancel { export, force },
-            Self::Pause => Request::Pause(export),
-            Self::Resume => Request::Resume(export),
-            Self::SetSpeed(speed) => Request::Set { export, speed: Some(speed), mode: None },
-            Self::Change(mode) => Request::Set { export, speed: None, mode: Some(mode) },
+impl JobCommand {
+    /// The call, now that it is known how the job stands, or none where there is nothing to do. QEMU's verbs answer
+    /// when they have begun.
+    ///
+    /// # Errors
+    /// That the job cannot be told this where it stands, in QEMU's words.
+    pub(super) fn call(self, job: &jobs::JobInfo) -> Result<Option<Call>, Problem> {
+        let verb = self.verb.kind();
+        if !job.stands.takes(verb) {
+            let (id, stands, verb) = (&self.id, word(&job.stands), word(&verb));
+            let message = format!("Job '{id}' in state '{stands}' cannot accept command verb '{verb}'");
+            return Err(Problem::not_now(message));
+        }
+        let export = job.at.export.clone();
+        let request = match self.verb {
+            // Asked for twice, it is asked for.
+            Verb::Complete if job.completing => return Ok(None),
+            Verb::Complete => Request::Pivot(export),
+            Verb::Cancel { force } => Request::Cancel { export, force },
+            Verb::Pause if job.at.paused => return Err(Problem::not_now("Job is already paused")),
+            Verb::Pause => Request::Pause(export),
+            Verb::Resume if !job.at.paused => return Err(Problem::not_now("Can't resume a job that was not paused")),
+            Verb::Resume => Request::Resume(export),
+            Verb::SetSpeed(speed) => Request::Set { export, speed: Some(speed), mode: None },
+            Verb::Change(mode) => Request::Set { export, speed: None, mode: Some(mode) },
+            Verb::Finalize => Request::Finalize(export),
+            Verb::Dismiss => Request::Dismiss(self.id),
         };
-        Call { request, wait: false }
+        Ok(Some(Call { request, wait: false }))
     }
 }
 
-type Parse = fn(Arguments) -> Result<Plan, Problem>;
+impl Verb {
+    fn kind(&self) -> JobVerb {
+        match self {
+            Self::Complete => JobVerb::Complete,
+            Self::Cancel { .. } => JobVerb::Cancel,
+            Self::Pause => JobVerb::Pause,
+            Self::Resume => JobVerb::Resume,
+            Self::SetSpeed(_) => JobVerb::SetSpeed,
+            Self::Change(_) => JobVerb::Change,
+            Self::Finalize => JobVerb::Finalize,
+            Self::Dismiss => JobVerb::Dismiss,
+        }
+    }
+}
+
+/// One command.
+struct Command {
+    name: &'static str,
+    takes: fn() -> Shape,
+    gives: fn() -> Shape,
+    plan: fn(Arguments) -> Result<Plan, Problem>,
+}
+
+/// A command: its name, the type of its arguments, that of its answer, and what is done.
+macro_rules! command {
+    ($name:literal, $takes:ty => $gives:ty, $plan:expr) => {
+        Command {
+            name: $name,
+            takes: shape::<$takes>,
+            gives: shape::<$gives>,
+            plan: |arguments| {
+                let plan: fn($takes) -> Result<Plan, Problem> = $plan;
+                arguments.parse().and_then(plan)
+            },
+        }
+    };
+}
 
 /// Every command but `qmp_capabilities`, which is the session's own.
-const COMMANDS: &[(&str, Parse)] = &[
-    ("blkmirror-abort", |arguments| {
-        let JobAbort { export, flags } = arguments.parse()?;
-        let (request, wait) = libvirt::abort(export, flags)?;
+const COMMANDS: &[Command] = &[
+    command!("blkmirror-cancel", Cancel => Empty, |it| {
+        Ok(waiting(Request::Cancel { export: it.export, force: it.force }))
+    }),
+    command!("blkmirror-finish", NamedExport => Empty, |it| Ok(waiting(Request::Finish(it.export)))),
+    command!("blkmirror-mirror", MirrorRequest => Started, |it| Ok(waiting(Request::Mirror(it)))),
+    command!("blkmirror-pause", NamedExport => Empty, |it| Ok(waiting(Request::Pause(it.export)))),
+    command!("blkmirror-pivot", NamedExport => Empty, |it| Ok(waiting(Request::Pivot(it.export)))),
+    command!("blkmirror-resume", NamedExport => Empty, |it| Ok(waiting(Request::Resume(it.export)))),
+    command!("blkmirror-set", Set => Empty, |it| it.into_request().map(waiting)),
+    command!("blkmirror-status", MaybeExport => Status, |it| Ok(waiting(Request::Status(it.export)))),
+    command!("block-job-abort", JobAbort => Empty, |it| {
+        let (request, wait) = libvirt::abort(it.export, it.flags)?;
         Ok(Plan::Ask(Call { request, wait }, render::whole))
     }),
-    ("blkmirror-cancel", |arguments| {
-        let Cancel { export, force } = arguments.parse()?;
-        Ok(waiting(Request::Cancel { export, force }))
+    command!("block-job-cancel", CancelJob => Empty, |it| of_block_job(it.device, Verb::Cancel { force: it.force })),
+    command!("block-job-change", ChangeJob => Empty, |it| of_block_job(it.id, Verb::Change(it.copy_mode))),
+    command!("block-job-complete", Device => Empty, |it| of_block_job(it.device, Verb::Complete)),
+    command!("block-job-dismiss", JobId => Empty, |it| of_block_job(it.id, Verb::Dismiss)),
+    command!("block-job-finalize", JobId => Empty, |it| of_block_job(it.id, Verb::Finalize)),
+    command!("block-job-pause", Device => Empty, |it| of_block_job(it.device, Verb::Pause)),
+    command!("block-job-resume", Device => Empty, |it| of_block_job(it.device, Verb::Resume)),
+    command!("block-job-set-speed", SetSpeed => Empty, |it| of_block_job(it.device, Verb::SetSpeed(it.speed))),
+    command!("block-rebase", BlockRebase => Started, |it| {
+        let request = libvirt::rebase(it.export, it.base, it.bandwidth, it.flags)?;
+        Ok(waiting(Request::Mirror(MirrorRequest { dry_run: it.dry_run, ..request })))
     }),
-    ("blkmirror-finish", |arguments| arguments.parse().map(|NamedExport { export }| waiting(Request::Finish(export)))),
-    ("blkmirror-mirror", |arguments| arguments.parse::<MirrorRequest>().map(|it| waiting(Request::Mirror(it)))),
-    ("blkmirror-pause", |arguments| arguments.parse().map(|NamedExport { export }| waiting(Request::Pause(export)))),
-    ("blkmirror-pivot", |arguments| arguments.parse().map(|NamedExport { export }| waiting(Request::Pivot(export)))),
-    ("blkmirror-rebase", |arguments| {
-        let BlockRebase { export, base, bandwidth, flags } = arguments.parse()?;
-        Ok(waiting(libvirt::rebase(export, base, bandwidth, flags)?))
-    }),
-    ("blkmirror-resume", |arguments| arguments.parse().map(|NamedExport { export }| waiting(Request::Resume(export)))),
-    ("blkmirror-set", |arguments| arguments.parse::<Set>()?.into_request().map(waiting)),
-    ("blkmirror-status", |arguments| arguments.parse().map(|MaybeExport { export }| waiting(Request::Status(export)))),
-    ("block-job-cancel", |arguments| {
-        let CancelJob { device, force } = arguments.parse()?;
-        Ok(Plan::OfJob(device, Verb::Cancel { force }))
-    }),
-    ("block-job-change", |arguments| {
-        let ChangeJob { id, copy_mode, .. } = arguments.parse()?;
-        Ok(Plan::OfJob(id, Verb::Change(copy_mode)))
-    }),
-    ("block-job-complete", |arguments| of_device(arguments, Verb::Complete)),
-    ("block-job-pause", |arguments| of_device(arguments, Verb::Pause)),
-    ("block-job-resume", |arguments| of_device(arguments, Verb::Resume)),
-    ("block-job-set-speed", |arguments| {
-        let SetSpeed { device, speed } = arguments.parse()?;
-        Ok(Plan::OfJob(device, Verb::SetSpeed(speed)))
-    }),
-    ("drive-mirror", |arguments| {
-        let request = arguments.parse::<DriveMirror>()?.into_request()?;
-        Ok(Plan::Ask(Call { request: Request::Mirror(request), wait: false }, render::nothing))
+    command!("drive-mirror", DriveMirror => Empty, |it| {
+        Ok(Plan::Ask(Call { request: Request::Mirror(it.into_request()?), wait: false }, render::nothing))
     }),
     // QEMU's job-cancel always gives up at once, unlike block-job-cancel.
-    ("job-cancel", |arguments| of_id(arguments, Verb::Cancel { force: true })),
-    ("job-complete", |arguments| of_id(arguments, Verb::Complete)),
-    ("job-pause", |arguments| of_id(arguments, Verb::Pause)),
-    ("job-resume", |arguments| of_id(arguments, Verb::Resume)),
-    ("query-block-jobs", |arguments| query(arguments, render::block_jobs)),
-    ("query-commands", |arguments| arguments.parse().map(|Nothing {}| Plan::Answer(names()))),
-    ("query-jobs", |arguments| query(arguments, render::jobs)),
-    ("query-version", |arguments| arguments.parse().map(|Nothing {}| Plan::Answer(version()))),
-    ("quit", |arguments| {
-        let Nothing {} = arguments.parse()?;
+    command!("job-cancel", JobId => Empty, |it| of_job(it.id, Verb::Cancel { force: true })),
+    command!("job-complete", JobId => Empty, |it| of_job(it.id, Verb::Complete)),
+    command!("job-dismiss", JobId => Empty, |it| of_job(it.id, Verb::Dismiss)),
+    command!("job-finalize", JobId => Empty, |it| of_job(it.id, Verb::Finalize)),
+    command!("job-pause", JobId => Empty, |it| of_job(it.id, Verb::Pause)),
+    command!("job-resume", JobId => Empty, |it| of_job(it.id, Verb::Resume)),
+    command!("query-block-jobs", Nothing => Vec<BlockJobInfo>, |Nothing {}| Ok(query(render::block_jobs))),
+    command!("query-commands", Nothing => Vec<CommandInfo>, |Nothing {}| Ok(Plan::Answer(value(&names())))),
+    command!("query-jobs", Nothing => Vec<JobInfo>, |Nothing {}| Ok(query(render::jobs))),
+    command!("query-qmp-schema", Nothing => Vec<SchemaInfo>, |Nothing {}| Ok(Plan::Answer(value(&schema())))),
+    command!("query-version", Nothing => VersionInfo, |Nothing {}| Ok(Plan::Answer(value(&version())))),
+    command!("quit", Nothing => Empty, |Nothing {}| {
         Ok(Plan::Ask(Call { request: Request::Quit, wait: false }, render::nothing))
     }),
 ];
+
+/// The session's own command.
+const CAPABILITIES: &str = "qmp_capabilities";
 
 /// The command called `name`.
 ///
 /// # Errors
 /// `CommandNotFound` where there is none; what is wrong with its arguments, by name.
 pub(super) fn plan(name: &str, arguments: Value) -> Result<Plan, Problem> {
-    let command = COMMANDS.iter().find(|(known, _)| *known == name);
-    let (name, parse) = command.ok_or_else(|| unknown(name))?;
-    parse(Arguments { command: name, members: arguments })
+    let command = COMMANDS.iter().find(|command| command.name == name).ok_or_else(|| unknown(name))?;
+    (command.plan)(Arguments { command: command.name, members: arguments })
 }
 
 /// A message that is a command. Its id was taken out before, for it is echoed whatever else is wrong.
@@ -187,22 +250,36 @@ fn waiting(request: Request) -> Plan {
     Plan::Ask(Call { request, wait: true }, render::whole)
 }
 
-fn of_device(arguments: Arguments, verb: Verb) -> Result<Plan, Problem> {
-    arguments.parse().map(|Device { device }| Plan::OfJob(device, verb))
+fn of_block_job(id: String, verb: Verb) -> Result<Plan, Problem> {
+    Ok(Plan::OfJob(JobCommand { id, block: true, verb }))
 }
 
-fn of_id(arguments: Arguments, verb: Verb) -> Result<Plan, Problem> {
-    arguments.parse().map(|JobId { id }| Plan::OfJob(id, verb))
+fn of_job(id: String, verb: Verb) -> Result<Plan, Problem> {
+    Ok(Plan::OfJob(JobCommand { id, block: false, verb }))
 }
 
-fn query(arguments: Arguments, render: Render) -> Result<Plan, Problem> {
-    let Nothing {} = arguments.parse()?;
-    Ok(Plan::Ask(Call { request: Request::Status(None), wait: false }, render))
+fn query(render: Render) -> Plan {
+    Plan::Ask(Call { request: Request::Jobs, wait: false }, render)
 }
 
-fn names() -> Value {
-    let names = COMMANDS.iter().map(|(name, _)| *name).chain(["qmp_capabilities"]);
-    names.map(|name| json!({ "name": name })).collect()
+fn names() -> Vec<CommandInfo> {
+    let names = COMMANDS.iter().map(|command| command.name).chain([CAPABILITIES]);
+    names.map(|name| CommandInfo { name: name.to_owned() }).collect()
+}
+
+fn schema() -> Vec<SchemaInfo> {
+    let mut schema = Schema::default();
+    for command in COMMANDS {
+        schema.command(command.name, &(command.takes)(), &(command.gives)());
+    }
+    schema.command(CAPABILITIES, &shape::<Capabilities>(), &shape::<Empty>());
+    event::describe(&mut schema);
+    schema.into_entries()
+}
+
+/// One of our words as QMP has it.
+fn word(of: &impl serde::Serialize) -> String {
+    value(of).as_str().unwrap_or_default().to_owned()
 }
 
 /// A name that is not ours may be of any length: a few of its letters are enough.

@@ -1,88 +1,89 @@
-//! Writes what happens to jobs down as QEMU's events, and as one of our own.
-use super::render::{job_status, progress};
-use crate::control::{Event, Status};
+//! Writes what happens to jobs down as QEMU's events, in QEMU's order, and as one of our own.
+use super::answers::{BlockJobError, BlockJobPending, BlockJobProgress, IoOperation, JobStatusChange, JobType, Phase};
+use super::render::{error, value};
+use super::schema::Schema;
+use super::shape::shape;
+use crate::control::Event;
+use crate::control::jobs::{JobInfo, JobStatus};
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
 use std::time::Duration;
 
-/// What one client was last told of each job under way.
-#[derive(Debug, Default)]
-pub(super) struct Told {
-    statuses: BTreeMap<String, &'static str>,
-}
-
-impl Told {
-    /// The messages that tell a client of `event`, which happened `now` after the Unix epoch.
-    pub(super) fn messages(&mut self, event: &Event, now: Duration) -> Vec<Value> {
-        let events = match event {
-            Event::Phase { export, job, phase, complete, status } => {
-                let now = job_status(phase, status.paused);
-                let before = self.replace(job, now);
-                let mut events = job_status_changes(job, before, now, *complete);
-                // A ready job that was paused and goes on is no more ready than before.
-                let was_ready = matches!(before, Some("ready" | "standby"));
-                events
-                    .extend(block_job(job, phase, *complete, status).filter(|(name, _)| *name != READY || !was_ready));
-                events.push(("BLKMIRROR_PHASE", phase_data(export, job, phase, status)));
-                events
-            }
-            Event::IoError { export, job, target, action, message } => {
-                vec![("BLOCK_JOB_ERROR", io_error_data(export, job, *target, action, message))]
-            }
-        };
-        events.into_iter().map(|(name, data)| message(name, &data, now)).collect()
-    }
-
-    /// Notes where a job stands; returns where it stood.
-    fn replace(&mut self, job: &str, now: &'static str) -> Option<&'static str> {
-        match now {
-            "concluded" => self.statuses.remove(job),
-            _ => self.statuses.insert(job.into(), now),
-        }
-    }
-}
-
-type Named = (&'static str, Value);
-
+const STATUS_CHANGE: &str = "JOB_STATUS_CHANGE";
 const READY: &str = "BLOCK_JOB_READY";
+const PENDING: &str = "BLOCK_JOB_PENDING";
+const COMPLETED: &str = "BLOCK_JOB_COMPLETED";
+const CANCELLED: &str = "BLOCK_JOB_CANCELLED";
+const ERROR: &str = "BLOCK_JOB_ERROR";
+const PHASE: &str = "BLKMIRROR_PHASE";
 
-fn job_status_changes(job: &str, before: Option<&str>, now: &'static str, complete: bool) -> Vec<Named> {
-    // A client that was not there yet hears of the present state alone, but for a job's start.
-    let changes: &[&str] = match (before, now) {
-        (Some(before), now) if before == now => &[],
-        (None, "running") => &["created", "running"],
-        (_, "concluded") if complete => &["pending", "concluded", "null"],
-        (_, "concluded") => &["aborting", "concluded", "null"],
-        _ => &[now],
-    };
-    changes.iter().map(|status| ("JOB_STATUS_CHANGE", json!({ "id": job, "status": status }))).collect()
-}
-
-fn block_job(job: &str, phase: &str, complete: bool, status: &Status) -> Option<Named> {
-    let mut data = progress(job, status);
-    let name = match phase {
-        "ready" => READY,
-        "pivoted" | "cancelled" if complete => "BLOCK_JOB_COMPLETED",
-        "cancelled" => "BLOCK_JOB_CANCELLED",
-        "failed" => {
-            data["error"] = json!(status.error.as_deref().unwrap_or("the job failed"));
-            "BLOCK_JOB_COMPLETED"
+/// The messages that tell a client of `event`, which happened `now` after the Unix epoch.
+pub(super) fn messages(event: &Event, now: Duration) -> Vec<Value> {
+    let mut messages = Vec::new();
+    let mut say = |name: &str, data: Value| messages.push(message(name, data, now));
+    match event {
+        Event::Job { job, path } => {
+            path.windows(2).for_each(|pair| moved(job, pair[0], pair[1], &mut say));
+            // To be forgotten is no phase.
+            if job.stands != JobStatus::Null {
+                say(PHASE, value(&phase(job)));
+            }
         }
-        _ => return None,
-    };
-    Some((name, data))
+        Event::IoError { export, job, target, action, message } => {
+            let operation = if *target { IoOperation::Write } else { IoOperation::Read };
+            let (device, export, message) = (job.clone(), export.clone(), message.clone());
+            say(ERROR, value(&BlockJobError { device, operation, action: *action, export, message }));
+        }
+    }
+    messages
 }
 
-fn phase_data(export: &str, job: &str, phase: &str, status: &Status) -> Value {
-    json!({ "export": export, "job": job, "phase": phase, "paused": status.paused })
+/// Tells clients which events there are.
+pub(super) fn describe(schema: &mut Schema) {
+    schema.event(STATUS_CHANGE, &shape::<JobStatusChange>());
+    for name in [READY, COMPLETED, CANCELLED] {
+        schema.event(name, &shape::<BlockJobProgress>());
+    }
+    schema.event(PENDING, &shape::<BlockJobPending>());
+    schema.event(ERROR, &shape::<BlockJobError>());
+    schema.event(PHASE, &shape::<Phase>());
 }
 
-fn io_error_data(export: &str, job: &str, target: bool, action: &str, message: &str) -> Value {
-    let operation = if target { "write" } else { "read" };
-    json!({ "device": job, "operation": operation, "action": action, "export": export, "message": message })
+/// One step of a job. How it ended is told before that it has.
+fn moved(job: &JobInfo, from: JobStatus, to: JobStatus, say: &mut impl FnMut(&str, Value)) {
+    if to == JobStatus::Concluded {
+        let progress = BlockJobProgress { error: error(job), ..progress(job) };
+        match job.at.phase.as_str() {
+            "cancelled" if !job.complete => say(CANCELLED, value(&BlockJobProgress { error: None, ..progress })),
+            _ => say(COMPLETED, value(&progress)),
+        }
+    }
+    say(STATUS_CHANGE, value(&JobStatusChange { id: job.id.clone(), status: to }));
+    match to {
+        // A ready job that was paused and goes on is no more ready than before.
+        JobStatus::Ready if from != JobStatus::Standby => say(READY, value(&progress(job))),
+        JobStatus::Pending if !job.auto_finalize => {
+            say(PENDING, value(&BlockJobPending { kind: JobType::Mirror, id: job.id.clone() }));
+        }
+        _ => {}
+    }
 }
 
-fn message(name: &str, data: &Value, now: Duration) -> Value {
+fn progress(job: &JobInfo) -> BlockJobProgress {
+    BlockJobProgress {
+        kind: JobType::Mirror,
+        device: job.id.clone(),
+        len: job.at.total_bytes,
+        offset: job.at.copied_bytes,
+        speed: job.at.speed_bytes_per_s,
+        error: None,
+    }
+}
+
+fn phase(job: &JobInfo) -> Phase {
+    Phase { export: job.at.export.clone(), job: job.id.clone(), phase: job.at.phase.clone(), paused: job.at.paused }
+}
+
+fn message(name: &str, data: Value, now: Duration) -> Value {
     let timestamp = json!({ "seconds": now.as_secs(), "microseconds": now.subsec_micros() });
     json!({ "event": name, "data": data, "timestamp": timestamp })
 }

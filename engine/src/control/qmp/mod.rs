@@ -11,12 +11,15 @@
 //! that wants to watch while it waits uses a second connection. What one client can make the daemon
 //! hold is bounded: a message by `MESSAGE_LEN_MAX`, messages that wait by `wants_input`, what was
 //! not sent yet by `OUTPUT_LEN_MAX`.
+mod answers;
 mod arguments;
 mod command;
 mod event;
 mod frame;
 mod problem;
 mod render;
+mod schema;
+mod shape;
 
 #[cfg(test)]
 mod tests;
@@ -24,8 +27,8 @@ mod tests;
 pub use frame::MESSAGE_LEN_MAX;
 
 use crate::control::{Event, Refusal, Reply, Request};
-use command::{Message, Plan, Verb};
-use event::Told;
+use answers::{VersionInfo, VersionTriple};
+use command::{JobCommand, Message, Plan};
 use frame::{Frame, Framer};
 use problem::Problem;
 use render::Render;
@@ -61,7 +64,6 @@ pub struct Client {
     waiting: VecDeque<Frame>,
     is_negotiated: bool,
     current: Option<Current>,
-    told: Told,
     output: Vec<u8>,
     is_lost: bool,
 }
@@ -79,8 +81,8 @@ struct Current {
 enum Step {
     /// The next reply is the answer.
     Last(Render),
-    /// The next reply says which export has this job.
-    FindJob(String, Verb),
+    /// The next reply says how the job stands.
+    FindJob(JobCommand),
 }
 
 impl Client {
@@ -116,9 +118,13 @@ impl Client {
         assert!(current.call.is_none(), "the call was given out before it is answered");
         match (result, current.step) {
             (Ok(reply), Step::Last(render)) => self.finish(current.id, Ok(render(&reply))),
-            (Ok(reply), Step::FindJob(job, verb)) => match render::export_of(&reply, &job) {
-                Some(export) => self.ask(current.id, verb.call(export), Step::Last(render::nothing)),
-                None => self.finish(current.id, Err(Problem::no_job(&job))),
+            (Ok(reply), Step::FindJob(command)) => match render::find(&reply, &command.id) {
+                Some(job) => match command.call(job) {
+                    Ok(Some(call)) => self.ask(current.id, call, Step::Last(render::nothing)),
+                    Ok(None) => self.finish(current.id, Ok(json!({}))),
+                    Err(problem) => self.finish(current.id, Err(problem)),
+                },
+                None => self.finish(current.id, Err(Problem::no_job(&command.id, command.block))),
             },
             (Err(refusal), _) => self.finish(current.id, Err(refusal.into())),
         }
@@ -130,9 +136,7 @@ impl Client {
         if !self.is_negotiated {
             return;
         }
-        for message in self.told.messages(event, now) {
-            self.put(&message);
-        }
+        event::messages(event, now).iter().for_each(|message| self.put(message));
     }
 
     /// What is to be sent. Bytes stay in place until `sent`; new ones come behind them.
@@ -172,9 +176,9 @@ impl Client {
         match plan {
             Ok(Plan::Answer(value)) => self.finish(id, Ok(value)),
             Ok(Plan::Ask(call, render)) => self.ask(id, call, Step::Last(render)),
-            Ok(Plan::OfJob(job, verb)) => {
-                let call = Call { request: Request::Status(None), wait: false };
-                self.ask(id, call, Step::FindJob(job, verb));
+            Ok(Plan::OfJob(command)) => {
+                let call = Call { request: Request::Jobs, wait: false };
+                self.ask(id, call, Step::FindJob(command));
             }
             Err(problem) => self.finish(id, Err(problem)),
         }
@@ -236,10 +240,8 @@ fn parse(frame: Frame) -> Result<Value, Problem> {
 }
 
 /// What `query-version` and the greeting say.
-fn version() -> Value {
+fn version() -> VersionInfo {
     let [major, minor, micro] = SPOKEN;
-    json!({
-        "qemu": { "major": major, "minor": minor, "micro": micro },
-        "package": concat!("blkmirror ", env!("CARGO_PKG_VERSION")),
-    })
+    let package = concat!("blkmirror ", env!("CARGO_PKG_VERSION")).to_owned();
+    VersionInfo { qemu: VersionTriple { major, minor, micro }, package }
 }

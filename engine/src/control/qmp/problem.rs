@@ -26,10 +26,18 @@ impl Problem {
         Self { class: "CommandNotFound", code: Code::OperationUnsupported, message: message.into() }
     }
 
-    /// No job of this name is under way.
-    pub(super) fn no_job(job: &str) -> Self {
-        let message = format!("Block job '{job}' not found");
-        Self { class: "DeviceNotActive", code: Code::InvalidArg, message }
+    /// No job has this name; QEMU has two ways to say it.
+    pub(super) fn no_job(id: &str, block: bool) -> Self {
+        let (class, message) = match block {
+            true => ("DeviceNotActive", format!("Block job '{id}' not found")),
+            false => ("GenericError", "Job not found".to_owned()),
+        };
+        Self { class, code: Code::InvalidArg, message }
+    }
+
+    /// A job cannot be told this where it stands.
+    pub(super) fn not_now(message: impl Into<String>) -> Self {
+        Self { class: "GenericError", code: Code::OperationInvalid, message: message.into() }
     }
 
     /// The `error` member of a reply.

@@ -1,13 +1,21 @@
 //! Writes the daemon's replies down in QEMU's words.
+use super::answers::{BlockJobInfo, JobInfo, JobType};
+use crate::control::jobs::{self, JobStatus};
 use crate::control::{Mode, Reply, Status};
+use serde::Serialize;
 use serde_json::{Value, json};
 
 /// How a reply becomes a `return` member.
 pub(super) type Render = fn(&Reply) -> Value;
 
+/// A value of ours in JSON.
+pub(super) fn value(of: &impl Serialize) -> Value {
+    serde_json::to_value(of).expect("no map of ours has keys other than text")
+}
+
 /// The reply as it is, for our own commands.
 pub(super) fn whole(reply: &Reply) -> Value {
-    serde_json::to_value(reply).expect("a reply has no map with keys other than text")
+    value(reply)
 }
 
 /// An empty object, for commands whose QEMU namesakes have nothing to say.
@@ -17,79 +25,66 @@ pub(super) fn nothing(_: &Reply) -> Value {
 
 /// `query-block-jobs`.
 pub(super) fn block_jobs(reply: &Reply) -> Value {
-    active(reply).map(|(job, status)| block_job(job, status)).collect()
+    all(reply).iter().map(|job| value(&block_job(job))).collect()
 }
 
 /// `query-jobs`.
 pub(super) fn jobs(reply: &Reply) -> Value {
-    active(reply).map(|(job, status)| self::job(job, status)).collect()
+    all(reply).iter().map(|job| value(&self::job(job))).collect()
 }
 
-/// The export whose job under way is called `job`.
-pub(super) fn export_of(reply: &Reply, job: &str) -> Option<String> {
-    active(reply).find(|(name, _)| *name == job).map(|(_, status)| status.export.clone())
+/// The job called `id`.
+pub(super) fn find<'a>(reply: &'a Reply, id: &str) -> Option<&'a jobs::JobInfo> {
+    all(reply).iter().find(|job| job.id == id)
 }
 
-/// QEMU's name of where a job stands; it has fewer phases, and a pause is one of them.
-pub(super) fn job_status(phase: &str, paused: bool) -> &'static str {
-    match (phase, paused) {
-        ("ready", false) => "ready",
-        ("ready", true) => "standby",
-        ("pivoting", _) => "waiting",
-        ("pivoted" | "cancelled" | "failed", _) => "concluded",
-        (_, true) => "paused",
-        (_, false) => "running",
+/// Why a job ended, or rests. In QEMU a cancelled job has an error as well.
+pub(super) fn error(job: &jobs::JobInfo) -> Option<String> {
+    let ended = matches!(job.stands, JobStatus::Concluded | JobStatus::Null);
+    match (&job.at.error, ended && !job.complete) {
+        (Some(error), _) => Some(error.clone()),
+        (None, true) if job.at.phase == "failed" => Some("the job failed".to_owned()),
+        (None, true) => Some("Operation canceled".to_owned()),
+        (None, false) => None,
     }
 }
 
-/// The members that QEMU's events and queries about a job's progress share.
-pub(super) fn progress(job: &str, status: &Status) -> Value {
-    json!({
-        "type": "mirror",
-        "device": job,
-        "len": status.total_bytes,
-        "offset": status.copied_bytes,
-        "speed": status.speed_bytes_per_s,
-    })
-}
-
-fn active(reply: &Reply) -> impl Iterator<Item = (&str, &Status)> {
-    let all: &[Status] = match reply {
-        Reply::All(all) => all,
-        Reply::One(one) => std::slice::from_ref(one.as_ref()),
-        Reply::Done {} | Reply::Started(_) => &[],
-    };
-    all.iter().filter(|status| status.is_active()).filter_map(|status| Some((status.job.as_deref()?, status)))
-}
-
-fn block_job(job: &str, status: &Status) -> Value {
-    let mut members = progress(job, status);
-    members["busy"] = json!(!status.paused && status.remaining_bytes > 0);
-    members["paused"] = json!(status.paused);
-    members["io-status"] = json!(if status.paused && status.error.is_some() { "failed" } else { "ok" });
-    members["ready"] = json!(status.phase == "ready");
-    members["status"] = json!(job_status(&status.phase, status.paused));
-    members["auto-finalize"] = json!(true);
-    members["auto-dismiss"] = json!(true);
-    members["actively-synced"] = json!(is_actively_synced(status));
-    if let Some(error) = &status.error {
-        members["error"] = json!(error);
+fn all(reply: &Reply) -> &[jobs::JobInfo] {
+    match reply {
+        Reply::Jobs(jobs) => jobs,
+        Reply::Done {} | Reply::One(_) | Reply::All(_) | Reply::Started(_) => &[],
     }
-    members
 }
 
-fn job(job: &str, status: &Status) -> Value {
-    let mut members = json!({
-        "id": job,
-        "type": "mirror",
-        "status": job_status(&status.phase, status.paused),
-        "current-progress": status.copied_bytes,
-        "total-progress": status.total_bytes,
-    });
-    if let Some(error) = &status.error {
-        members["error"] = json!(error);
+fn block_job(job: &jobs::JobInfo) -> BlockJobInfo {
+    let Status { paused, remaining_bytes, .. } = *job.at;
+    BlockJobInfo {
+        kind: JobType::Mirror,
+        device: job.id.clone(),
+        len: job.at.total_bytes,
+        offset: job.at.copied_bytes,
+        busy: !paused && remaining_bytes > 0 && job.stands != JobStatus::Concluded,
+        paused,
+        speed: job.at.speed_bytes_per_s,
+        io_status: job.io_status,
+        ready: job.at.phase == "ready",
+        status: job.stands,
+        auto_finalize: job.auto_finalize,
+        auto_dismiss: job.auto_dismiss,
+        error: error(job),
+        actively_synced: is_actively_synced(&job.at),
     }
-    members
+}
+
+fn job(job: &jobs::JobInfo) -> JobInfo {
+    JobInfo {
+        id: job.id.clone(),
+        kind: JobType::Mirror,
+        status: job.stands,
+        current_progress: job.at.copied_bytes,
+        total_progress: job.at.total_bytes,
+        error: error(job),
+    }
 }
 
 /// Every guest write reaches both sides, and nothing is left of what came before.

@@ -1,9 +1,9 @@
 //! A client's session seen from both of its ends.
+mod jobs;
+
 use super::{Call, Client, MESSAGE_LEN_MAX, OUTPUT_LEN_MAX};
 use crate::control::creation::{Compat, CreateOptions, Preallocation};
-use crate::control::{
-    Code, Event, MirrorRequest, Mode, OnError, Refusal, Reply, Request, Started, Status, TargetFormat,
-};
+use crate::control::{Code, MirrorRequest, Mode, OnError, Refusal, Reply, Request, Started, Status, TargetFormat};
 use proptest::prelude::{any, proptest};
 use serde_json::{Value, json};
 use std::time::Duration;
@@ -61,24 +61,10 @@ fn status(phase: &str) -> Status {
     }
 }
 
-fn phase(phase: &str, complete: bool) -> Event {
-    let status = Box::new(status(phase));
-    Event::Phase { export: "vda".into(), job: "move".into(), phase: phase.into(), complete, status }
-}
-
-/// The events that a client hears, as name and job status.
-fn names(said: &[Value]) -> Vec<String> {
-    let name = |event: &Value| match event["data"]["status"].as_str() {
-        Some(status) => format!("{} {status}", event["event"].as_str().unwrap_or("")),
-        None => event["event"].as_str().unwrap_or("").to_string(),
-    };
-    said.iter().map(name).filter(|name| name != "BLKMIRROR_PHASE").collect()
-}
-
 #[test]
 fn the_greeting_comes_first_and_commands_wait_for_the_capabilities() {
     let mut client = Client::new();
-    client.event(&phase("ready", false), NOW);
+    client.event(&jobs::ready(), NOW);
     client
         .receive(br#"{"execute":"query-version","id":1}{"execute":"qmp_capabilities"}{"execute":"qmp_capabilities"}"#);
     assert_eq!(client.next_call(), None);
@@ -148,8 +134,8 @@ fn drive_mirror_means_the_same_as_in_qemu() {
     let all = json!({
         "device": "vda", "target": "/t", "format": "raw", "sync": "top", "mode": "existing", "speed": 5,
         "granularity": 65536, "buf-size": 1, "on-source-error": "report", "on-target-error": "enospc",
-        "copy-mode": "write-blocking", "unmap": true, "job-id": "j", "auto-finalize": true, "auto-dismiss": true,
-        "options": { "cluster-size": 4096, "compat": "0.10" },
+        "copy-mode": "write-blocking", "unmap": true, "job-id": "j", "auto-finalize": false, "auto-dismiss": false,
+        "dry-run": true, "options": { "cluster-size": 4096, "compat": "0.10" },
     });
     let request = MirrorRequest {
         export: "vda".into(),
@@ -157,12 +143,15 @@ fn drive_mirror_means_the_same_as_in_qemu() {
         shallow: true,
         reuse_external: true,
         format: Some(TargetFormat::Raw),
+        block_device: false,
         mode: Mode::WriteBlocking,
         speed: 5,
         granularity: 65536,
         on_target_error: OnError::Enospc,
-        dry_run: false,
+        dry_run: true,
         job_id: Some("j".into()),
+        auto_finalize: false,
+        auto_dismiss: false,
         options: CreateOptions { cluster_size: Some(4096), compat: Some(Compat::V2), ..CreateOptions::default() },
         relative_backing: false,
     };
@@ -172,13 +161,7 @@ fn drive_mirror_means_the_same_as_in_qemu() {
 
 #[test]
 fn what_drive_mirror_cannot_do_is_refused_by_name() {
-    let cases = [
-        ("sync", json!("none")),
-        ("on-source-error", json!("stop")),
-        ("unmap", json!(false)),
-        ("auto-dismiss", json!(false)),
-        ("auto-finalize", json!(false)),
-    ];
+    let cases = [("sync", json!("none")), ("on-source-error", json!("stop")), ("unmap", json!(false))];
     for (name, value) in cases {
         let mut arguments = json!({ "device": "vda", "target": "/t", "sync": "full" });
         arguments[name] = value;
@@ -196,12 +179,15 @@ fn our_own_mirror_takes_every_member_of_the_request() {
         shallow: true,
         reuse_external: true,
         format: Some(TargetFormat::Qcow2),
+        block_device: true,
         mode: Mode::Background,
         speed: 1 << 40,
         granularity: 512,
         on_target_error: OnError::Ignore,
         dry_run: true,
         job_id: Some("j".into()),
+        auto_finalize: false,
+        auto_dismiss: false,
         options: CreateOptions { preallocation: Some(Preallocation::Falloc), ..CreateOptions::default() },
         relative_backing: true,
     };
@@ -215,67 +201,68 @@ fn our_own_mirror_takes_every_member_of_the_request() {
 }
 
 #[test]
-fn qmp_verbs_begin_and_our_verbs_end() {
-    let vda = || String::from("vda");
-    let of_job = [
-        ("block-job-complete", json!({ "device": "move" }), Request::Pivot(vda())),
-        ("job-complete", json!({ "id": "move" }), Request::Pivot(vda())),
-        ("block-job-cancel", json!({ "device": "move" }), Request::Cancel { export: vda(), force: false }),
-        (
-            "block-job-cancel",
-            json!({ "device": "move", "force": true }),
-            Request::Cancel { export: vda(), force: true },
-        ),
-        ("job-cancel", json!({ "id": "move" }), Request::Cancel { export: vda(), force: true }),
-        ("block-job-pause", json!({ "device": "move" }), Request::Pause(vda())),
-        ("block-job-resume", json!({ "device": "move" }), Request::Resume(vda())),
-        (
-            "block-job-set-speed",
-            json!({ "device": "move", "speed": 9 }),
-            Request::Set { export: vda(), speed: Some(9), mode: None },
-        ),
-        (
-            "block-job-change",
-            json!({ "id": "move", "type": "mirror", "copy-mode": "write-blocking" }),
-            Request::Set { export: vda(), speed: None, mode: Some(Mode::WriteBlocking) },
-        ),
-    ];
-    for (name, arguments, request) in of_job {
-        let mut client = client();
-        let asked = send(&mut client, &json!({ "execute": name, "arguments": arguments }));
-        assert_eq!(asked, call(Request::Status(None), false), "the job's export is looked for");
-        client.answer(Ok(Reply::All(vec![Status::default(), status("ready")])));
-        assert_eq!(client.next_call(), call(request, false), "{name}");
-        client.answer(Ok(Reply::Done {}));
-        assert_eq!(said(&mut client), [json!({ "return": {} })]);
+fn a_rebase_by_libvirts_numbers_is_a_mirror_request() {
+    let arguments = json!({ "export": "vda", "base": "/t", "bandwidth": 3, "flags": 8 | 1 | 2, "dry-run": true });
+    let asked = send(&mut client(), &json!({ "execute": "block-rebase", "arguments": arguments }));
+    let request = MirrorRequest {
+        export: "vda".into(),
+        target: "/t".into(),
+        shallow: true,
+        reuse_external: true,
+        speed: 3 << 20,
+        dry_run: true,
+        ..MirrorRequest::default()
+    };
+    assert_eq!(asked, call(Request::Mirror(request), true));
+    for (flags, code) in [(1, "INVALID_ARG"), (0, "OPERATION_UNSUPPORTED"), (8 | 16, "ARGUMENT_UNSUPPORTED")] {
+        let arguments = json!({ "export": "vda", "base": "/t", "flags": flags });
+        let error = error(&json!({ "execute": "block-rebase", "arguments": arguments }));
+        assert_eq!(error["code"], code, "{error}");
     }
-    let ours = [
-        ("blkmirror-pivot", json!({ "export": "vda" }), Request::Pivot(vda())),
-        ("blkmirror-cancel", json!({ "export": "vda" }), Request::Cancel { export: vda(), force: false }),
-        ("blkmirror-finish", json!({ "export": "vda" }), Request::Finish(vda())),
-        ("blkmirror-pause", json!({ "export": "vda" }), Request::Pause(vda())),
-        ("blkmirror-resume", json!({ "export": "vda" }), Request::Resume(vda())),
-        ("blkmirror-abort", json!({ "export": "vda", "flags": 2 }), Request::Pivot(vda())),
-        (
-            "blkmirror-set",
-            json!({ "export": "vda", "speed": 0 }),
-            Request::Set { export: vda(), speed: Some(0), mode: None },
-        ),
-    ];
-    for (name, arguments, request) in ours {
-        let asked = send(&mut client(), &json!({ "execute": name, "arguments": arguments }));
-        assert_eq!(asked, call(request, true), "{name}");
-    }
+    let abort = |flags: u32| json!({ "execute": "block-job-abort", "arguments": { "export": "vda", "flags": flags } });
+    assert_eq!(send(&mut client(), &abort(2)), call(Request::Pivot("vda".into()), true));
+    assert_eq!(send(&mut client(), &abort(1)), call(Request::Cancel { export: "vda".into(), force: false }, false));
+    assert_eq!(error(&abort(4))["code"], "INVALID_ARG");
 }
 
 #[test]
-fn a_job_that_is_not_under_way_is_not_active() {
-    for phase in ["none", "pivoted", "cancelled", "failed"] {
-        let mut client = client();
-        send(&mut client, &json!({ "execute": "block-job-pause", "arguments": { "device": "move" } }));
-        client.answer(Ok(Reply::All(vec![status(phase)])));
-        assert_eq!(client.next_call(), None);
-        assert_eq!(said(&mut client)[0]["error"]["class"], "DeviceNotActive");
+fn the_schema_has_every_command_and_event_and_all_their_types() {
+    let mut client = client();
+    send(&mut client, &json!({ "execute": "query-qmp-schema" }));
+    let schema = said(&mut client)[0]["return"].take();
+    let entries = schema.as_array().expect("a list");
+    let named = |meta: &str, name: &str| {
+        entries.iter().find(|entry| entry["meta-type"] == meta && entry["name"] == name).cloned().unwrap_or_default()
+    };
+    send(&mut client, &json!({ "execute": "query-commands" }));
+    for command in said(&mut client)[0]["return"].as_array().expect("a list") {
+        let name = command["name"].as_str().expect("a name");
+        assert_eq!(named("command", name)["name"], name);
+    }
+    let types = entries.iter().filter(|entry| entry["meta-type"] != "command" && entry["meta-type"] != "event");
+    let names: Vec<&str> = types.map(|entry| entry["name"].as_str().expect("a name")).collect();
+    for entry in entries {
+        let members = entry["members"].as_array().cloned().unwrap_or_default();
+        let of_members = members.iter().map(|member| &member["type"]);
+        for name in of_members.chain(["element-type", "arg-type", "ret-type"].map(|kind| &entry[kind])) {
+            assert!(name.as_str().is_none_or(|name| names.contains(&name)), "{name} is described");
+        }
+    }
+    let mirror = named("object", named("command", "drive-mirror")["arg-type"].as_str().expect("a type"));
+    let member = |name: &str| {
+        let members = mirror["members"].as_array().expect("members");
+        members.iter().find(|member| member["name"] == name).cloned().unwrap_or_default()
+    };
+    assert_eq!(member("device"), json!({ "name": "device", "type": "str" }));
+    assert_eq!(member("speed"), json!({ "name": "speed", "type": "int", "default": null }));
+    assert_eq!(member("auto-dismiss"), json!({ "name": "auto-dismiss", "type": "bool", "default": null }));
+    let sync = named("enum", member("sync")["type"].as_str().expect("a type"));
+    assert_eq!(sync["values"], json!(["full", "top", "none"]));
+    let jobs = named("command", "query-jobs");
+    let list = named("array", jobs["ret-type"].as_str().expect("a type"));
+    assert_eq!(named("object", list["element-type"].as_str().expect("a type"))["name"], list["element-type"]);
+    for event in ["JOB_STATUS_CHANGE", "BLOCK_JOB_READY", "BLOCK_JOB_PENDING", "BLOCK_JOB_ERROR", "BLKMIRROR_PHASE"] {
+        assert!(named("event", event)["arg-type"].is_string(), "{event}");
     }
 }
 
@@ -304,31 +291,6 @@ fn answers_come_in_the_order_of_the_commands() {
 }
 
 #[test]
-fn block_jobs_have_qemus_fields() {
-    let mut client = client();
-    assert_eq!(send(&mut client, &json!({ "execute": "query-block-jobs" })), call(Request::Status(None), false));
-    let mut failed = status("failed");
-    failed.error = Some("gone".into());
-    client.answer(Ok(Reply::All(vec![status("converging"), failed, Status::default()])));
-    let job = json!({
-        "type": "mirror", "device": "move", "len": 100, "offset": 60, "speed": 7, "busy": true, "paused": false,
-        "io-status": "ok", "ready": false, "status": "running", "auto-finalize": true, "auto-dismiss": true,
-        "actively-synced": false,
-    });
-    assert_eq!(said(&mut client), [json!({ "return": [job] })]);
-
-    send(&mut client, &json!({ "execute": "query-jobs" }));
-    let mut paused = status("ready");
-    (paused.paused, paused.error) = (true, Some("no space".into()));
-    client.answer(Ok(Reply::All(vec![paused])));
-    let job = json!({
-        "id": "move", "type": "mirror", "status": "standby", "current-progress": 60, "total-progress": 100,
-        "error": "no space",
-    });
-    assert_eq!(said(&mut client), [json!({ "return": [job] })]);
-}
-
-#[test]
 fn a_status_is_an_object_for_one_and_an_array_for_all() {
     let mut client = client();
     let asked = send(&mut client, &json!({ "execute": "blkmirror-status", "arguments": { "export": "vda" } }));
@@ -338,88 +300,6 @@ fn a_status_is_an_object_for_one_and_an_array_for_all() {
     send(&mut client, &json!({ "execute": "blkmirror-status" }));
     client.answer(Ok(Reply::All(vec![status("ready")])));
     assert_eq!(said(&mut client)[0]["return"][0]["phase"], "ready");
-}
-
-#[test]
-fn a_pivot_is_told_in_qemus_events() {
-    let mut client = client();
-    for (name, complete) in
-        [("seeding", false), ("converging", false), ("ready", false), ("pivoting", false), ("pivoted", true)]
-    {
-        client.event(&phase(name, complete), NOW);
-    }
-    let said = said(&mut client);
-    assert_eq!(
-        names(&said),
-        [
-            "JOB_STATUS_CHANGE created",
-            "JOB_STATUS_CHANGE running",
-            "JOB_STATUS_CHANGE ready",
-            "BLOCK_JOB_READY",
-            "JOB_STATUS_CHANGE waiting",
-            "JOB_STATUS_CHANGE pending",
-            "JOB_STATUS_CHANGE concluded",
-            "JOB_STATUS_CHANGE null",
-            "BLOCK_JOB_COMPLETED",
-        ]
-    );
-    let ready = said.iter().find(|event| event["event"] == "BLOCK_JOB_READY").expect("it was named above");
-    assert_eq!(ready["data"], json!({ "type": "mirror", "device": "move", "len": 100, "offset": 60, "speed": 7 }));
-    assert_eq!(ready["timestamp"], json!({ "seconds": 1_700_000_000, "microseconds": 42 }));
-}
-
-#[test]
-fn completed_cancelled_and_failed_are_distinct() {
-    let mut ends = Vec::new();
-    for (name, complete) in [("cancelled", true), ("cancelled", false), ("failed", false)] {
-        let mut client = client();
-        client.event(&phase(name, complete), NOW);
-        let said = said(&mut client);
-        let end = said.iter().find(|event| event["event"].as_str().is_some_and(|it| it.starts_with("BLOCK_JOB")));
-        let end = end.expect("a job's end is told");
-        ends.push((end["event"].as_str().unwrap_or("").to_string(), end["data"]["error"].is_string()));
-    }
-    let expected = [("BLOCK_JOB_COMPLETED", false), ("BLOCK_JOB_CANCELLED", false), ("BLOCK_JOB_COMPLETED", true)];
-    assert_eq!(ends, expected.map(|(name, error)| (name.to_string(), error)));
-}
-
-#[test]
-fn a_pause_of_a_ready_job_is_told_and_does_not_make_it_ready_again() {
-    let mut client = client();
-    let mut paused = status("ready");
-    paused.paused = true;
-    let pause = Event::Phase {
-        export: "vda".into(),
-        job: "move".into(),
-        phase: "ready".into(),
-        complete: false,
-        status: paused.into(),
-    };
-    for event in [phase("ready", false), pause, phase("ready", false)] {
-        client.event(&event, NOW);
-    }
-    let expected =
-        ["JOB_STATUS_CHANGE ready", "BLOCK_JOB_READY", "JOB_STATUS_CHANGE standby", "JOB_STATUS_CHANGE ready"];
-    assert_eq!(names(&said(&mut client)), expected);
-}
-
-#[test]
-fn an_io_error_says_which_side_and_what_is_done() {
-    let mut client = client();
-    client.event(
-        &Event::IoError {
-            export: "vda".into(),
-            job: "move".into(),
-            target: true,
-            action: "stop".into(),
-            message: "no space".into(),
-        },
-        NOW,
-    );
-    let data = json!({
-        "device": "move", "operation": "write", "action": "stop", "export": "vda", "message": "no space",
-    });
-    assert_eq!(said(&mut client)[0]["data"], data);
 }
 
 #[test]
@@ -480,7 +360,7 @@ fn a_client_that_does_not_read_is_asked_for_no_more_and_then_lost() {
     send(&mut client, &json!({ "execute": "query-commands" }));
     assert_eq!(client.output().len(), unread, "nothing is answered while answers wait");
     while !client.is_lost() {
-        client.event(&phase("ready", false), NOW);
+        client.event(&jobs::ready(), NOW);
         assert!(client.output().len() <= OUTPUT_LEN_MAX);
     }
     assert_eq!(client.next_call(), None);

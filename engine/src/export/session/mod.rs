@@ -26,6 +26,7 @@ mod transmission;
 mod tests;
 
 use super::gate::Gate;
+use super::roll::Member;
 use crate::disk::{Task, Tools};
 use crate::io::{Arena, Completion, File, Io, Op, Token, Waker};
 use crate::tls::{Credentials, in_words};
@@ -67,8 +68,9 @@ pub const TOKENS: u64 = SLOTS + REQUESTS_MAX as u64 * Task::TOKENS;
 
 /// The disks that a client may ask for.
 pub trait Directory: Exports + Send + Sync {
-    /// The way to the disk of this name, which is never empty.
-    fn gate(&self, name: &str) -> Option<Arc<Gate>>;
+    /// Lets the client at `socket` in to the disk of this name, which is never empty. One step: who was let in is on
+    /// the gate's roll before the disk can be taken away.
+    fn enter(&self, name: &str, socket: File) -> Option<(Arc<Gate>, Member)>;
 }
 
 /// Where a session stands.
@@ -363,10 +365,10 @@ impl Session {
                 Outcome::More => {}
                 Outcome::StartTls => self.layer = Layer::Starting,
                 Outcome::Closed(reason) => self.leave(io, Ending::Handshake(reason)),
-                Outcome::Transmission(negotiated) => match self.directory.gate(&negotiated.export.name) {
-                    Some(gate) => {
+                Outcome::Transmission(negotiated) => match self.directory.enter(&negotiated.export.name, self.socket.clone()) {
+                    Some((gate, member)) => {
                         self.inbound.expect_requests(Header::bytes(negotiated.style), &self.arena);
-                        let transmission = Transmission::new(*negotiated, gate, self.socket.clone());
+                        let transmission = Transmission::new(*negotiated, gate, member);
                         self.phase = Phase::Transmission(Box::new(transmission));
                     }
                     None => self.leave(io, Ending::NoExport(negotiated.export.name)),

@@ -7,7 +7,7 @@ use super::{Ending, Load, PAYLOAD_MAX, REQUESTS_MAX};
 use crate::disk::{Task, Tools};
 use crate::export::gate::Gate;
 use crate::export::roll::Member;
-use crate::io::{Buffer, Completion, File, Io, Token};
+use crate::io::{Buffer, Completion, Io, Token};
 use formats::nbd::request::{check, check_filter};
 use formats::nbd::wire::Header;
 use formats::nbd::{Action, Negotiated, ReplyTo, Verdict};
@@ -45,10 +45,10 @@ enum Expected {
 
 impl Transmission {
     /// The start of it: nothing is under way.
-    pub fn new(negotiated: Negotiated, gate: Arc<Gate>, socket: File) -> Self {
+    pub fn new(negotiated: Negotiated, gate: Arc<Gate>, member: Member) -> Self {
         Self {
             negotiated,
-            member: gate.roll.join(socket),
+            member,
             gate,
             slots: (0..REQUESTS_MAX).map(|_| None).collect(),
             free: (0..REQUESTS_MAX).rev().collect(),

@@ -4,6 +4,7 @@ use super::super::{Directory, Progress, Session};
 use crate::chain::{Chain, Layer};
 use crate::disk::{DataFile, Disk};
 use crate::export::gate::{Gate, Route};
+use crate::export::roll::Member;
 use crate::io::{Arena, Completion, File, Gather, Io, Op, Token, Until, Wait, Waker};
 use crate::tls::Credentials;
 use formats::error::Result;
@@ -298,8 +299,8 @@ impl Exports for One {
 }
 
 impl Directory for One {
-    fn gate(&self, name: &str) -> Option<Arc<Gate>> {
-        (name == self.info.name).then(|| Arc::clone(&self.gate))
+    fn enter(&self, name: &str, socket: File) -> Option<(Arc<Gate>, Member)> {
+        (name == self.info.name).then(|| (Arc::clone(&self.gate), self.gate.roll.join(socket)))
     }
 }
 

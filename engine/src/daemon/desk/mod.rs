@@ -2,17 +2,28 @@
 //!
 //! It knows no sockets: who asks is a number, and what it has to say without being asked, an event or an answer that
 //! was waited for, is fetched by `take_news`.
-use super::exports::{Export, layer_of};
+mod changes;
+mod concluded;
+mod ends;
+mod replacing;
+mod together;
+
+use super::exports::{Export, Table, layer_of};
 use super::jobs::Active;
+use crate::control::jobs::{IoStatus, JobInfo, JobStatus, is_id};
 use crate::control::options::Cache;
 use crate::control::qmp::Call;
-use crate::control::{Code, Event, MirrorRequest, Mode, Refusal, Reply, Request, Status};
+use crate::control::{Code, Event, MirrorRequest, Mode, Refusal, Reply, Request, Status, TargetFormat};
 use crate::disk::Tools;
 use crate::io::{Completion, Io, Token, Waker};
-use crate::job::Phase;
+use crate::job::{IoError, Phase};
 use crate::open::{Identity, export_named, files_of, identity};
 use crate::state::StateFolder;
 use crate::target::NO_BLOCKING;
+use changes::Removing;
+use concluded::Concluded;
+use ends::Wish;
+use replacing::Replacing;
 use formats::error::Result;
 use formats::nbd::{Address, Server};
 use std::collections::BTreeMap;
@@ -38,9 +49,16 @@ pub(super) enum News {
 }
 
 pub(super) struct Desk {
-    exports: Vec<Export>,
+    /// What is served, by numbers that are not given twice; the lowest is the default.
+    exports: BTreeMap<usize, Export>,
+    /// What sessions look exports up in.
+    table: Arc<Table>,
+    /// Exports that get another disk, and those that are being removed.
+    replacing: BTreeMap<usize, Replacing>,
+    removing: BTreeMap<usize, Removing>,
     /// The job of each export, by the export's number.
     jobs: BTreeMap<usize, Active>,
+    concluded: Concluded,
     cache: Cache,
     state: StateFolder,
     /// The Unix sockets that this daemon serves at.
@@ -52,17 +70,16 @@ pub(super) struct Desk {
     waker: Waker,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Wish {
-    Pivot,
-    Cancel,
-}
-
 impl Desk {
-    pub fn new(exports: Vec<Export>, cache: Cache, state: StateFolder, waker: Waker) -> Self {
+    pub fn new(exports: Vec<Export>, table: Arc<Table>, cache: Cache, state: StateFolder, waker: Waker) -> Self {
+        exports.iter().for_each(|export| table.put(export));
         Self {
-            exports,
+            exports: (0..).zip(exports).collect(),
+            table,
+            replacing: BTreeMap::new(),
+            removing: BTreeMap::new(),
             jobs: BTreeMap::new(),
+            concluded: Concluded::default(),
             cache,
             state,
             sockets: Vec::new(),
@@ -75,37 +92,54 @@ impl Desk {
     /// The exports' names, for the first line.
     pub fn names(&self) -> String {
         let name = |export: &Export| format!("{} ({})", export.name, export.serving());
-        self.exports.iter().map(name).collect::<Vec<_>>().join(", ")
+        self.exports.values().map(name).collect::<Vec<_>>().join(", ")
     }
 
     /// Goes on with the jobs that a kill or a stop interrupted.
     pub fn resume_jobs(&mut self) {
-        for number in 0..self.exports.len() {
-            let check = |request: &MirrorRequest| self.refuse_in_use(number, request);
-            match Active::resume(&self.exports[number], self.cache, &self.state, &check) {
+        for number in self.exports.keys().copied().collect::<Vec<_>>() {
+            let check = |request: &MirrorRequest| self.refuse_in_use(number, &request.target, request.format);
+            match Active::resume(&self.exports[&number], self.cache, &self.state, &check) {
                 Ok(Some(active)) => {
-                    tracing::info!(export = self.exports[number].name, "its job goes on");
+                    tracing::info!(export = self.exports[&number].name, "its job goes on");
                     self.jobs.insert(number, active);
                 }
                 Ok(None) => self.forget_job(number),
                 Err(failed) => {
                     let (request, refusal) = *failed;
-                    tracing::error!(export = self.exports[number].name, "its job cannot go on: {refusal}");
-                    self.exports[number].last = Some(Status {
-                        phase: Phase::Failed.name().to_owned(),
-                        job: request.job_id,
-                        target: Some(request.target),
-                        error: Some(refusal.message),
-                        ..self.status(number)
-                    });
+                    tracing::error!(export = self.exports[&number].name, "its job cannot go on: {refusal}");
+                    self.failed_to_resume(number, request, refusal);
                     self.forget_job(number);
                 }
             }
         }
     }
 
+    fn failed_to_resume(&mut self, number: usize, request: MirrorRequest, refusal: Refusal) {
+        let status = Status {
+            phase: Phase::Failed.name().to_owned(),
+            job: request.job_id.clone(),
+            target: Some(request.target),
+            error: Some(refusal.message),
+            ..self.status(number)
+        };
+        if let (Some(id), false) = (request.job_id, request.auto_dismiss) {
+            self.keep(JobInfo {
+                id,
+                stands: JobStatus::Concluded,
+                completing: false,
+                complete: false,
+                io_status: IoStatus::Ok,
+                auto_finalize: request.auto_finalize,
+                auto_dismiss: false,
+                at: Box::new(status.clone()),
+            });
+        }
+        self.export_mut(number).last = Some(status);
+    }
+
     fn forget_job(&self, number: usize) {
-        if let Err(error) = self.state.forget_job(&self.exports[number].name) {
+        if let Err(error) = self.state.forget_job(&self.exports[&number].name) {
             tracing::warn!("{}", error.one_line());
         }
     }
@@ -117,12 +151,13 @@ impl Desk {
 
     /// True while a job is under way: then the desk is to be stepped from time to time.
     pub fn has_jobs(&self) -> bool {
-        !self.jobs.is_empty()
+        !(self.jobs.is_empty() && self.replacing.is_empty() && self.removing.is_empty())
     }
 
     /// True while guests wait at a closed gate: then it has to be stepped on.
     pub fn holds_gate(&self) -> bool {
-        self.jobs.values().any(|active| active.job.holds_gate())
+        let replaced = self.replacing.values().any(Replacing::holds_gate);
+        replaced || self.jobs.values().any(|active| active.job.holds_gate())
     }
 
     /// What it has to say since it was asked last.
@@ -134,6 +169,8 @@ impl Desk {
     pub fn step<I: Io>(&mut self, tools: &mut Tools<I>, base: Token) {
         let numbers: Vec<usize> = self.jobs.keys().copied().collect();
         numbers.into_iter().for_each(|number| self.step_job(number, tools, token(base, number)));
+        self.step_replacing(tools, base);
+        self.step_removing(tools, base);
     }
 
     /// Takes in what became of one of its operations; a step follows.
@@ -141,29 +178,48 @@ impl Desk {
         let number = ((done.token.0 - base.0) >> SPAN) as usize;
         if let Some(active) = self.jobs.get_mut(&number) {
             active.job.complete(tools, token(base, number), done);
+        } else if self.replacing.contains_key(&number) {
+            self.complete_replacing(number, tools, token(base, number), done);
+        } else if let Some(removing) = self.removing.get_mut(&number) {
+            removing.complete(tools, token(base, number), done);
         }
+    }
+
+    fn export_mut(&mut self, number: usize) -> &mut Export {
+        self.exports.get_mut(&number).expect("a number that was found")
     }
 
     /// What can be answered now; `None` where the client waits.
     pub fn handle(&mut self, client: u64, call: Call) -> Option<Answer> {
+        let answer = self.act(client, call);
+        let numbers: Vec<usize> = self.jobs.keys().copied().collect();
+        numbers.into_iter().for_each(|number| self.tell(number));
+        answer
+    }
+
+    fn act(&mut self, client: u64, call: Call) -> Option<Answer> {
+        let wait = call.wait;
         let answer = match call.request {
             Request::Status(None) => {
-                Ok(Reply::All((0..self.exports.len()).map(|number| self.status(number)).collect()))
+                Ok(Reply::All(self.exports.keys().map(|number| self.status(*number)).collect()))
             }
             Request::Status(Some(name)) => self.find(&name).map(|number| Reply::One(Box::new(self.status(number)))),
+            Request::Jobs => Ok(Reply::Jobs(self.all_jobs())),
             Request::Mirror(request) => self.mirror(&request),
-            Request::Pivot(name) => match self.pivot(&name) {
-                Ok(number) if call.wait => return self.wait_for(client, number, Wish::Pivot),
+            Request::Pivot(name) => match self.pivot(&name, wait) {
+                Ok(number) if wait => return self.wait_for(client, number, Wish::Pivot),
                 answer => answer.map(|_| Reply::Done {}),
             },
-            Request::Cancel { export, force } => match self.cancel(&export, force) {
-                Ok(number) if call.wait => return self.wait_for(client, number, Wish::Cancel),
+            Request::Cancel { export, force } => match self.cancel(&export, force, wait) {
+                Ok(number) if wait => return self.wait_for(client, number, Wish::Cancel),
                 answer => answer.map(|_| Reply::Done {}),
             },
-            Request::Finish(name) => match self.finish(&name) {
-                Ok(number) if call.wait => return self.wait_for(client, number, Wish::Cancel),
+            Request::Finish(name) => match self.finish(&name, wait) {
+                Ok(number) if wait => return self.wait_for(client, number, Wish::Cancel),
                 answer => answer.map(|_| Reply::Done {}),
             },
+            Request::Finalize(name) => self.finalize(&name),
+            Request::Dismiss(id) => self.dismiss(&id),
             Request::Pause(name) => self.with_job(&name, |active| active.job.pause(true)),
             Request::Resume(name) => self.with_job(&name, |active| active.job.pause(false)),
             Request::Set { export, mode: Some(Mode::WriteBlocking), .. } if self.is_remote(&export) => {
@@ -178,6 +234,19 @@ impl Desk {
                     active.job.set_mode(mode);
                 }
             }),
+            Request::PivotTogether(names) => match self.pivot_together(client, &names) {
+                Ok(()) => return None,
+                Err(refusal) => Err(refusal),
+            },
+            Request::Snapshot(request) => match self.snapshot(client, &request) {
+                Ok(()) => return None,
+                Err(refusal) => Err(refusal),
+            },
+            Request::AddExport(options) => self.add_export(&options),
+            Request::RemoveExport { export, force } => match self.remove_export(client, &export, force) {
+                Ok(()) => return None,
+                Err(refusal) => Err(refusal),
+            },
             // The thread's own affair.
             Request::Quit => Ok(Reply::Done {}),
         };
@@ -190,21 +259,16 @@ impl Desk {
         active.is_some_and(|active| active.job.mirror().target.is_remote())
     }
 
-    /// The client is answered when the job of this export is over.
-    fn wait_for<T>(&mut self, client: u64, number: usize, wish: Wish) -> Option<T> {
-        self.waiting.push((client, number, wish));
-        None
-    }
-
     fn find(&self, name: &str) -> std::result::Result<usize, Refusal> {
-        self.exports.iter().position(|export| export.name == name).ok_or_else(|| {
-            let names: Vec<&str> = self.exports.iter().map(|export| export.name.as_str()).collect();
+        let found = self.exports.iter().find(|(_, export)| export.name == name).map(|(number, _)| *number);
+        found.ok_or_else(|| {
+            let names: Vec<&str> = self.exports.values().map(|export| export.name.as_str()).collect();
             refuse(Code::InvalidArg, format!("there is no export {name}; there are: {}", names.join(", ")))
         })
     }
 
     fn status(&self, number: usize) -> Status {
-        let export = &self.exports[number];
+        let export = &self.exports[&number];
         let status = match (self.jobs.get(&number), &export.last) {
             (Some(active), _) => active.status(export),
             (None, Some(last)) => Status { serving: export.serving(), ..last.clone() },
@@ -227,8 +291,10 @@ impl Desk {
             let message = format!("export {} has a copy job already: cancel it first", request.export);
             return Err(refuse(Code::BlockCopyActive, message));
         }
-        let check = |request: &MirrorRequest| self.refuse_in_use(number, request);
-        let (started, active) = Active::start(request, &self.exports[number], self.cache, &self.state, &check)?;
+        self.refuse_changing(number)?;
+        self.refuse_id(request)?;
+        let check = |request: &MirrorRequest| self.refuse_in_use(number, &request.target, request.format);
+        let (started, active) = Active::start(request, &self.exports[&number], self.cache, &self.state, &check)?;
         if let Some(active) = active {
             self.jobs.insert(number, active);
             self.waker.wake();
@@ -236,9 +302,30 @@ impl Desk {
         Ok(Reply::Started(started))
     }
 
+    /// A job has a name of its own, also among those that have ended.
+    fn refuse_id(&self, request: &MirrorRequest) -> std::result::Result<(), Refusal> {
+        let id = request.job_id.as_ref().unwrap_or(&request.export);
+        if *id != request.export && !is_id(id) {
+            let what = "it has to begin with a letter, and to go on with letters, digits, '-', '.' and '_'";
+            return Err(refuse(Code::InvalidArg, format!("invalid job id '{id}': {what}")));
+        }
+        let under_way = self.jobs.values().map(|active| active.job.id());
+        match under_way.chain(self.concluded.iter().map(|job| job.id.as_str())).any(|other| other == id) {
+            false => Ok(()),
+            true => Err(refuse(
+                Code::InvalidArg,
+                format!("job id '{id}' is in use: name another, or dismiss the job that has it if it has concluded"),
+            )),
+        }
+    }
+
     /// A target that another export serves or another job writes would be written by two.
-    fn refuse_in_use(&self, number: usize, request: &MirrorRequest) -> std::result::Result<(), Refusal> {
-        let target = &request.target;
+    fn refuse_in_use(
+        &self,
+        number: usize,
+        target: &str,
+        format: Option<TargetFormat>,
+    ) -> std::result::Result<(), Refusal> {
         if let Some(Address { server: Server::Unix { path }, .. }) = export_named(Path::new(target))
             && identity(Path::new(&path)).is_ok_and(|socket| self.sockets.contains(&socket))
         {
@@ -246,11 +333,11 @@ impl Desk {
             return Err(refuse(Code::InvalidArg, message));
         }
         // What is not there yet is nobody's.
-        let files = files_of(Path::new(target), request.format);
+        let files = files_of(Path::new(target), format);
         let files: Vec<_> = files.iter().filter_map(|file| identity(file).ok()).collect();
-        for (other, export) in self.exports.iter().enumerate().filter(|(other, _)| *other != number) {
+        for (other, export) in self.exports.iter().filter(|(other, _)| **other != number) {
             let served = export.gate.route().disk;
-            let followed = self.jobs.get(&other).map(|active| Arc::clone(&active.job.mirror().target));
+            let followed = self.jobs.get(other).map(|active| Arc::clone(&active.job.mirror().target));
             if let Some(layer) = followed.iter().chain([&served]).find_map(|disk| layer_of(disk, &files)) {
                 let message = format!("{target}: export {} uses it ({layer}): name another file", export.name);
                 return Err(refuse(Code::InvalidArg, message));
@@ -273,47 +360,10 @@ impl Desk {
         Ok(Reply::Done {})
     }
 
-    /// A job that may be ended now with a whole target.
-    fn ready_job(&mut self, name: &str) -> std::result::Result<(usize, &mut Active), Refusal> {
-        let (number, active) = self.job(name)?;
-        if active.job.is_ending() {
-            return Err(refuse(Code::OperationInvalid, format!("the job of export {name} is being ended already")));
-        }
-        match active.job.not_ready() {
-            Some(reason) => Err(refuse(Code::BlockCopyActive, reason.one_line())),
-            None => Ok((number, active)),
-        }
-    }
-
-    fn finish(&mut self, name: &str) -> std::result::Result<usize, Refusal> {
-        let (number, active) = self.ready_job(name)?;
-        active.job.cancel(false);
-        self.waker.wake();
-        Ok(number)
-    }
-
-    fn pivot(&mut self, name: &str) -> std::result::Result<usize, Refusal> {
-        let (number, _) = self.ready_job(name)?;
-        let export = &self.exports[number];
-        let record = export.record.clone().ok_or_else(|| {
-            refuse(Code::OperationInvalid, format!("export {name} is read-only: it cannot be pivoted"))
-        })?;
-        if let Some(active) = self.jobs.get_mut(&number) {
-            let end = active.switch(export, None);
-            active.job.pivot(end, record);
-        }
-        self.waker.wake();
-        Ok(number)
-    }
-
-    fn cancel(&mut self, name: &str, force: bool) -> std::result::Result<usize, Refusal> {
-        let (number, active) = self.job(name)?;
-        if active.job.is_ending() && !force {
-            return Err(refuse(Code::OperationInvalid, format!("the job of export {name} is being ended already")));
-        }
-        active.job.cancel(force);
-        self.waker.wake();
-        Ok(number)
+    /// The jobs under way, and those that wait to be dismissed.
+    fn all_jobs(&self) -> Vec<JobInfo> {
+        let under_way = self.jobs.iter().map(|(number, active)| active.info(self.status(*number)));
+        under_way.chain(self.concluded.iter().cloned()).collect()
     }
 
     fn step_job<I: Io>(&mut self, number: usize, tools: &mut Tools<I>, base: Token) {
@@ -328,66 +378,34 @@ impl Desk {
             }
         }
         active.measure();
-        let (news, undone) = (active.news(), active.job.take_undone());
-        if let Some(phase) = news {
-            self.tell_phase(number, phase);
+        let (over, undone) = (active.job.phase().is_over(), active.job.take_undone());
+        if let Some(IoError { target, action, message }) = active.job.take_io_error() {
+            let (export, job) = (self.exports[&number].name.clone(), active.job.id().to_owned());
+            self.news.push(News::Event(Event::IoError { export, job, target, action, message }));
         }
+        self.tell(number);
         if let Some(reason) = undone {
             let refusal = refuse(Code::OperationFailed, reason);
             self.answer_waiting(number, |_| Err(refusal.clone()));
         }
-        if news.is_some_and(Phase::is_over) {
+        if over {
             self.end_job(number);
         }
     }
 
-    fn tell_phase(&mut self, number: usize, phase: Phase) {
-        let status = self.status(number);
-        let complete = self.jobs.get(&number).is_some_and(|active| active.job.is_complete());
-        tracing::info!(export = status.export, phase = phase.name(), "job");
-        let event = Event::Phase {
-            export: status.export.clone(),
-            job: status.job.clone().unwrap_or_default(),
-            phase: phase.name().to_owned(),
-            complete,
-            status: Box::new(status),
-        };
-        self.news.push(News::Event(event));
-    }
-
-    fn end_job(&mut self, number: usize) {
-        let status = self.status(number);
-        let Some(mut active) = self.jobs.remove(&number) else { return };
-        let phase = active.job.phase();
-        let export = &mut self.exports[number];
-        if let Some(record) = active.job.take_record() {
-            export.record = Some(record);
-        }
-        active.close();
-        self.forget_job(number);
-        let export = &mut self.exports[number];
-        export.last = Some(status.clone());
-        self.answer_waiting(number, |wish| match (wish, phase) {
-            (Wish::Pivot, Phase::Pivoted) | (Wish::Cancel, Phase::Cancelled) => Ok(Reply::Done {}),
-            _ => {
-                let why = status.error.clone().unwrap_or_else(|| format!("the job ended: {}", phase.name()));
-                Err(refuse(Code::OperationFailed, why))
-            }
-        });
-    }
-
-    fn answer_waiting(&mut self, number: usize, answer: impl Fn(Wish) -> Answer) {
-        let (these, others) = std::mem::take(&mut self.waiting).into_iter().partition(|(_, of, _)| *of == number);
-        self.waiting = others;
-        let these: Vec<(u64, usize, Wish)> = these;
-        self.news.extend(these.into_iter().map(|(client, _, wish)| News::Answer(client, answer(wish))));
+    /// Tells what is new of a job.
+    fn tell(&mut self, number: usize) {
+        let Some(path) = self.jobs.get_mut(&number).and_then(Active::news) else { return };
+        let job = Box::new(self.jobs[&number].info(self.status(number)));
+        tracing::info!(export = job.at.export, phase = job.at.phase, paused = job.at.paused, "job");
+        self.news.push(News::Event(Event::Job { job, path }));
     }
 
     /// Ends the jobs, and leaves every image durable and tidy. Nobody uses the exports any more.
     pub fn close(self) -> Result<()> {
         self.jobs.into_values().for_each(Active::close);
         let mut outcome = Ok(());
-        for export in &self.exports {
+        for export in self.exports.values() {
             let disk = export.gate.route().disk;
             if !disk.read_only() {
                 outcome = outcome.and(disk.chain().top().close());
