@@ -2,7 +2,7 @@
 use super::answers::JobType;
 use super::problem::Problem;
 use crate::control::creation::CreateOptions;
-use crate::control::{MirrorRequest, Mode, OnError, Request, TargetFormat};
+use crate::control::{MirrorRequest, Mode, OnError, Request, SnapshotRequest, TargetFormat};
 use serde::Deserialize;
 
 /// No arguments.
@@ -61,6 +61,50 @@ pub(super) struct ChangeJob {
 #[serde(deny_unknown_fields)]
 pub(super) struct NamedExport {
     pub(super) export: String,
+}
+
+/// Exports that are pivoted at one instant.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct NamedExports {
+    pub(super) exports: Vec<String>,
+}
+
+/// An export that is to go.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RemoveExport {
+    pub(super) export: String,
+    #[serde(default)]
+    pub(super) force: bool,
+}
+
+/// The arguments of QEMU's `blockdev-snapshot-sync`.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct SnapshotSync {
+    pub(super) device: String,
+    pub(super) snapshot_file: String,
+    #[serde(default)]
+    pub(super) format: Option<TargetFormat>,
+    #[serde(default = "absolute_paths")]
+    pub(super) mode: NewImageMode,
+}
+
+fn absolute_paths() -> NewImageMode {
+    NewImageMode::AbsolutePaths
+}
+
+impl SnapshotSync {
+    pub(super) fn into_request(self) -> SnapshotRequest {
+        SnapshotRequest {
+            export: self.device,
+            file: self.snapshot_file,
+            reuse_external: self.mode == NewImageMode::Existing,
+            format: self.format,
+            ..SnapshotRequest::default()
+        }
+    }
 }
 
 /// One export, or all of them.
@@ -175,7 +219,7 @@ enum Sync {
 /// Whether the target is there already.
 #[derive(Clone, Copy, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-enum NewImageMode {
+pub(super) enum NewImageMode {
     Existing,
     #[default]
     AbsolutePaths,

@@ -4,7 +4,7 @@
 use super::answers::{BlockJobInfo, CommandInfo, Empty, JobInfo, SchemaInfo, VersionInfo};
 use super::arguments::{
     BlockRebase, Cancel, CancelJob, Capabilities, ChangeJob, Device, DriveMirror, JobAbort, JobId, MaybeExport,
-    NamedExport, Nothing, Set, SetSpeed,
+    NamedExport, NamedExports, Nothing, RemoveExport, Set, SetSpeed, SnapshotSync,
 };
 use super::problem::Problem;
 use super::render::{self, Render, value};
@@ -12,7 +12,8 @@ use super::schema::Schema;
 use super::shape::{Shape, shape};
 use super::{Call, event, version};
 use crate::control::jobs::{self, JobVerb};
-use crate::control::{MirrorRequest, Mode, Request, Started, Status, libvirt};
+use crate::control::options::ExportOptions;
+use crate::control::{MirrorRequest, Mode, Request, SnapshotRequest, Started, Status, libvirt};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
@@ -124,12 +125,18 @@ const COMMANDS: &[Command] = &[
     command!("blkmirror-cancel", Cancel => Empty, |it| {
         Ok(waiting(Request::Cancel { export: it.export, force: it.force }))
     }),
+    command!("blkmirror-export-add", ExportOptions => Empty, |it| Ok(waiting(Request::AddExport(it)))),
+    command!("blkmirror-export-remove", RemoveExport => Empty, |it| {
+        Ok(waiting(Request::RemoveExport { export: it.export, force: it.force }))
+    }),
     command!("blkmirror-finish", NamedExport => Empty, |it| Ok(waiting(Request::Finish(it.export)))),
     command!("blkmirror-mirror", MirrorRequest => Started, |it| Ok(waiting(Request::Mirror(it)))),
     command!("blkmirror-pause", NamedExport => Empty, |it| Ok(waiting(Request::Pause(it.export)))),
     command!("blkmirror-pivot", NamedExport => Empty, |it| Ok(waiting(Request::Pivot(it.export)))),
+    command!("blkmirror-pivot-together", NamedExports => Empty, |it| Ok(waiting(Request::PivotTogether(it.exports)))),
     command!("blkmirror-resume", NamedExport => Empty, |it| Ok(waiting(Request::Resume(it.export)))),
     command!("blkmirror-set", Set => Empty, |it| it.into_request().map(waiting)),
+    command!("blkmirror-snapshot", SnapshotRequest => Empty, |it| Ok(waiting(Request::Snapshot(it)))),
     command!("blkmirror-status", MaybeExport => Status, |it| Ok(waiting(Request::Status(it.export)))),
     command!("block-job-abort", JobAbort => Empty, |it| {
         let (request, wait) = libvirt::abort(it.export, it.flags)?;
@@ -147,6 +154,7 @@ const COMMANDS: &[Command] = &[
         let request = libvirt::rebase(it.export, it.base, it.bandwidth, it.flags)?;
         Ok(waiting(Request::Mirror(MirrorRequest { dry_run: it.dry_run, ..request })))
     }),
+    command!("blockdev-snapshot-sync", SnapshotSync => Empty, |it| Ok(waiting(Request::Snapshot(it.into_request())))),
     command!("drive-mirror", DriveMirror => Empty, |it| {
         Ok(Plan::Ask(Call { request: Request::Mirror(it.into_request()?), wait: false }, render::nothing))
     }),
