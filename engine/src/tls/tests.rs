@@ -1,8 +1,9 @@
 //! Folders as they should be, and as they should not; clients' names.
 pub mod authority;
 
-use super::client::common_name;
-use super::*;
+use super::Credentials;
+use super::allowed::common_name;
+use crate::control::options::TlsOptions;
 use authority::Authority;
 use rcgen::{ExtendedKeyUsagePurpose, date_time_ymd};
 use rustls_pki_types::CertificateDer;
