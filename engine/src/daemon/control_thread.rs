@@ -6,7 +6,7 @@ use super::exports::{Export, Table};
 use super::listen::Listening;
 use super::threads::Worker;
 use crate::control::Request;
-use crate::control::options::Cache;
+use crate::control::options::Reach;
 use crate::disk::Tools;
 use crate::io::remote::Remotes;
 use crate::io::{Arena, Buffer, Completion, File, Io, Op, Ring, Token, Until, Wait, Waker};
@@ -67,7 +67,7 @@ impl ControlThread {
     pub fn new(
         exports: Vec<Export>,
         table: Arc<Table>,
-        cache: Cache,
+        reach: Reach,
         credentials: Option<Arc<Credentials>>,
         state: StateFolder,
     ) -> io::Result<Self> {
@@ -79,7 +79,7 @@ impl ControlThread {
         Ok(Self {
             ring: Remotes::new(Ring::new(64, &arena)?),
             arena,
-            desk: Desk::new(exports, Arc::clone(&table), cache, state, waker.clone()),
+            desk: Desk::new(exports, Arc::clone(&table), reach, state, waker.clone()),
             waker,
             signals: File::new(signals),
             table,

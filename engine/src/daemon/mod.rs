@@ -68,11 +68,11 @@ pub fn serve(options: &ServeOptions, ready: impl FnOnce(&str)) -> Result<()> {
     wanted.iter().try_for_each(|export| refuse_twice(export, &wanted))?;
     // Before any of them is opened, for an image that two exports name would be waited for in vain.
     wanted.iter().try_for_each(|export| Export::wait_until_free(export, &state))?;
-    let open = |export| Export::open(export, options.cache, &state);
+    let open = |export| Export::open(export, &options.reach, &state);
     let exports = wanted.iter().map(open).collect::<Result<Vec<_>>>()?;
     refuse_shared(exports.iter())?;
     let table = Arc::<Table>::default();
-    let mut thread = ControlThread::new(exports, table, options.cache, credentials, state).context(|| "starting")?;
+    let mut thread = ControlThread::new(exports, table, options.reach.clone(), credentials, state).context(|| "starting")?;
     thread.desk().resume_jobs();
     // Only now: who finds the sockets is served.
     let named = options.listeners.iter().map(Listening::at);

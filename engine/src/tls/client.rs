@@ -1,110 +1,125 @@
-//! Which clients may come in, of those that an authority vouches for: an allow list of names.
-//!
-//! A client's names are the common name in its certificate's subject and the DNS names beside it. They are
-//! compared whole, letter by letter: `*` is a letter too.
-use rustls::client::danger::HandshakeSignatureValid;
-use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
-use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, Error, SignatureScheme};
-use rustls_pki_types::{CertificateDer, UnixTime};
+//! A client's side: whom it trusts, whom it means to reach, and who it is where it is asked.
+use super::folder::{AUTHORITIES, CLIENT, Folder};
+use super::stream::Tls;
+use formats::error::{Error, Result};
+use rustls::client::{Resumption, WebPkiServerVerifier};
+use rustls::crypto::ring::default_provider;
+use rustls::{AlertDescription, CertificateError, ClientConfig, ClientConnection};
+use rustls_pki_types::ServerName;
+use std::path::Path;
 use std::sync::Arc;
-use webpki::EndEntityCert;
 
-/// Clients with one of these names.
+/// What a client needs to speak TLS with one server.
 #[derive(Debug)]
-pub struct Allowed {
-    known: Arc<dyn ClientCertVerifier>,
-    names: Vec<String>,
+pub struct ClientCredentials {
+    folder: Folder,
+    config: Arc<ClientConfig>,
+    /// Whom the server's certificate has to be for.
+    server: ServerName<'static>,
+    has_certificate: bool,
 }
 
-impl Allowed {
-    /// Those among `known`.
-    pub fn new(known: Arc<dyn ClientCertVerifier>, names: &[String]) -> Self {
-        Self { known, names: names.to_vec() }
-    }
-
-    fn is_allowed(&self, certificate: &CertificateDer<'_>) -> bool {
-        let Ok(certificate) = EndEntityCert::try_from(certificate) else { return false };
-        let allowed = |name: &str| self.names.iter().any(|allowed| allowed == name);
-        certificate.valid_dns_names().any(allowed) || common_name(certificate.subject()).is_some_and(allowed)
-    }
-}
-
-impl ClientCertVerifier for Allowed {
-    fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        self.known.root_hint_subjects()
-    }
-
-    fn verify_client_cert(
-        &self,
-        certificate: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        now: UnixTime,
-    ) -> Result<ClientCertVerified, Error> {
-        let verified = self.known.verify_client_cert(certificate, intermediates, now)?;
-        match self.is_allowed(certificate) {
-            true => Ok(verified),
-            false => Err(Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure)),
+impl ClientCredentials {
+    /// Those of a folder, each file looked at, for the server of this name or address.
+    pub fn open(folder: &Path, server: &str) -> Result<Self> {
+        if !folder.is_dir() {
+            return Err(Error::invalid(format!(
+                "{}: there is no folder of certificates ({AUTHORITIES}, client-cert.pem, client-key.pem): make it, or \
+                 name another one by tls-certificates=DIR",
+                folder.display()
+            )));
         }
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        self.known.verify_tls12_signature(message, certificate, signature)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        self.known.verify_tls13_signature(message, certificate, signature)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.known.supported_verify_schemes()
-    }
-}
-
-const SEQUENCE: u8 = 0x30;
-const SET: u8 = 0x31;
-const OBJECT_IDENTIFIER: u8 = 0x06;
-const UTF8_STRING: u8 = 0x0c;
-const PRINTABLE_STRING: u8 = 0x13;
-/// `id-at-commonName`, 2.5.4.3.
-const COMMON_NAME: &[u8] = &[0x55, 0x04, 0x03];
-
-/// The last common name of a subject (X.501's RDNSequence in DER, without its own header). The last is the
-/// most special, as X.500 has it; a name in any other alphabet than UTF-8's is none.
-pub(super) fn common_name(mut subject: &[u8]) -> Option<&str> {
-    let mut name = None;
-    while !subject.is_empty() {
-        let mut set = element(&mut subject, SET)?;
-        while !set.is_empty() {
-            let mut attribute = element(&mut set, SEQUENCE)?;
-            if element(&mut attribute, OBJECT_IDENTIFIER)? == COMMON_NAME {
-                let tag = *attribute.first().filter(|tag| [UTF8_STRING, PRINTABLE_STRING].contains(tag))?;
-                name = Some(std::str::from_utf8(element(&mut attribute, tag)?).ok()?);
+        let name = ServerName::try_from(server.to_owned()).map_err(|_| {
+            let why =
+                format!("no certificate can be for {server:?}: name whom the server's is for, by tls-hostname=NAME");
+            Error::invalid(why)
+        })?;
+        let folder = Folder::new(folder, CLIENT);
+        let authorities = folder.authorities(true)?.expect("needed, so there");
+        let own = folder.own_if_any()?;
+        if let Some((certificates, _)) = &own {
+            folder.examine(certificates, Some(&authorities))?;
+        }
+        let provider = Arc::new(default_provider());
+        let servers = WebPkiServerVerifier::builder_with_provider(Arc::new(authorities), Arc::clone(&provider))
+            // A list speaks for its own authority alone.
+            .with_crls(folder.revocations()?)
+            .allow_unknown_revocation_status()
+            .build()
+            .map_err(|error| folder.authority_error(&error))?;
+        let config = ClientConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .map_err(|error| Error::unsupported(format!("TLS 1.3: {error}")))?
+            .with_webpki_verifier(servers);
+        let has_certificate = own.is_some();
+        let mut config = match own {
+            None => config.with_no_client_auth(),
+            Some((certificates, key)) => {
+                config.with_client_auth_cert(certificates, key).map_err(|error| folder.key_error(&error))?
             }
+        };
+        config.resumption = Resumption::disabled();
+        Ok(Self { folder, config: Arc::new(config), server: name, has_certificate })
+    }
+
+    /// The client's end of a connection that has just come to TLS.
+    pub fn connection(&self) -> std::result::Result<Tls, rustls::Error> {
+        ClientConnection::new(Arc::clone(&self.config), self.server.clone()).map(Tls::new)
+    }
+
+    /// Why a connection ended inside TLS.
+    pub fn in_words(&self, error: &rustls::Error) -> String {
+        use AlertDescription::{
+            AccessDenied, BadCertificate, CertificateExpired, CertificateRequired, CertificateRevoked,
+            CertificateUnknown, ProtocolVersion, UnknownCA, UnsupportedCertificate,
+        };
+        let words = match error {
+            rustls::Error::InvalidCertificate(error) => self.about_server(error),
+            rustls::Error::AlertReceived(CertificateRequired) if !self.has_certificate => self.turned_away(),
+            rustls::Error::AlertReceived(
+                alert @ (AccessDenied
+                | BadCertificate
+                | CertificateExpired
+                | CertificateRequired
+                | CertificateRevoked
+                | CertificateUnknown
+                | UnknownCA
+                | UnsupportedCertificate),
+            ) => format!("{} (it says {alert:?})", self.turned_away()),
+            rustls::Error::AlertReceived(ProtocolVersion) | rustls::Error::PeerIncompatible(_) => {
+                format!("the server does not speak TLS 1.3 as we do ({error})")
+            }
+            error => error.to_string(),
+        };
+        format!("TLS: {words}")
+    }
+
+    /// What a server may mean that ends a connection as soon as it knows who we are.
+    pub fn turned_away(&self) -> String {
+        let own = self.folder.own_path();
+        match self.has_certificate {
+            true => format!("the server does not let in who shows {}", own.display()),
+            false => format!(
+                "the server wants a client's certificate, and there is none: put it at {}, and its key beside it",
+                own.display()
+            ),
         }
     }
-    name
-}
 
-/// Takes one element off the front of `bytes`: what is in it, where its tag is `tag`. DER has lengths in the
-/// shortest form; names are shorter than 64 KiB.
-fn element<'a>(bytes: &mut &'a [u8], tag: u8) -> Option<&'a [u8]> {
-    let (len, head) = match **bytes {
-        [found, len @ ..=0x7f, ..] if found == tag => (usize::from(len), 2),
-        [found, 0x81, len, ..] if found == tag => (usize::from(len), 3),
-        [found, 0x82, high, low, ..] if found == tag => (usize::from(u16::from_be_bytes([high, low])), 4),
-        _ => return None,
-    };
-    let content = bytes.get(head..head + len)?;
-    *bytes = &bytes[head + len..];
-    Some(content)
+    fn about_server(&self, error: &CertificateError) -> String {
+        let words = format!("the server's certificate: {error}");
+        match error {
+            CertificateError::UnknownIssuer | CertificateError::BadSignature => {
+                let authorities = self.folder.path(AUTHORITIES);
+                format!("the server's certificate is signed by no authority of {}", authorities.display())
+            }
+            CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
+                format!("{words}; where that is the right server, say tls-hostname=NAME")
+            }
+            CertificateError::Expired | CertificateError::ExpiredContext { .. } => {
+                format!("{words}; the server needs a new one")
+            }
+            _ => words,
+        }
+    }
 }

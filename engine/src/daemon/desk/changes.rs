@@ -58,7 +58,7 @@ impl Desk {
                 self.refuse_in_use(number, &file.display().to_string(), None)?;
             }
         }
-        let export = Export::open(options, self.cache, &self.state)?;
+        let export = Export::open(options, &self.reach, &self.state)?;
         refuse_shared(self.exports.values().chain([&export]))?;
         let mut kept = self.state.kept_exports()?;
         kept.retain(|other| other.name != options.name);

@@ -11,7 +11,7 @@ mod together;
 use super::exports::{Export, Table, layer_of};
 use super::jobs::Active;
 use crate::control::jobs::{IoStatus, JobInfo, JobStatus, is_id};
-use crate::control::options::Cache;
+use crate::control::options::Reach;
 use crate::control::qmp::Call;
 use crate::control::{Code, Event, MirrorRequest, Mode, Refusal, Reply, Request, Status, TargetFormat};
 use crate::disk::Tools;
@@ -59,7 +59,7 @@ pub(super) struct Desk {
     /// The job of each export, by the export's number.
     jobs: BTreeMap<usize, Active>,
     concluded: Concluded,
-    cache: Cache,
+    reach: Reach,
     state: StateFolder,
     /// The Unix sockets that this daemon serves at.
     sockets: Vec<Identity>,
@@ -71,7 +71,7 @@ pub(super) struct Desk {
 }
 
 impl Desk {
-    pub fn new(exports: Vec<Export>, table: Arc<Table>, cache: Cache, state: StateFolder, waker: Waker) -> Self {
+    pub fn new(exports: Vec<Export>, table: Arc<Table>, reach: Reach, state: StateFolder, waker: Waker) -> Self {
         exports.iter().for_each(|export| table.put(export));
         Self {
             exports: (0..).zip(exports).collect(),
@@ -80,7 +80,7 @@ impl Desk {
             removing: BTreeMap::new(),
             jobs: BTreeMap::new(),
             concluded: Concluded::default(),
-            cache,
+            reach,
             state,
             sockets: Vec::new(),
             waiting: Vec::new(),
@@ -99,7 +99,7 @@ impl Desk {
     pub fn resume_jobs(&mut self) {
         for number in self.exports.keys().copied().collect::<Vec<_>>() {
             let check = |request: &MirrorRequest| self.refuse_in_use(number, &request.target, request.format);
-            match Active::resume(&self.exports[&number], self.cache, &self.state, &check) {
+            match Active::resume(&self.exports[&number], &self.reach, &self.state, &check) {
                 Ok(Some(active)) => {
                     tracing::info!(export = self.exports[&number].name, "its job goes on");
                     self.jobs.insert(number, active);
@@ -294,7 +294,7 @@ impl Desk {
         self.refuse_changing(number)?;
         self.refuse_id(request)?;
         let check = |request: &MirrorRequest| self.refuse_in_use(number, &request.target, request.format);
-        let (started, active) = Active::start(request, &self.exports[&number], self.cache, &self.state, &check)?;
+        let (started, active) = Active::start(request, &self.exports[&number], &self.reach, &self.state, &check)?;
         if let Some(active) = active {
             self.jobs.insert(number, active);
             self.waker.wake();

@@ -45,7 +45,7 @@ impl Desk {
         };
         let old = export.gate.route().disk;
         let plan = plan_overlay(request, &old)?;
-        let target = plan.open(&old, self.cache, &|path| Ok(self.state.journal(path)?.start() as Arc<dyn Journal>))?;
+        let target = plan.open(&old, &self.reach, &|path| Ok(self.state.journal(path)?.start() as Arc<dyn Journal>))?;
         let new = Arc::new(target.disk);
         let named = refuse_contents(&new, &plan).and_then(|()| record_of(export, &new));
         let to_record = named.inspect_err(|_| plan.unmake())?;

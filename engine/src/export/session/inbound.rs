@@ -6,8 +6,8 @@
 //! than there is room for.
 //!
 //! Inside TLS everything goes into the staging buffer, and what was in it into one of its own.
-use super::tls::Tls;
 use crate::io::{Arena, Buffer, File, Io, Loan, Op, Token, Until};
+use crate::tls::Tls;
 use formats::nbd::wire::HEADER_LEN_MAX;
 use std::io;
 use std::ops::Range;

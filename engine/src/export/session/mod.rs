@@ -7,7 +7,7 @@
 //!                                   guest requests
 //! ```
 //!
-//! Behind STARTTLS, `tls` is between the socket and the two.
+//! Behind STARTTLS, `layer` is TLS between the socket and the two.
 //!
 //! A client can have `REQUESTS_MAX` requests and `PAYLOAD_MAX` bytes of payload under way, those
 //! counted whose replies it has not taken yet. More stay in its socket until there is room.
@@ -15,11 +15,11 @@
 //! A connection ends when nothing of it is under way: what a client that is gone had asked for is
 //! done to its end before, so that no late write of it can meet those of its next connection.
 mod inbound;
+mod layer;
 mod outbound;
 mod reply;
 mod slot;
 mod status;
-mod tls;
 mod transmission;
 
 #[cfg(test)]
@@ -34,11 +34,11 @@ use formats::nbd::handshake::Reason;
 use formats::nbd::wire::Header;
 use formats::nbd::{Exports, Handshake, Outcome, Tls};
 use inbound::{Inbound, STAGING_LEN};
+use layer::Layer;
 use outbound::Outbound;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
-use tls::Layer;
 use transmission::Transmission;
 
 /// Requests that one client may have under way.
@@ -339,8 +339,8 @@ impl Session {
     fn start_tls(&mut self, io: &mut impl Io) {
         let credentials = self.credentials.as_ref().expect("without them no TLS is offered");
         match credentials.connection() {
-            Ok(connection) => {
-                self.layer = Layer::tls_of(connection);
+            Ok(tls) => {
+                self.layer = Layer::inside(tls);
                 self.inbound.expect_tls(&self.arena);
             }
             Err(error) => self.leave(io, Ending::Tls(in_words(&error))),

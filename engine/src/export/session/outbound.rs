@@ -5,8 +5,8 @@
 //!
 //! Inside TLS a send is encrypted piece by piece, each when the one before it has gone.
 use super::Load;
-use super::tls::Tls;
 use crate::io::{Buffer, File, Gather, Io, Op, Token};
+use crate::tls::Tls;
 use std::io;
 
 /// The sending half of a connection.

@@ -1,74 +1,18 @@
-//! TLS between the socket and the session's two halves: bytes in, bytes out, as everything here.
-//!
-//! ```text
-//! socket ─► staging buffer ─► decrypt ─► inbound          outbound ─► encrypt ─► socket
-//! ```
-//!
-//! Order is everything here:
-//!
-//! 1. The ACK to STARTTLS goes in plain and whole before TLS begins. Begun earlier, it would be encrypted for a
-//!    client that has not heard of it.
-//! 2. Between the request and the ACK nothing is received, and what came with the request ends the
-//!    connection. Taken in, it would stand among what TLS protects, whoever said it.
-//! 3. Who the client is, is settled by the handshake itself: before, no byte of an option comes out.
-//!    Asked afterwards, somebody who is turned away would have seen the exports.
-//! 4. A close_notify is the last that is said, after all replies. Said earlier, they would be lost; not said,
-//!    the client could not tell our end from a cut.
+//! TLS between a socket and who speaks by it: bytes in, bytes out. It reads no socket and never waits.
 //!
 //! Memory: what one receive brings, one encrypted piece of `ENCRYPTED_MAX` bytes, and rustls' records
 //! under way, two at most.
 use crate::io::Gather;
-use rustls::{Error, ServerConnection};
+use rustls::{Connection, Error};
 use std::io::{self, IoSlice, Read, Write};
 
-/// Bytes of replies that are encrypted at once.
+/// Bytes that are encrypted at once.
 const ENCRYPTED_MAX: usize = 256 << 10;
 
-/// What is between the socket and the session.
-pub(super) enum Layer {
-    /// Nothing.
-    Plain,
-    /// Nothing yet: the ACK to STARTTLS is on its way.
-    Starting,
-    /// TLS, its handshake included.
-    Tls(Box<Tls>),
-}
-
-impl Layer {
-    /// From here on, TLS.
-    pub fn tls_of(connection: ServerConnection) -> Self {
-        Self::Tls(Box::new(Tls::new(connection)))
-    }
-
-    /// True until TLS begins, once it was asked for.
-    pub fn is_starting(&self) -> bool {
-        matches!(self, Self::Starting)
-    }
-
-    /// What everything goes through, if anything.
-    pub fn tls(&mut self) -> Option<&mut Tls> {
-        match self {
-            Self::Tls(tls) => Some(tls),
-            Self::Plain | Self::Starting => None,
-        }
-    }
-
-    /// True where TLS itself has something to send.
-    pub fn has_to_say(&self) -> bool {
-        matches!(self, Self::Tls(tls) if tls.has_to_say())
-    }
-
-    /// Nothing more will be sent. Said once.
-    pub fn farewell(&mut self) {
-        if let Some(tls) = self.tls() {
-            tls.farewell();
-        }
-    }
-}
-
 /// One connection's TLS.
-pub(super) struct Tls {
-    connection: ServerConnection,
+#[derive(Debug)]
+pub struct Tls {
+    connection: Connection,
     /// What is being sent, as far as it is not encrypted yet.
     plain: Gather,
     ended: bool,
@@ -79,7 +23,9 @@ impl Tls {
     /// Bytes of the longest record, all around its payload counted (RFC 8446, 5.2).
     pub const RECORD_MAX: usize = (16 << 10) + 256 + 5;
 
-    fn new(mut connection: ServerConnection) -> Self {
+    /// TLS that has just begun.
+    pub fn new(connection: impl Into<Connection>) -> Self {
+        let mut connection = connection.into();
         // The bound is ours: so much is given to it at once.
         connection.set_buffer_limit(None);
         Self { connection, plain: Gather::default(), ended: false, said_farewell: false }
@@ -106,9 +52,14 @@ impl Tls {
         filled
     }
 
-    /// True where the client said that it sends no more.
+    /// True where the peer said that it sends no more.
     pub fn peer_has_ended(&self) -> bool {
         self.ended
+    }
+
+    /// True until both know each other.
+    pub fn is_shaking_hands(&self) -> bool {
+        self.connection.is_handshaking()
     }
 
     /// True where something waits for being encrypted or sent.
@@ -137,20 +88,38 @@ impl Tls {
         }
         match self.connection.writer().write_vectored(&pieces) {
             Ok(count) => self.plain.advance(count),
-            // After an error of the client's nothing can be said any more but the alert.
+            // After an error of the peer's nothing can be said any more but the alert.
             Err(_) => self.plain.clear(),
         }
         if self.plain.is_empty() {
             // Its buffers are given up before the last of it has gone.
             self.plain.clear();
         }
-        while self.connection.wants_write() {
-            self.connection.write_tls(&mut Sink(&mut room)).expect("memory takes all");
-        }
+        self.take_encrypted(&mut room);
         room
     }
 
-    fn farewell(&mut self) {
+    /// What TLS itself still has to say, and that nothing more will be sent; before that `farewell`, where all
+    /// else has gone.
+    pub fn last_words(&mut self, farewell: &[u8]) -> Gather {
+        if self.plain.is_empty() && !self.is_shaking_hands() {
+            // After an error there is only its alert.
+            let _ = self.connection.writer().write(farewell);
+        }
+        self.farewell();
+        let mut words = Gather::default();
+        self.take_encrypted(&mut words);
+        words
+    }
+
+    fn take_encrypted(&mut self, room: &mut Gather) {
+        while self.connection.wants_write() {
+            self.connection.write_tls(&mut Sink(room)).expect("memory takes all");
+        }
+    }
+
+    /// Nothing more will be sent. Said once.
+    pub fn farewell(&mut self) {
         if !self.said_farewell {
             self.said_farewell = true;
             self.connection.send_close_notify();
