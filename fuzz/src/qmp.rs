@@ -78,7 +78,7 @@ enum Deed {
     Event(u8, bool),
 }
 
-const COMMANDS: [&str; 28] = [
+const COMMANDS: [&str; 29] = [
     "qmp_capabilities",
     "blkmirror-abort",
     "blkmirror-cancel",
@@ -107,8 +107,9 @@ const COMMANDS: [&str; 28] = [
     "query-version",
     "quit",
     "query-block",
+    "blkmirror-map",
 ];
-const MEMBERS: [&str; 22] = [
+const MEMBERS: [&str; 23] = [
     "device",
     "target",
     "format",
@@ -131,6 +132,7 @@ const MEMBERS: [&str; 22] = [
     "reuse-external",
     "dry-run",
     "enable",
+    "cells",
 ];
 const WORDS: [&str; 14] = [
     "full",

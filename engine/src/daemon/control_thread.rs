@@ -302,6 +302,9 @@ impl ControlThread {
                 Ok(Reply::All((0..self.exports.len()).map(|number| self.status(number)).collect()))
             }
             Request::Status(Some(name)) => self.find(&name).map(|number| Reply::One(Box::new(self.status(number)))),
+            Request::Map { export, cells } => {
+                self.job(&export).map(|(_, active)| Reply::Map(active.map(&export, cells)))
+            }
             Request::Mirror(request) => self.mirror(&request),
             Request::Pivot(name) => match self.pivot(&name) {
                 Ok(number) if call.wait => return self.wait_for(client, number, Wish::Pivot),

@@ -17,6 +17,7 @@ mod exports;
 mod jobs;
 mod listen;
 mod map;
+mod pace;
 mod pool;
 mod threads;
 mod wait;

@@ -1,7 +1,7 @@
 //! The arguments of each command, by QEMU's names where QEMU has the command.
 use super::problem::Problem;
 use crate::control::creation::CreateOptions;
-use crate::control::{MirrorRequest, Mode, OnError, Request, TargetFormat};
+use crate::control::{CELLS_MAX, MirrorRequest, Mode, OnError, Request, TargetFormat};
 use serde::Deserialize;
 
 /// No arguments.
@@ -74,6 +74,27 @@ pub(super) struct NamedExport {
 pub(super) struct MaybeExport {
     #[serde(default)]
     pub(super) export: Option<String>,
+}
+
+/// A job's disk, and in how many parts it is wanted.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Map {
+    export: String,
+    #[serde(default = "some_cells")]
+    cells: u64,
+}
+
+impl Map {
+    pub(super) fn into_request(self) -> Result<Request, Problem> {
+        let Self { export, cells } = self;
+        match cells {
+            1..=CELLS_MAX => Ok(Request::Map { export, cells }),
+            _ => {
+                Err(Problem::invalid(format!("blkmirror-map: argument 'cells': {cells} is not from 1 to {CELLS_MAX}")))
+            }
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -215,6 +236,10 @@ impl DriveMirror {
         ];
         cases.iter().find(|(asked, _)| *asked).map(|(_, what)| *what)
     }
+}
+
+fn some_cells() -> u64 {
+    256
 }
 
 fn yes() -> bool {

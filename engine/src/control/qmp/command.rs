@@ -1,6 +1,6 @@
 //! What each command asks for: its name, its arguments, and what the daemon has to be asked.
 use super::arguments::{
-    BlockRebase, Cancel, CancelJob, Capabilities, ChangeJob, Device, DriveMirror, JobAbort, JobId, MaybeExport,
+    BlockRebase, Cancel, CancelJob, Capabilities, ChangeJob, Device, DriveMirror, JobAbort, JobId, Map, MaybeExport,
     NamedExport, Nothing, Set, SetSpeed,
 };
 use super::problem::Problem;
@@ -9,7 +9,7 @@ use super::{Call, version};
 use crate::control::{MirrorRequest, Mode, Request, libvirt};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 /// What is done about a command.
 #[derive(Debug)]
@@ -62,6 +62,7 @@ const COMMANDS: &[(&str, Parse)] = &[
         Ok(waiting(Request::Cancel { export, force }))
     }),
     ("blkmirror-finish", |arguments| arguments.parse().map(|NamedExport { export }| waiting(Request::Finish(export)))),
+    ("blkmirror-map", |arguments| arguments.parse::<Map>()?.into_request().map(waiting)),
     ("blkmirror-mirror", |arguments| arguments.parse::<MirrorRequest>().map(|it| waiting(Request::Mirror(it)))),
     ("blkmirror-pause", |arguments| arguments.parse().map(|NamedExport { export }| waiting(Request::Pause(export)))),
     ("blkmirror-pivot", |arguments| arguments.parse().map(|NamedExport { export }| waiting(Request::Pivot(export)))),
@@ -212,5 +213,5 @@ fn unknown(name: &str) -> Problem {
 }
 
 fn no_members() -> Value {
-    Value::Object(Map::new())
+    Value::Object(serde_json::Map::new())
 }

@@ -57,7 +57,7 @@ fn active(reply: &Reply) -> impl Iterator<Item = (&str, &Status)> {
     let all: &[Status] = match reply {
         Reply::All(all) => all,
         Reply::One(one) => std::slice::from_ref(one.as_ref()),
-        Reply::Done {} | Reply::Started(_) => &[],
+        Reply::Done {} | Reply::Started(_) | Reply::Map(_) => &[],
     };
     all.iter().filter(|status| status.is_active()).filter_map(|status| Some((status.job.as_deref()?, status)))
 }
