@@ -2,7 +2,8 @@
 use crate::creation::{self, Settings};
 use crate::{export, listener, size};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use clap::{ArgAction, ArgGroup, Args as Arguments, Parser, Subcommand};
+use clap::{ArgAction, ArgGroup, Args as Arguments, Parser, Subcommand, ValueHint};
+use clap_complete::Shell;
 use engine::control::options::{Cache, ExportOptions, Listener};
 use engine::control::{Mode, OnError, TargetFormat};
 use formats::nbd::Tls;
@@ -45,8 +46,10 @@ pub enum Verb {
     Set(Set),
     /// Follow one export, or all of them, a line for each change
     Watch(Watch),
+    /// Tell what happens to jobs, a line for each event, until the daemon ends
+    Events(Events),
     /// End the daemon
-    Quit(Daemon),
+    Quit(Quit),
     /// Copy an image that nobody writes to, its backing chain included
     Convert(Convert),
     /// Say whether two images read alike
@@ -59,6 +62,42 @@ pub enum Verb {
     Map(Map),
     /// Move a disk under a guest, with nothing but this program, and prove that nothing was lost
     Demo(Demo),
+    /// Write a completion script for a shell to stdout
+    Completions(Completions),
+    /// Write the manual: one page a verb into a folder, or the first page to stdout
+    Man(Man),
+}
+
+impl Verb {
+    /// Whether a program reads what comes of it.
+    pub fn is_json(&self) -> bool {
+        match self {
+            Self::Mirror(Mirror { form, .. })
+            | Self::Status(Status { form, .. })
+            | Self::Pivot(Job { form, .. })
+            | Self::Cancel(Cancel { job: Job { form, .. }, .. })
+            | Self::Pause(Job { form, .. })
+            | Self::Resume(Job { form, .. })
+            | Self::Set(Set { job: Job { form, .. }, .. })
+            | Self::Watch(Watch { form, .. })
+            | Self::Events(Events { form, .. })
+            | Self::Quit(Quit { form, .. })
+            | Self::Convert(Convert { form, .. })
+            | Self::Compare(Compare { form, .. })
+            | Self::Info(Info { form, .. })
+            | Self::Check(Check { form, .. })
+            | Self::Map(Map { form, .. }) => form.json,
+            Self::Serve(_) | Self::Demo(_) | Self::Completions(_) | Self::Man(_) => false,
+        }
+    }
+}
+
+/// For whom results are written down.
+#[derive(Clone, Copy, Debug, Arguments)]
+pub struct Form {
+    /// Results as JSON on stdout, a failure as an object in the last line on stderr
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Which daemon.
@@ -76,6 +115,16 @@ pub struct Job {
     pub daemon: Daemon,
     /// The export's name
     pub export: String,
+    #[command(flatten)]
+    pub form: Form,
+}
+
+#[derive(Debug, Arguments)]
+pub struct Quit {
+    #[command(flatten)]
+    pub daemon: Daemon,
+    #[command(flatten)]
+    pub form: Form,
 }
 
 #[derive(Debug, Arguments)]
@@ -157,6 +206,8 @@ pub struct Convert {
     /// Whether images go through the page cache
     #[arg(long, default_value = "none", value_parser = copy_caches())]
     pub cache: Cache,
+    #[command(flatten)]
+    pub form: Form,
 }
 
 #[derive(Debug, Arguments)]
@@ -174,30 +225,30 @@ pub struct Compare {
     /// They also have to be equally long and to have payload, zeroes and nothing at the same places
     #[arg(long)]
     pub strict: bool,
+    #[command(flatten)]
+    pub form: Form,
 }
 
 #[derive(Debug, Arguments)]
 pub struct Info {
     /// The image
     pub file: PathBuf,
-    /// As an object, with the names that qemu-img has
-    #[arg(long)]
-    pub json: bool,
     /// And what is below it; in JSON as an array, the top first
     #[arg(long)]
     pub backing_chain: bool,
+    #[command(flatten)]
+    pub form: Form,
 }
 
 #[derive(Debug, Arguments)]
 pub struct Map {
     /// The image, the top layer of its chain
     pub file: PathBuf,
-    /// As an array of runs, as qemu-img has it
-    #[arg(long)]
-    pub json: bool,
     /// The image's format; by its header where it is not given
     #[arg(long, value_name = "FORMAT", value_parser = formats())]
     pub format: Option<TargetFormat>,
+    #[command(flatten)]
+    pub form: Form,
 }
 
 /// Exit status: 0 nothing is wrong, 1 it could not be checked, 2 corruptions (or misused), 3 leaks only,
@@ -209,12 +260,11 @@ pub struct Check {
     /// Mend it: `leaks` gives back what nobody uses, `all` mends whatever can be
     #[arg(long, value_name = "WHAT", value_parser = repairs())]
     pub repair: Option<Repair>,
-    /// As an object, with the names that qemu-img has
-    #[arg(long)]
-    pub json: bool,
     /// The image's format; by its header where it is not given
     #[arg(long, value_name = "FORMAT", value_parser = formats())]
     pub format: Option<TargetFormat>,
+    #[command(flatten)]
+    pub form: Form,
 }
 
 #[derive(Debug, Arguments)]
@@ -230,8 +280,11 @@ pub struct Demo {
 #[derive(Debug, Arguments)]
 pub struct Mirror {
     #[command(flatten)]
-    pub job: Job,
+    pub daemon: Daemon,
+    /// The export's name
+    pub export: String,
     /// Where the copy goes: a file, a block device, or an NBD address (nbd://HOST/EXPORT)
+    #[arg(value_hint = ValueHint::AnyPath)]
     pub target: String,
     /// Copy only what the top layer holds; the target has the same backing as the source
     #[arg(long)]
@@ -275,6 +328,8 @@ pub struct Mirror {
     /// Say whether it could be done, and do nothing
     #[arg(long, conflicts_with_all = ["wait", "pivot", "finish"])]
     pub dry_run: bool,
+    #[command(flatten)]
+    pub form: Form,
 }
 
 #[derive(Debug, Arguments)]
@@ -283,9 +338,8 @@ pub struct Status {
     pub daemon: Daemon,
     /// The export's name; all of them where it is not given
     pub export: Option<String>,
-    /// An object for one export, an array for all
-    #[arg(long)]
-    pub json: bool,
+    #[command(flatten)]
+    pub form: Form,
 }
 
 #[derive(Debug, Arguments)]
@@ -316,6 +370,29 @@ pub struct Watch {
     pub daemon: Daemon,
     /// The export's name; all of them where it is not given
     pub export: Option<String>,
+    #[command(flatten)]
+    pub form: Form,
+}
+
+#[derive(Debug, Arguments)]
+pub struct Events {
+    #[command(flatten)]
+    pub daemon: Daemon,
+    #[command(flatten)]
+    pub form: Form,
+}
+
+/// For bash: `source <(blkmirror completions bash)`, or the script into /etc/bash_completion.d/.
+#[derive(Debug, Arguments)]
+pub struct Completions {
+    /// Which shell's
+    pub shell: Shell,
+}
+
+#[derive(Debug, Arguments)]
+pub struct Man {
+    /// Where `blkmirror.1` and one page a verb go
+    pub folder: Option<PathBuf>,
 }
 
 fn formats() -> impl TypedValueParser<Value = TargetFormat> {

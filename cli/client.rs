@@ -51,7 +51,11 @@ impl Client {
         let mut client = Self { path: path.into(), stream, received: Vec::new(), searched: 0 };
         match client.line(Some(GREETING_MAX))? {
             Line::Message(greeting) if greeting.get("QMP").is_some() => {}
-            _ => return Err(Failure::new(format!("{}: not the control socket of a daemon", path.display()))),
+            _ => {
+                let what =
+                    "not the control socket of a daemon: name the one that `blkmirror serve --control` was given";
+                return Err(Failure::new(format!("{}: {what}", path.display())));
+            }
         }
         client.call("qmp_capabilities", &json!({})).map(|_: Value| client)
     }
@@ -103,6 +107,20 @@ impl Client {
         }
     }
 
+    /// Waits for the next event; `None` where the daemon has gone.
+    ///
+    /// # Errors
+    /// The system's, of the socket.
+    pub fn next_event(&mut self) -> Result<Option<Value>, Failure> {
+        loop {
+            match self.line(None)? {
+                Line::Message(message) if message.get("event").is_some() => return Ok(Some(message)),
+                Line::Message(_) | Line::TimeOut => {}
+                Line::HungUp => return Ok(None),
+            }
+        }
+    }
+
     /// Waits until the daemon has gone, `wait_max` at most. False where it is still there.
     ///
     /// # Errors
@@ -144,7 +162,10 @@ impl Client {
                 Line::HungUp => return Err(self.hung_up()),
                 Line::TimeOut => {
                     let path = self.path.display();
-                    return Err(Failure::new(format!("{path}: the daemon does not answer {command}")));
+                    let seconds = ANSWER_MAX.as_secs();
+                    return Err(Failure::new(format!(
+                        "{path}: the daemon has not answered {command} in {seconds} s: its log says what it does"
+                    )));
                 }
             }
         }
@@ -204,7 +225,7 @@ impl Client {
     }
 
     fn hung_up(&self) -> Failure {
-        Failure::new(format!("{}: the daemon hung up", self.path.display()))
+        Failure::new(format!("{}: the daemon hung up: its log says why", self.path.display()))
     }
 
     fn lost(&self, error: &io::Error) -> Failure {

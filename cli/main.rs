@@ -11,6 +11,7 @@ mod args;
 mod bar;
 mod client;
 mod creation;
+mod date;
 mod demo;
 mod export;
 mod failure;
@@ -30,9 +31,10 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     let args = Args::parse();
     output::log_to_stderr(args.verbose);
+    let is_json = args.verb.is_json();
     let Err(failure) = run(args.verb) else { return ExitCode::SUCCESS };
-    if !matches!(failure, Failure::Unheard | Failure::Told | Failure::ToldWith(_)) {
-        eprintln!("blkmirror: {failure}");
+    if failure.is_untold() {
+        output::remark(if is_json { failure.to_json().to_string() } else { format!("blkmirror: {failure}") });
     }
     ExitCode::from(failure.exit_status())
 }
@@ -47,6 +49,7 @@ fn run(verb: Verb) -> Result<(), Failure> {
         Verb::Resume(job) => verbs::job::resume(&job),
         Verb::Set(set) => verbs::job::set(&set),
         Verb::Watch(watch) => verbs::watch::run(&watch),
+        Verb::Events(events) => verbs::events::run(&events),
         Verb::Demo(demo) => demo::run(&demo),
         Verb::Serve(serve) => verbs::serve::run(serve),
         Verb::Convert(convert) => verbs::convert::run(convert),
@@ -54,6 +57,8 @@ fn run(verb: Verb) -> Result<(), Failure> {
         Verb::Info(info) => verbs::info::run(&info),
         Verb::Check(check) => verbs::check::run(&check),
         Verb::Map(map) => verbs::map::run(&map),
-        Verb::Quit(daemon) => verbs::job::quit(&daemon),
+        Verb::Quit(quit) => verbs::job::quit(&quit),
+        Verb::Completions(completions) => verbs::manual::completions(&completions),
+        Verb::Man(man) => verbs::manual::man(&man),
     }
 }

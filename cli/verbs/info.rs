@@ -4,7 +4,7 @@ mod kept;
 use crate::args::Info;
 use crate::failure::Failure;
 use crate::image;
-use crate::output::say;
+use crate::output::{say, say_json};
 use crate::size;
 use engine::io::FileStorage;
 use engine::open::{LAYERS_MAX, identity};
@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 pub fn run(args: &Info) -> std::result::Result<(), Failure> {
     let layers = if args.backing_chain { chain(&args.file) } else { facts(&args.file, None).map(|only| vec![only]) };
     let layers = layers.map_err(|error| Failure::new(error.one_line()))?;
-    match (args.json, &layers[..]) {
+    match (args.form.json, &layers[..]) {
         (true, [only]) if !args.backing_chain => say_json(only),
         (true, all) => say_json(&all),
         (false, all) => {
@@ -30,10 +30,6 @@ pub fn run(args: &Info) -> std::result::Result<(), Failure> {
             say(blocks.join("\n\n"))
         }
     }
-}
-
-fn say_json(value: &impl Serialize) -> std::result::Result<(), Failure> {
-    say(serde_json::to_string_pretty(value).map_err(|error| Failure::new(error.to_string()))?)
 }
 
 /// What there is to say, by the names that `qemu-img info --output=json` has.

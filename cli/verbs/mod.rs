@@ -2,8 +2,10 @@
 pub mod check;
 pub mod compare;
 pub mod convert;
+pub mod events;
 pub mod info;
 pub mod job;
+pub mod manual;
 pub mod map;
 pub mod mirror;
 pub mod serve;

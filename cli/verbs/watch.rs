@@ -17,7 +17,7 @@ pub fn run(args: &Watch) -> Result<(), Failure> {
     let mut told = BTreeMap::new();
     loop {
         for status in look(&mut client, args)? {
-            let line = text::line(&status);
+            let line = if args.form.json { object(&status)? } else { text::line(&status) };
             if told.get(&status.export) != Some(&line) {
                 say(&line)?;
                 told.insert(status.export, line);
@@ -32,4 +32,8 @@ fn look(client: &mut Client, args: &Watch) -> Result<Vec<Status>, Failure> {
         Some(export) => client.status(export).map(|status| vec![status]),
         None => client.all(),
     }
+}
+
+fn object(status: &Status) -> Result<String, Failure> {
+    serde_json::to_string(status).map_err(|error| Failure::new(error.to_string()))
 }
