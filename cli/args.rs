@@ -44,7 +44,7 @@ pub enum Verb {
     Resume(Job),
     /// Change a mirror while it runs
     Set(Set),
-    /// Follow one export, or all of them, a line for each change
+    /// Follow one export, or all of them: a live view in a terminal, elsewhere a line for each change
     Watch(Watch),
     /// Tell what happens to jobs, a line for each event, until the daemon ends
     Events(Events),
@@ -364,6 +364,7 @@ pub struct Set {
     pub mode: Option<Mode>,
 }
 
+/// In a terminal: up and down choose the export that is looked at closely, q ends.
 #[derive(Debug, Arguments)]
 pub struct Watch {
     #[command(flatten)]

@@ -1,6 +1,6 @@
 //! Asks a running daemon, by QMP over its control socket. Waits; one question at a time.
 use crate::failure::Failure;
-use engine::control::{Code, Status};
+use engine::control::{Code, MirrorMap, Status};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -94,6 +94,14 @@ impl Client {
     /// As for `call`.
     pub fn all(&mut self) -> Result<Vec<Status>, Failure> {
         self.call("blkmirror-status", &json!({}))
+    }
+
+    /// How the chunks of an export's job stand, in `cells` parts of the disk.
+    ///
+    /// # Errors
+    /// As for `call`.
+    pub fn map(&mut self, export: &str, cells: u64) -> Result<MirrorMap, Failure> {
+        self.call("blkmirror-map", &json!({ "export": export, "cells": cells }))
     }
 
     /// Waits for something to happen, `wait_max` at most.

@@ -5,6 +5,7 @@
 //! client   asks a running daemon, by QMP over its control socket
 //! verbs    one file for what each verb does
 //! text     what a status looks like to a person
+//! plot     one quantity over time, in a terminal
 //! output   results on stdout, everything else on stderr
 //! ```
 mod args;
@@ -19,6 +20,7 @@ mod image;
 mod listener;
 mod output;
 mod place;
+mod plot;
 mod size;
 mod text;
 mod verbs;
@@ -48,7 +50,7 @@ fn run(verb: Verb) -> Result<(), Failure> {
         Verb::Pause(job) => verbs::job::pause(&job),
         Verb::Resume(job) => verbs::job::resume(&job),
         Verb::Set(set) => verbs::job::set(&set),
-        Verb::Watch(watch) => verbs::watch::run(&watch),
+        Verb::Watch(watch) => verbs::watch::run(watch),
         Verb::Events(events) => verbs::events::run(&events),
         Verb::Demo(demo) => demo::run(&demo),
         Verb::Serve(serve) => verbs::serve::run(serve),

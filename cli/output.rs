@@ -81,6 +81,11 @@ pub fn remark(line: impl AsRef<str>) {
     let _ = writeln!(io::stderr().lock(), "{}", line.as_ref());
 }
 
+/// False where the environment asks for none: <https://no-color.org>.
+pub fn colours_are_wanted() -> bool {
+    std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+}
+
 /// Sends what the engine tells of itself to stderr: `verbose` 0 warnings, 1 its doings, 2 everything.
 pub fn log_to_stderr(verbose: u8) {
     let level = match verbose {
@@ -93,7 +98,7 @@ pub fn log_to_stderr(verbose: u8) {
         .with_writer(io::stderr)
         .with_max_level(level)
         .with_target(verbose > 1)
-        .with_ansi(is_terminal && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty()));
+        .with_ansi(is_terminal && colours_are_wanted());
     // The journal has its own clock.
     if std::env::var_os("JOURNAL_STREAM").is_some() && !is_terminal {
         log.without_time().init();

@@ -8,6 +8,8 @@ mod creation;
 mod fake;
 mod json;
 mod manual;
+mod terminal;
+mod watch;
 
 use assert_cmd::Command;
 use engine::control::creation::{Compat, CreateOptions};

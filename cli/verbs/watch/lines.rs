@@ -1,4 +1,5 @@
-//! `watch`: a line for each change.
+//! A line for each change.
+use super::look;
 use crate::args::Watch;
 use crate::client::Client;
 use crate::failure::Failure;
@@ -11,12 +12,11 @@ use std::time::Duration;
 /// How often progress is looked at; a change of phase is told at once.
 const EVERY: Duration = Duration::from_secs(1);
 
-/// Follows the exports until the daemon ends or nobody reads.
-pub fn run(args: &Watch) -> Result<(), Failure> {
-    let mut client = Client::connect(&args.daemon.control)?;
+/// Tells what has changed until the daemon ends or nobody reads.
+pub fn follow(mut client: Client, args: &Watch) -> Result<(), Failure> {
     let mut told = BTreeMap::new();
     loop {
-        for status in look(&mut client, args)? {
+        for status in look(&mut client, args.export.as_deref())? {
             let line = if args.form.json { object(&status)? } else { text::line(&status) };
             if told.get(&status.export) != Some(&line) {
                 say(&line)?;
@@ -24,13 +24,6 @@ pub fn run(args: &Watch) -> Result<(), Failure> {
             }
         }
         client.wait_for_event(EVERY)?;
-    }
-}
-
-fn look(client: &mut Client, args: &Watch) -> Result<Vec<Status>, Failure> {
-    match &args.export {
-        Some(export) => client.status(export).map(|status| vec![status]),
-        None => client.all(),
     }
 }
 
