@@ -26,7 +26,9 @@ fn chunks(first: usize, count: usize) -> ByteRange {
 
 fn ours(marked: impl Iterator<Item = usize>) -> DirtyBitmap {
     let map = DirtyBitmap::new(SIZE, CHUNK_BITS);
-    marked.for_each(|chunk| map.mark(chunks(chunk, 1)));
+    for chunk in marked {
+        map.mark(chunks(chunk, 1));
+    }
     map
 }
 

@@ -2,7 +2,8 @@
 use crate::creation::{self, Settings};
 use crate::{export, listener, size};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use clap::{ArgAction, ArgGroup, Args as Arguments, Parser, Subcommand};
+use clap::{ArgAction, ArgGroup, Args as Arguments, Parser, Subcommand, ValueHint};
+use clap_complete::Shell;
 use engine::control::options::{Cache, ExportOptions, Listener};
 use engine::control::{Mode, OnError, TargetFormat};
 use formats::nbd::Tls;
@@ -33,8 +34,8 @@ pub enum Verb {
     Mirror(Mirror),
     /// Say how one export stands, or all of them
     Status(Status),
-    /// Make the target of a ready mirror the disk that is served
-    Pivot(Job),
+    /// Make the target of a ready mirror the disk that is served; of several exports at one instant, or of none
+    Pivot(Pivot),
     /// End a mirror; the guest stays on the source
     Cancel(Cancel),
     /// Stop copying; guest writes are still tracked
@@ -43,10 +44,17 @@ pub enum Verb {
     Resume(Job),
     /// Change a mirror while it runs
     Set(Set),
-    /// Follow one export, or all of them, a line for each change
+    /// Put a new overlay on top of an export's chain, which is written to from then on
+    Snapshot(Snapshot),
+    /// Serve one more disk, or one less, while the daemon runs
+    #[command(subcommand)]
+    Export(Export),
+    /// Follow one export, or all of them: a live view in a terminal, elsewhere a line for each change
     Watch(Watch),
+    /// Tell what happens to jobs, a line for each event, until the daemon ends
+    Events(Events),
     /// End the daemon
-    Quit(Daemon),
+    Quit(Quit),
     /// Copy an image that nobody writes to, its backing chain included
     Convert(Convert),
     /// Say whether two images read alike
@@ -59,6 +67,44 @@ pub enum Verb {
     Map(Map),
     /// Move a disk under a guest, with nothing but this program, and prove that nothing was lost
     Demo(Demo),
+    /// Write a completion script for a shell to stdout
+    Completions(Completions),
+    /// Write the manual: one page a verb into a folder, or the first page to stdout
+    Man(Man),
+}
+
+impl Verb {
+    /// Whether a program reads what comes of it.
+    pub fn is_json(&self) -> bool {
+        match self {
+            Self::Mirror(Mirror { form, .. })
+            | Self::Status(Status { form, .. })
+            | Self::Pivot(Pivot { form, .. })
+            | Self::Snapshot(Snapshot { form, .. })
+            | Self::Export(Export::Add(AddExport { form, .. }) | Export::Remove(RemoveExport { form, .. }))
+            | Self::Cancel(Cancel { job: Job { form, .. }, .. })
+            | Self::Pause(Job { form, .. })
+            | Self::Resume(Job { form, .. })
+            | Self::Set(Set { job: Job { form, .. }, .. })
+            | Self::Watch(Watch { form, .. })
+            | Self::Events(Events { form, .. })
+            | Self::Quit(Quit { form, .. })
+            | Self::Convert(Convert { form, .. })
+            | Self::Compare(Compare { form, .. })
+            | Self::Info(Info { form, .. })
+            | Self::Check(Check { form, .. })
+            | Self::Map(Map { form, .. }) => form.json,
+            Self::Serve(_) | Self::Demo(_) | Self::Completions(_) | Self::Man(_) => false,
+        }
+    }
+}
+
+/// For whom results are written down.
+#[derive(Clone, Copy, Debug, Arguments)]
+pub struct Form {
+    /// Results as JSON on stdout, a failure as an object in the last line on stderr
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Which daemon.
@@ -76,6 +122,16 @@ pub struct Job {
     pub daemon: Daemon,
     /// The export's name
     pub export: String,
+    #[command(flatten)]
+    pub form: Form,
+}
+
+#[derive(Debug, Arguments)]
+pub struct Quit {
+    #[command(flatten)]
+    pub daemon: Daemon,
+    #[command(flatten)]
+    pub form: Form,
 }
 
 #[derive(Debug, Arguments)]
@@ -170,6 +226,8 @@ pub struct Convert {
     pub cache: Cache,
     #[command(flatten)]
     pub servers: Servers,
+    #[command(flatten)]
+    pub form: Form,
 }
 
 #[derive(Debug, Arguments)]
@@ -189,34 +247,34 @@ pub struct Compare {
     pub strict: bool,
     #[command(flatten)]
     pub servers: Servers,
+    #[command(flatten)]
+    pub form: Form,
 }
 
 #[derive(Debug, Arguments)]
 pub struct Info {
     /// The image
     pub file: PathBuf,
-    /// As an object, with the names that qemu-img has
-    #[arg(long)]
-    pub json: bool,
     /// And what is below it; in JSON as an array, the top first
     #[arg(long)]
     pub backing_chain: bool,
     #[command(flatten)]
     pub servers: Servers,
+    #[command(flatten)]
+    pub form: Form,
 }
 
 #[derive(Debug, Arguments)]
 pub struct Map {
     /// The image, the top layer of its chain
     pub file: PathBuf,
-    /// As an array of runs, as qemu-img has it
-    #[arg(long)]
-    pub json: bool,
     /// The image's format; by its header where it is not given
     #[arg(long, value_name = "FORMAT", value_parser = formats())]
     pub format: Option<TargetFormat>,
     #[command(flatten)]
     pub servers: Servers,
+    #[command(flatten)]
+    pub form: Form,
 }
 
 /// Exit status: 0 nothing is wrong, 1 it could not be checked, 2 corruptions (or misused), 3 leaks only,
@@ -228,12 +286,11 @@ pub struct Check {
     /// Mend it: `leaks` gives back what nobody uses, `all` mends whatever can be
     #[arg(long, value_name = "WHAT", value_parser = repairs())]
     pub repair: Option<Repair>,
-    /// As an object, with the names that qemu-img has
-    #[arg(long)]
-    pub json: bool,
     /// The image's format; by its header where it is not given
     #[arg(long, value_name = "FORMAT", value_parser = formats())]
     pub format: Option<TargetFormat>,
+    #[command(flatten)]
+    pub form: Form,
 }
 
 #[derive(Debug, Arguments)]
@@ -247,10 +304,79 @@ pub struct Demo {
 }
 
 #[derive(Debug, Arguments)]
+pub struct Pivot {
+    #[command(flatten)]
+    pub daemon: Daemon,
+    /// The exports' names
+    #[arg(required = true, value_name = "EXPORT")]
+    pub exports: Vec<String>,
+    #[command(flatten)]
+    pub form: Form,
+}
+
+#[derive(Debug, Arguments)]
+pub struct Snapshot {
+    #[command(flatten)]
+    pub daemon: Daemon,
+    /// The export's name
+    pub export: String,
+    /// The overlay's file
+    #[arg(value_hint = ValueHint::AnyPath)]
+    pub file: String,
+    /// The overlay is there already, and empty
+    #[arg(long)]
+    pub reuse_external: bool,
+    /// How the overlay is made, by the names of `qemu-img create -o`; may be given several times
+    #[arg(short = 'o', long = "option", value_name = "KEY=VALUE[,…]", value_parser = creation::parse)]
+    pub options: Vec<Settings>,
+    /// The overlay names what is below it by the way from its own folder
+    #[arg(long)]
+    pub relative_backing: bool,
+    #[command(flatten)]
+    pub form: Form,
+}
+
+/// What becomes of an export.
+#[derive(Debug, Subcommand)]
+pub enum Export {
+    /// Serve one more disk, also after a restart
+    Add(AddExport),
+    /// Serve a disk no more; it is closed, and whole
+    Remove(RemoveExport),
+}
+
+#[derive(Debug, Arguments)]
+pub struct AddExport {
+    #[command(flatten)]
+    pub daemon: Daemon,
+    /// The disk. A comma in FILE is written twice
+    #[arg(value_name = "NAME=FILE[,format=qcow2|raw][,readonly]", value_parser = export::parse)]
+    pub export: ExportOptions,
+    #[command(flatten)]
+    pub form: Form,
+}
+
+#[derive(Debug, Arguments)]
+pub struct RemoveExport {
+    #[command(flatten)]
+    pub daemon: Daemon,
+    /// The export's name
+    pub export: String,
+    /// Also where clients are connected: their connections end
+    #[arg(long)]
+    pub force: bool,
+    #[command(flatten)]
+    pub form: Form,
+}
+
+#[derive(Debug, Arguments)]
 pub struct Mirror {
     #[command(flatten)]
-    pub job: Job,
+    pub daemon: Daemon,
+    /// The export's name
+    pub export: String,
     /// Where the copy goes: a file, a block device, or an NBD address (nbd://HOST/EXPORT)
+    #[arg(value_hint = ValueHint::AnyPath)]
     pub target: String,
     /// Copy only what the top layer holds; the target has the same backing as the source
     #[arg(long)]
@@ -264,6 +390,9 @@ pub struct Mirror {
     /// The target's format; the source's where it is not given
     #[arg(long, value_name = "FORMAT", value_parser = formats())]
     pub format: Option<TargetFormat>,
+    /// A shallow target that is made names its backing by the way from its own folder
+    #[arg(long, requires = "shallow")]
+    pub relative_backing: bool,
     /// The target has to be a block device
     #[arg(long)]
     pub blockdev: bool,
@@ -297,6 +426,8 @@ pub struct Mirror {
     /// Say whether it could be done, and do nothing
     #[arg(long, conflicts_with_all = ["wait", "pivot", "finish"])]
     pub dry_run: bool,
+    #[command(flatten)]
+    pub form: Form,
 }
 
 #[derive(Debug, Arguments)]
@@ -305,9 +436,8 @@ pub struct Status {
     pub daemon: Daemon,
     /// The export's name; all of them where it is not given
     pub export: Option<String>,
-    /// An object for one export, an array for all
-    #[arg(long)]
-    pub json: bool,
+    #[command(flatten)]
+    pub form: Form,
 }
 
 #[derive(Debug, Arguments)]
@@ -332,12 +462,36 @@ pub struct Set {
     pub mode: Option<Mode>,
 }
 
+/// In a terminal: up and down choose the export that is looked at closely, q ends.
 #[derive(Debug, Arguments)]
 pub struct Watch {
     #[command(flatten)]
     pub daemon: Daemon,
     /// The export's name; all of them where it is not given
     pub export: Option<String>,
+    #[command(flatten)]
+    pub form: Form,
+}
+
+#[derive(Debug, Arguments)]
+pub struct Events {
+    #[command(flatten)]
+    pub daemon: Daemon,
+    #[command(flatten)]
+    pub form: Form,
+}
+
+/// For bash: `source <(blkmirror completions bash)`, or the script into /etc/bash_completion.d/.
+#[derive(Debug, Arguments)]
+pub struct Completions {
+    /// Which shell's
+    pub shell: Shell,
+}
+
+#[derive(Debug, Arguments)]
+pub struct Man {
+    /// Where `blkmirror.1` and one page a verb go
+    pub folder: Option<PathBuf>,
 }
 
 fn formats() -> impl TypedValueParser<Value = TargetFormat> {

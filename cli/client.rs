@@ -1,6 +1,6 @@
 //! Asks a running daemon, by QMP over its control socket. Waits; one question at a time.
 use crate::failure::Failure;
-use engine::control::{Code, Status};
+use engine::control::{Code, MirrorMap, Status};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -51,7 +51,11 @@ impl Client {
         let mut client = Self { path: path.into(), stream, received: Vec::new(), searched: 0 };
         match client.line(Some(GREETING_MAX))? {
             Line::Message(greeting) if greeting.get("QMP").is_some() => {}
-            _ => return Err(Failure::new(format!("{}: not the control socket of a daemon", path.display()))),
+            _ => {
+                let what =
+                    "not the control socket of a daemon: name the one that `blkmirror serve --control` was given";
+                return Err(Failure::new(format!("{}: {what}", path.display())));
+            }
         }
         client.call("qmp_capabilities", &json!({})).map(|_: Value| client)
     }
@@ -92,6 +96,14 @@ impl Client {
         self.call("blkmirror-status", &json!({}))
     }
 
+    /// How the chunks of an export's job stand, in `cells` parts of the disk.
+    ///
+    /// # Errors
+    /// As for `call`.
+    pub fn map(&mut self, export: &str, cells: u64) -> Result<MirrorMap, Failure> {
+        self.call("blkmirror-map", &json!({ "export": export, "cells": cells }))
+    }
+
     /// Waits for something to happen, `wait_max` at most.
     ///
     /// # Errors
@@ -100,6 +112,20 @@ impl Client {
         match self.line(Some(wait_max))? {
             Line::Message(_) | Line::TimeOut => Ok(()),
             Line::HungUp => Err(self.hung_up()),
+        }
+    }
+
+    /// Waits for the next event; `None` where the daemon has gone.
+    ///
+    /// # Errors
+    /// The system's, of the socket.
+    pub fn next_event(&mut self) -> Result<Option<Value>, Failure> {
+        loop {
+            match self.line(None)? {
+                Line::Message(message) if message.get("event").is_some() => return Ok(Some(message)),
+                Line::Message(_) | Line::TimeOut => {}
+                Line::HungUp => return Ok(None),
+            }
         }
     }
 
@@ -144,7 +170,10 @@ impl Client {
                 Line::HungUp => return Err(self.hung_up()),
                 Line::TimeOut => {
                     let path = self.path.display();
-                    return Err(Failure::new(format!("{path}: the daemon does not answer {command}")));
+                    let seconds = ANSWER_MAX.as_secs();
+                    return Err(Failure::new(format!(
+                        "{path}: the daemon has not answered {command} in {seconds} s: its log says what it does"
+                    )));
                 }
             }
         }
@@ -204,7 +233,7 @@ impl Client {
     }
 
     fn hung_up(&self) -> Failure {
-        Failure::new(format!("{}: the daemon hung up", self.path.display()))
+        Failure::new(format!("{}: the daemon hung up: its log says why", self.path.display()))
     }
 
     fn lost(&self, error: &io::Error) -> Failure {

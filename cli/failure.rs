@@ -1,5 +1,6 @@
 //! Why a verb came to nothing.
 use engine::control::Code;
+use serde_json::{Value, json};
 use std::fmt;
 
 /// Why a verb came to nothing. Printed once, by `main`.
@@ -45,6 +46,20 @@ impl Failure {
         }
     }
 
+    /// True where nobody has been told yet.
+    pub fn is_untold(&self) -> bool {
+        !matches!(self, Self::Unheard | Self::Told | Self::ToldWith(_))
+    }
+
+    /// As an object: the words, libvirt's name for it where the daemon gave one, and how the program ends.
+    pub fn to_json(&self) -> Value {
+        let (error, code) = match self {
+            Self::Refused { code, message } => (message.clone(), *code),
+            other => (other.to_string(), None),
+        };
+        json!({ "error": error, "code": code, "exit": self.exit_status() })
+    }
+
     /// True where the daemon refused with `code`.
     pub fn is(&self, code: Code) -> bool {
         matches!(self, Self::Refused { code: Some(refused), .. } if *refused == code)
@@ -66,7 +81,7 @@ impl fmt::Display for Failure {
 
 fn name(code: Code) -> String {
     match serde_json::to_value(code) {
-        Ok(serde_json::Value::String(name)) => name,
+        Ok(Value::String(name)) => name,
         _ => format!("{code:?}"),
     }
 }

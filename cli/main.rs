@@ -5,12 +5,14 @@
 //! client   asks a running daemon, by QMP over its control socket
 //! verbs    one file for what each verb does
 //! text     what a status looks like to a person
+//! plot     one quantity over time, in a terminal
 //! output   results on stdout, everything else on stderr
 //! ```
 mod args;
 mod bar;
 mod client;
 mod creation;
+mod date;
 mod demo;
 mod export;
 mod failure;
@@ -18,6 +20,7 @@ mod image;
 mod listener;
 mod output;
 mod place;
+mod plot;
 mod size;
 mod text;
 mod verbs;
@@ -30,9 +33,10 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     let args = Args::parse();
     output::log_to_stderr(args.verbose);
+    let is_json = args.verb.is_json();
     let Err(failure) = run(args.verb) else { return ExitCode::SUCCESS };
-    if !matches!(failure, Failure::Unheard | Failure::Told | Failure::ToldWith(_)) {
-        eprintln!("blkmirror: {failure}");
+    if failure.is_untold() {
+        output::remark(if is_json { failure.to_json().to_string() } else { format!("blkmirror: {failure}") });
     }
     ExitCode::from(failure.exit_status())
 }
@@ -41,12 +45,15 @@ fn run(verb: Verb) -> Result<(), Failure> {
     match verb {
         Verb::Mirror(mirror) => verbs::mirror::run(mirror),
         Verb::Status(status) => verbs::status::run(&status),
-        Verb::Pivot(job) => verbs::job::pivot(&job),
+        Verb::Pivot(pivot) => verbs::job::pivot(&pivot),
+        Verb::Snapshot(snapshot) => verbs::export::snapshot(&snapshot),
+        Verb::Export(export) => verbs::export::run(&export),
         Verb::Cancel(cancel) => verbs::job::cancel(&cancel),
         Verb::Pause(job) => verbs::job::pause(&job),
         Verb::Resume(job) => verbs::job::resume(&job),
         Verb::Set(set) => verbs::job::set(&set),
-        Verb::Watch(watch) => verbs::watch::run(&watch),
+        Verb::Watch(watch) => verbs::watch::run(watch),
+        Verb::Events(events) => verbs::events::run(&events),
         Verb::Demo(demo) => demo::run(&demo),
         Verb::Serve(serve) => verbs::serve::run(serve),
         Verb::Convert(convert) => verbs::convert::run(convert),
@@ -54,6 +61,8 @@ fn run(verb: Verb) -> Result<(), Failure> {
         Verb::Info(info) => verbs::info::run(&info),
         Verb::Check(check) => verbs::check::run(&check),
         Verb::Map(map) => verbs::map::run(&map),
-        Verb::Quit(daemon) => verbs::job::quit(&daemon),
+        Verb::Quit(quit) => verbs::job::quit(&quit),
+        Verb::Completions(completions) => verbs::manual::completions(&completions),
+        Verb::Man(man) => verbs::manual::man(&man),
     }
 }

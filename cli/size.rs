@@ -40,7 +40,8 @@ pub fn format(bytes: u64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{format, parse};
+    use super::{UNITS, format, parse};
+    use proptest::prelude::{any, prop_assert, prop_assert_eq, proptest};
 
     #[test]
     fn suffixes_are_binary() {
@@ -56,6 +57,35 @@ mod tests {
     fn what_is_no_size_is_refused() {
         for text in ["", "K", "-1", "1.5G", "1 K", "1KB", "+5", "16777216T", "99999999999999999999", "1\u{e9}"] {
             assert!(parse(text).is_err(), "{text}");
+        }
+    }
+
+    proptest! {
+        /// Any text: digits, then perhaps a suffix, and nothing else.
+        #[test]
+        fn any_text_is_a_size_or_an_error(text in "[0-9]{0,22}[kKmMgGtTpB.+ \u{130}]{0,2}") {
+            let digits: String = text.chars().take_while(char::is_ascii_digit).collect();
+            let unit = match text[digits.len()..].to_ascii_uppercase().as_str() {
+                "" => Some(1),
+                "K" => Some(1u128 << 10),
+                "M" => Some(1 << 20),
+                "G" => Some(1 << 30),
+                "T" => Some(1 << 40),
+                _ => None,
+            };
+            let bytes = digits.parse::<u128>().ok().zip(unit).map(|(count, unit)| count * unit);
+            prop_assert_eq!(parse(&text).ok(), bytes.and_then(|bytes| u64::try_from(bytes).ok()));
+        }
+
+        /// What people read is within half a unit of its last digit.
+        #[test]
+        fn what_is_written_is_about_what_it_was(bits in 0..64u32, low in any::<u64>()) {
+            let bytes = (1 << bits) | (low & ((1 << bits) - 1));
+            let written = format(bytes);
+            let (count, unit) = written.split_once(' ').expect("a number and a unit");
+            let power = if unit == "B" { 0 } else { 1 + UNITS.iter().position(|it| *it == unit).expect("a unit") };
+            let found = count.parse::<f64>().expect("a number") * 1024f64.powi(power as i32);
+            prop_assert!((found - bytes as f64).abs() <= bytes as f64 / 190.0, "{bytes}: {written}");
         }
     }
 

@@ -17,9 +17,12 @@ pub fn lines(status: &Status) -> Vec<String> {
         facts.push(("copied", copied(status)));
     }
     if status.is_active() {
-        facts.push(("remaining", remaining(status)));
+        facts.push(("remaining", format!("{}{}", remaining(status), band(status).unwrap_or_default())));
+        facts.push(("rate", rates(status)));
+        facts.extend(lag(status).map(|lag| ("lag", lag)));
         facts.push(("speed", speed(status)));
     }
+    facts.extend(status.redundancy.filter(|_| status.phase != "none").map(|times| ("copies", copies(times))));
     facts.extend(status.notes.iter().map(|note| ("note", note.clone())));
     facts.extend(status.error.iter().map(|error| ("error", error.clone())));
     facts.into_iter().map(|(name, fact)| format!("{name:<9} {fact}")).collect()
@@ -57,22 +60,61 @@ pub fn phase(status: &Status) -> String {
 /// What is left, and for how long.
 pub fn remaining(status: &Status) -> String {
     let left = size::format(status.remaining_bytes);
-    match status.eta_s {
+    match status.eta_s.filter(|_| is_before_ready(status)) {
         Some(eta_s) => format!("{left}, {}", duration(eta_s)),
         None => left,
     }
 }
 
+/// Between which times it may be ready, in brackets, where they differ.
+pub fn band(status: &Status) -> Option<String> {
+    let low = status.eta_low_s.filter(|_| is_before_ready(status) && status.eta_low_s != status.eta_high_s)?;
+    Some(match status.eta_high_s {
+        Some(high) => format!(" ({} to {})", duration(low), duration(high)),
+        None => format!(" ({} or more)", duration(low)),
+    })
+}
+
+/// How fast copiers and guests are, and what the guests wait for that.
+pub fn rates(status: &Status) -> String {
+    let rate = |bytes| format!("{}/s", size::format(bytes));
+    let copied = rate(status.copy_rate_bytes_per_s);
+    let [written, dirtied] = [status.guest_rate_bytes_per_s, status.dirty_rate_bytes_per_s].map(rate);
+    let delay = status.guest_delay_us.filter(|delay| *delay > 0);
+    let delay = delay.map(|delay| format!(", delayed by {delay} µs each")).unwrap_or_default();
+    format!("{copied} copied; guest writes {written}, dirties {dirtied}{delay}")
+}
+
+/// How far the target is behind, once it follows.
+pub fn lag(status: &Status) -> Option<String> {
+    let (bytes, seconds) = (status.lag_bytes?, status.lag_s?);
+    Some(format!("{}, {seconds:.1} s", size::format(bytes)))
+}
+
+/// How often the disk's data was copied.
+pub fn copies(times: f64) -> String {
+    format!("{times:.2} of each byte")
+}
+
 /// How much is done, in percent: never all of it while something is left.
 pub fn percent(status: &Status) -> String {
+    let permille = permille(status);
+    format!("{}.{} %", permille / 10, permille % 10)
+}
+
+/// The same as a number from 0 to 1000.
+pub fn permille(status: &Status) -> u64 {
     let permille = match status.total_bytes {
         0 if status.is_active() && status.phase != "ready" => 0,
         0 => 1000,
-        total => u128::from(status.copied_bytes.min(total)) * 1000 / u128::from(total),
+        total => (u128::from(status.copied_bytes.min(total)) * 1000 / u128::from(total)) as u64,
     };
-    let is_partial = status.remaining_bytes > 0 || matches!(status.phase.as_str(), "seeding" | "converging");
-    let permille = if is_partial { permille.min(999) } else { permille };
-    format!("{}.{} %", permille / 10, permille % 10)
+    let is_partial = status.remaining_bytes > 0 || is_before_ready(status);
+    if is_partial { permille.min(999) } else { permille }
+}
+
+fn is_before_ready(status: &Status) -> bool {
+    matches!(status.phase.as_str(), "seeding" | "converging")
 }
 
 fn row(status: &Status) -> [String; 5] {
@@ -138,10 +180,23 @@ mod tests {
     fn lines_are_aligned() {
         let mut running = status("converging", 3 << 20, 1 << 20);
         running.target = Some("/new".into());
-        running.eta_s = Some(75);
-        let lines = lines(&running);
-        assert!(lines.contains(&"copied    3.00 MiB of 4.00 MiB (75.0 %)".into()), "{lines:?}");
-        assert!(lines.contains(&"remaining 1.00 MiB, 1 min 15 s".into()), "{lines:?}");
+        (running.eta_s, running.eta_low_s) = (Some(75), Some(70));
+        (running.lag_bytes, running.lag_s, running.redundancy) = (Some(4096), Some(0.25), Some(1.034));
+        (running.copy_rate_bytes_per_s, running.guest_delay_us) = (9 << 20, Some(12));
+        let told = lines(&running);
+        for line in [
+            "copied    3.00 MiB of 4.00 MiB (75.0 %)",
+            "remaining 1.00 MiB, 1 min 15 s (1 min 10 s or more)",
+            "rate      9.00 MiB/s copied; guest writes 0 B/s, dirties 0 B/s, delayed by 12 µs each",
+            "lag       4.00 KiB, 0.2 s",
+            "copies    1.03 of each byte",
+        ] {
+            assert!(told.contains(&line.into()), "{line}: {told:?}");
+        }
+        running.eta_high_s = Some(3600);
+        assert!(lines(&running).contains(&"remaining 1.00 MiB, 1 min 15 s (1 min 10 s to 1 h 0 min)".into()));
+        running.phase = "ready".into();
+        assert!(lines(&running).contains(&"remaining 1.00 MiB".into()));
     }
 
     #[test]

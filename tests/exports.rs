@@ -133,7 +133,8 @@ fn a_snapshot_that_cannot_be_is_refused_and_leaves_nothing_behind() {
     assert_eq!(daemon.status("vda")["serving"].as_str(), chain.top.to_str());
     let target = path("copy.raw");
     daemon.ok("mirror", &["vda", &target, "--raw", "--speed", "1K"]);
-    for (verb, args) in [("snapshot", vec!["vda", &path("s.qcow2")]), ("mirror", vec!["vda", &path("t.raw"), "--raw"])] {
+    for (verb, args) in [("snapshot", vec!["vda", &path("s.qcow2")]), ("mirror", vec!["vda", &path("t.raw"), "--raw"])]
+    {
         let said = daemon.refused(verb, &args);
         assert!(said.contains("BLOCK_COPY_ACTIVE"), "{verb}: {said}");
     }

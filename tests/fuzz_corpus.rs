@@ -57,3 +57,8 @@ fn qmp_lines() {
 fn pivot_records() {
     replay("record", fuzz::record::run);
 }
+
+#[test]
+fn words_of_the_command_line() {
+    replay("words", fuzz::words::run);
+}

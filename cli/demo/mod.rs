@@ -8,14 +8,12 @@
 //! nbd     how the guest reaches the disk
 //! daemon  the same program as a child, serving
 //! proof   compares the disk with what was acknowledged
-//! plot    the backlog over time
 //! ```
 mod chain;
 mod daemon;
 mod disk;
 mod guest;
 mod nbd;
-mod plot;
 mod proof;
 mod story;
 

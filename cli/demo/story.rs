@@ -4,13 +4,13 @@ use super::daemon::Daemon;
 use super::disk::Truth;
 use super::guest::Guest;
 use super::nbd::Nbd;
-use super::plot::Plot;
 use super::proof;
 use crate::args::Demo;
 use crate::bar::Bar;
 use crate::client::Client;
 use crate::failure::Failure;
 use crate::output::{remark, say};
+use crate::plot::Plot;
 use crate::size;
 use engine::control::{Code, MirrorRequest, Started, Status};
 use serde_json::{Value, json};
@@ -22,6 +22,9 @@ use std::time::{Duration, Instant};
 const EXPORT: &str = "vda";
 /// How long the guest writes before the mirror, when it is ready, and after the pivot.
 const ACT: Duration = Duration::from_millis(750);
+/// Columns and rows of the plot.
+const PLOT_WIDTH: usize = 60;
+const PLOT_HEIGHT: usize = 5;
 /// How often the backlog is looked at.
 const EVERY: Duration = Duration::from_millis(15);
 /// How long the mirror may take.
@@ -61,7 +64,7 @@ fn tell(folder: &Path, len: u64) -> Result<(), Failure> {
     let (writes, bytes) = (scene.guest.writes(), scene.guest.bytes());
     let truth = scene.guest.stop()?;
 
-    for line in scene.plot.lines() {
+    for line in scene.plot.lines(PLOT_WIDTH, PLOT_HEIGHT) {
         say(line)?;
     }
     say(format!("{:>10} R ready, P pivot: what is still to copy, over time", ""))?;

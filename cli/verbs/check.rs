@@ -2,7 +2,7 @@
 use crate::args;
 use crate::failure::Failure;
 use crate::image;
-use crate::output::{remark, say};
+use crate::output::{remark, say, say_json};
 use engine::control::TargetFormat;
 use engine::open::open_alone;
 use formats::error::{Context, Error};
@@ -26,7 +26,7 @@ pub fn run(args: &args::Check) -> Result<(), Failure> {
         Some(what) => qcow2::repair(&storage, &|| storage.flush().context(|| "flush"), what),
     };
     let found = found.map_err(in_words)?;
-    match args.json {
+    match args.form.json {
         true => tell_as_json(args, &found)?,
         false => tell(&found)?,
     }
@@ -135,5 +135,5 @@ fn tell_as_json(args: &args::Check, found: &Check) -> Result<(), Failure> {
         fragmented_clusters: found.fragmented_clusters,
         compressed_clusters: found.compressed_clusters,
     };
-    say(serde_json::to_string_pretty(&numbers).map_err(|error| Failure::new(error.to_string()))?)
+    say_json(&numbers)
 }

@@ -3,11 +3,12 @@ use crate::args::Compare;
 use crate::bar::Bar;
 use crate::failure::Failure;
 use crate::image;
-use crate::output::say;
+use crate::output::tell;
 use engine::control::TargetFormat;
 use engine::daemon::{Comparison, Incomparable, compare};
 use engine::disk::Disk;
 use formats::error::Error;
+use serde_json::json;
 use std::path::Path;
 
 /// Exit statuses for what is worse than a difference, which is 1.
@@ -22,14 +23,23 @@ pub fn run(args: &Compare) -> Result<(), Failure> {
     let bar = Bar::new("compare");
     let compared = compare(a, b, args.strict, |bytes| bar.set(bytes, len));
     drop(bar);
-    let differs = match compared.map_err(in_words)? {
-        Comparison::Same => return say("the images read alike"),
-        Comparison::DifferAt(offset) => format!("the images differ at byte {offset}"),
-        Comparison::SizesDiffer([a, b]) => format!("the images differ in size: {a} and {b} bytes"),
-        Comparison::MappedOtherwiseAt(offset) => format!("the images are mapped otherwise at byte {offset}"),
+    let (words, object) = match compared.map_err(in_words)? {
+        Comparison::Same => ("the images read alike".to_owned(), json!({ "result": "same" })),
+        Comparison::DifferAt(offset) => {
+            (format!("the images differ at byte {offset}"), json!({ "result": "content-differs", "offset": offset }))
+        }
+        Comparison::SizesDiffer([a, b]) => {
+            let words = format!("the images differ in size: {a} and {b} bytes");
+            (words, json!({ "result": "sizes-differ", "sizes": [a, b] }))
+        }
+        Comparison::MappedOtherwiseAt(offset) => {
+            let words = format!("the images are mapped otherwise at byte {offset}");
+            (words, json!({ "result": "mapping-differs", "offset": offset }))
+        }
     };
-    say(differs)?;
-    Err(Failure::Told)
+    let is_same = object["result"] == "same";
+    tell(args.form, &object, || words)?;
+    if is_same { Ok(()) } else { Err(Failure::Told) }
 }
 
 fn open(args: &Compare, path: &Path, named: Option<TargetFormat>) -> Result<Disk, Failure> {

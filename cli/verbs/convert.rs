@@ -3,12 +3,13 @@ use crate::args::Convert;
 use crate::bar::Bar;
 use crate::creation;
 use crate::failure::Failure;
-use crate::output::{remark, say};
+use crate::output::{remark, tell};
 use crate::place::place;
 use crate::size;
 use engine::control::options::Reach;
 use engine::daemon::{ConvertOptions, convert};
 use formats::backing::Location;
+use serde_json::json;
 use std::time::Instant;
 
 /// Copies the source to the target.
@@ -30,9 +31,18 @@ pub fn run(args: Convert) -> Result<(), Failure> {
     let converted = convert(&options, |copied| bar.set(copied.bytes, copied.total));
     drop(bar);
     let (notes, copied) = converted.map_err(|error| Failure::new(error.one_line()))?;
-    notes.iter().for_each(remark);
+    if !args.form.json {
+        notes.iter().for_each(remark);
+    }
     let seconds = begun.elapsed().as_secs_f64();
-    let rate = size::format((copied.bytes as f64 / seconds.max(1e-6)) as u64);
-    let bytes = size::format(copied.bytes);
-    say(format!("{}: {bytes} in {seconds:.2} s, {rate}/s", args.target.display()))
+    let rate = (copied.bytes as f64 / seconds.max(1e-6)) as u64;
+    let object = json!({
+        "target": args.target.display().to_string(),
+        "copied_bytes": copied.bytes,
+        "seconds": seconds,
+        "bytes_per_s": rate,
+        "notes": notes,
+    });
+    let (target, bytes, rate) = (args.target.display(), size::format(copied.bytes), size::format(rate));
+    tell(args.form, &object, || format!("{target}: {bytes} in {seconds:.2} s, {rate}/s"))
 }

@@ -4,7 +4,7 @@ mod kept;
 use crate::args::{Info, Servers};
 use crate::failure::Failure;
 use crate::image;
-use crate::output::say;
+use crate::output::{say, say_json};
 use crate::size;
 use engine::io::FileStorage;
 use engine::io::remote::Remote;
@@ -27,7 +27,7 @@ pub fn run(args: &Info) -> std::result::Result<(), Failure> {
         false => facts(top, None, &args.servers).map(|only| vec![only]),
     });
     let layers = layers.map_err(|error| Failure::new(error.one_line()))?;
-    match (args.json, &layers[..]) {
+    match (args.form.json, &layers[..]) {
         (true, [only]) if !args.backing_chain => say_json(only),
         (true, all) => say_json(&all),
         (false, all) => {
@@ -35,10 +35,6 @@ pub fn run(args: &Info) -> std::result::Result<(), Failure> {
             say(blocks.join("\n\n"))
         }
     }
-}
-
-fn say_json(value: &impl Serialize) -> std::result::Result<(), Failure> {
-    say(serde_json::to_string_pretty(value).map_err(|error| Failure::new(error.to_string()))?)
 }
 
 /// What there is to say, by the names that `qemu-img info --output=json` has.

@@ -1,8 +1,8 @@
 //! The verbs that a running job, or the daemon, is told in one sentence.
-use crate::args::{Cancel, Daemon, Job, Set};
+use crate::args::{Cancel, Form, Job, Pivot, Quit, Set};
 use crate::client::Client;
 use crate::failure::Failure;
-use crate::output::say;
+use crate::output::tell;
 use serde::Serialize;
 use serde_json::{Value, json};
 use std::time::Duration;
@@ -11,11 +11,27 @@ use std::time::Duration;
 const END_MAX: Duration = Duration::from_secs(60);
 
 /// Makes the target the disk that is served; returns when it is.
-pub fn pivot(job: &Job) -> Result<(), Failure> {
-    let mut client = Client::connect(&job.daemon.control)?;
-    let _: Value = client.call_and_wait("blkmirror-pivot", &json!({ "export": job.export }))?;
-    let status = client.status(&job.export)?;
-    say(format!("{}: pivoted, serving {}", job.export, status.serving))
+///
+/// Of several exports all are switched at one instant, or none is.
+pub fn pivot(pivot: &Pivot) -> Result<(), Failure> {
+    let mut client = Client::connect(&pivot.daemon.control)?;
+    if let [export] = &pivot.exports[..] {
+        let _: Value = client.call_and_wait("blkmirror-pivot", &json!({ "export": export }))?;
+        return ended(&mut client, export, "pivoted", pivot.form);
+    }
+    let _: Value = client.call_and_wait("blkmirror-pivot-together", &json!({ "exports": pivot.exports }))?;
+    let mut all = Vec::new();
+    for export in &pivot.exports {
+        let serving = client.status(export)?.serving;
+        all.push((json!({ "export": export, "result": "pivoted", "serving": serving }), serving));
+    }
+    let objects: Vec<&Value> = all.iter().map(|(object, _)| object).collect();
+    tell(pivot.form, &json!(objects), || {
+        let lines = pivot.exports.iter().zip(&all);
+        let lines: Vec<String> =
+            lines.map(|(export, (_, serving))| format!("{export}: pivoted, serving {serving}")).collect();
+        lines.join("\n")
+    })
 }
 
 /// Ends the job; returns when it has ended.
@@ -23,20 +39,17 @@ pub fn cancel(cancel: &Cancel) -> Result<(), Failure> {
     let Cancel { job, force } = cancel;
     let mut client = Client::connect(&job.daemon.control)?;
     let _: Value = client.call_and_wait("blkmirror-cancel", &json!({ "export": job.export, "force": force }))?;
-    let status = client.status(&job.export)?;
-    say(format!("{}: cancelled, serving {}", job.export, status.serving))
+    ended(&mut client, &job.export, "cancelled", job.form)
 }
 
 /// Stops copying.
 pub fn pause(job: &Job) -> Result<(), Failure> {
-    tell(job, "blkmirror-pause", &json!({ "export": job.export }))?;
-    say(format!("{}: paused", job.export))
+    change(job, "blkmirror-pause", &json!({ "export": job.export }), ["paused", "paused"])
 }
 
 /// Goes on copying.
 pub fn resume(job: &Job) -> Result<(), Failure> {
-    tell(job, "blkmirror-resume", &json!({ "export": job.export }))?;
-    say(format!("{}: goes on", job.export))
+    change(job, "blkmirror-resume", &json!({ "export": job.export }), ["resumed", "goes on"])
 }
 
 /// Changes a running job.
@@ -48,21 +61,30 @@ pub fn set(set: &Set) -> Result<(), Failure> {
     if let Some(mode) = set.mode {
         arguments["mode"] = json!(mode);
     }
-    tell(&set.job, "blkmirror-set", &arguments)?;
-    say(format!("{}: changed", set.job.export))
+    change(&set.job, "blkmirror-set", &arguments, ["changed", "changed"])
 }
 
 /// Ends the daemon; returns when it has gone.
-pub fn quit(daemon: &Daemon) -> Result<(), Failure> {
-    let path = daemon.control.display();
-    let mut client = Client::connect(&daemon.control)?;
+pub fn quit(quit: &Quit) -> Result<(), Failure> {
+    let path = quit.daemon.control.display();
+    let mut client = Client::connect(&quit.daemon.control)?;
     let _: Value = client.call("quit", &json!({}))?;
     if !client.wait_for_end(END_MAX)? {
-        return Err(Failure::new(format!("{path}: the daemon has not ended after {} s", END_MAX.as_secs())));
+        let seconds = END_MAX.as_secs();
+        return Err(Failure::new(format!("{path}: the daemon has not ended after {seconds} s: its log says why")));
     }
-    say(format!("{path}: the daemon has ended"))
+    let result = json!({ "control": quit.daemon.control, "result": "ended" });
+    tell(quit.form, &result, || format!("{path}: the daemon has ended"))
 }
 
-fn tell(job: &Job, command: &str, arguments: &impl Serialize) -> Result<Value, Failure> {
-    Client::connect(&job.daemon.control)?.call(command, arguments)
+/// Tells the job something; says what came of it in a word for a program and one for people.
+fn change(job: &Job, command: &str, arguments: &impl Serialize, [result, word]: [&str; 2]) -> Result<(), Failure> {
+    let _: Value = Client::connect(&job.daemon.control)?.call(command, arguments)?;
+    tell(job.form, &json!({ "export": job.export, "result": result }), || format!("{}: {word}", job.export))
+}
+
+pub(super) fn ended(client: &mut Client, export: &str, result: &str, form: Form) -> Result<(), Failure> {
+    let serving = client.status(export)?.serving;
+    let object = json!({ "export": export, "result": result, "serving": serving });
+    tell(form, &object, || format!("{export}: {result}, serving {serving}"))
 }

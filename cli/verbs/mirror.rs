@@ -4,7 +4,7 @@ use crate::bar::Bar;
 use crate::client::Client;
 use crate::creation;
 use crate::failure::Failure;
-use crate::output::{remark, say};
+use crate::output::{remark, tell};
 use crate::place::place;
 use crate::text;
 use engine::control::{Code, MirrorRequest, Started, Status, TargetFormat};
@@ -17,21 +17,33 @@ const EVERY: Duration = Duration::from_millis(200);
 
 /// Starts a mirror and stays with it for as long as was asked.
 pub fn run(args: Mirror) -> Result<(), Failure> {
-    let mut client = Client::connect(&args.job.daemon.control)?;
-    let stay = Stay::of(&args);
+    let mut client = Client::connect(&args.daemon.control)?;
+    let (stay, form) = (Stay::of(&args), args.form);
     let request = request(args)?;
     let started: Started = client.call_and_wait("blkmirror-mirror", &request)?;
-    for note in &started.notes {
-        remark(format!("{}: {note}", request.export));
+    if !form.json {
+        started.notes.iter().for_each(|note| remark(format!("{}: {note}", request.export)));
     }
     let MirrorRequest { export, target, .. } = &request;
-    match stay {
-        Stay::DryRun => say(format!("{export}: could be mirrored to {target}")),
-        Stay::Started => say(format!("{export}: mirror to {target} started, job {}", started.job)),
-        Stay::Ready => until_ready(&mut client, export).and_then(|()| say(format!("{export}: ready, target {target}"))),
-        Stay::Pivoted => pivot(&mut client, export),
-        Stay::Finished => finish(&mut client, export, target),
-    }
+    let Started { job, notes } = &started;
+    let (result, words) = match stay {
+        Stay::DryRun => ("possible", format!("{export}: could be mirrored to {target}")),
+        Stay::Started => ("started", format!("{export}: mirror to {target} started, job {job}")),
+        Stay::Ready => {
+            until_ready(&mut client, export)?;
+            ("ready", format!("{export}: ready, target {target}"))
+        }
+        Stay::Pivoted => {
+            when_ready(&mut client, export, "blkmirror-pivot")?;
+            ("pivoted", format!("{export}: pivoted, serving {}", client.status(export)?.serving))
+        }
+        Stay::Finished => {
+            when_ready(&mut client, export, "blkmirror-finish")?;
+            ("finished", format!("{export}: finished, {target} is a copy of this instant"))
+        }
+    };
+    let object = json!({ "export": export, "job": job, "target": target, "result": result, "notes": notes });
+    tell(form, &object, || words)
 }
 
 /// What is waited for.
@@ -58,7 +70,7 @@ impl Stay {
 
 fn request(args: Mirror) -> Result<MirrorRequest, Failure> {
     Ok(MirrorRequest {
-        export: args.job.export,
+        export: args.export,
         target: name(&args.target)?,
         shallow: args.shallow,
         reuse_external: args.reuse_external,
@@ -70,26 +82,16 @@ fn request(args: Mirror) -> Result<MirrorRequest, Failure> {
         on_target_error: args.on_target_error,
         dry_run: args.dry_run,
         job_id: args.job_id,
+        relative_backing: args.relative_backing,
         options: creation::all(&args.options).map_err(Failure::new)?,
         ..MirrorRequest::default()
     })
 }
 
 /// The daemon has a working folder of its own, so a path is made absolute here.
-fn name(target: &str) -> Result<String, Failure> {
+pub(super) fn name(target: &str) -> Result<String, Failure> {
     let named = place(Path::new(target))?.into_os_string().into_string();
     named.map_err(|_| Failure::new("the working folder's name is not UTF-8"))
-}
-
-fn pivot(client: &mut Client, export: &str) -> Result<(), Failure> {
-    when_ready(client, export, "blkmirror-pivot")?;
-    let status = client.status(export)?;
-    say(format!("{export}: pivoted, serving {}", status.serving))
-}
-
-fn finish(client: &mut Client, export: &str, target: &str) -> Result<(), Failure> {
-    when_ready(client, export, "blkmirror-finish")?;
-    say(format!("{export}: finished, {target} is a copy of this instant"))
 }
 
 /// Ends the job by `command` when it is ready.

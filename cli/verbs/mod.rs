@@ -2,8 +2,11 @@
 pub mod check;
 pub mod compare;
 pub mod convert;
+pub mod events;
+pub mod export;
 pub mod info;
 pub mod job;
+pub mod manual;
 pub mod map;
 pub mod mirror;
 pub mod serve;

@@ -13,7 +13,8 @@
 //!    a moment in which the target lacks something.
 //!
 //! A chunk is one bit in a word of marks and one in a word of claims; a bit of the summary says that
-//! a word of marks may have some, so that a scan of a nearly clean map is short.
+//! a word of marks may have some, so that a scan of a nearly clean map is short. A third bit says that it
+//! was ever marked: nothing depends on it but what people are shown.
 use crate::io::Words;
 use crate::sync::{AtomicU64, Ordering};
 use formats::range::ByteRange;
@@ -29,6 +30,23 @@ pub struct Claim {
 /// How many words one look for a run takes: 4 GiB of the disk with the usual chunks.
 const RUN_WORDS_MAX: usize = 1 << 10;
 
+/// How many words of each kind one look at the whole map takes: 1 TiB of the disk with the usual chunks.
+const CELL_WORDS_MAX: u64 = 1 << 18;
+
+/// How the chunks of one part of a disk stand, as far as they were looked at. Those that are nothing of this were
+/// never marked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cell {
+    /// How many were looked at.
+    pub chunks: u64,
+    /// Claimed: being worked on.
+    pub claimed: u64,
+    /// Marked, and not claimed.
+    pub marked: u64,
+    /// Marked once, and neither marked nor claimed now.
+    pub copied: u64,
+}
+
 /// One mark and one claim for each chunk of a disk.
 pub struct DirtyBitmap {
     size: u64,
@@ -37,12 +55,14 @@ pub struct DirtyBitmap {
     claims: Words,
     summary: Words,
     marked: AtomicU64,
+    /// What was ever marked.
+    touched: Words,
 }
 
 impl DirtyBitmap {
     /// A clean one for `size` bytes in chunks of 2^`chunk_bits` bytes.
     ///
-    /// Takes two bits a chunk and a 64th of that.
+    /// Takes three bits a chunk and a 64th of one.
     pub fn new(size: u64, chunk_bits: u32) -> Self {
         assert!((9..=26).contains(&chunk_bits), "chunks of 512 bytes to 64 MiB");
         let words = size.div_ceil(1 << chunk_bits).div_ceil(64) as usize;
@@ -53,6 +73,7 @@ impl DirtyBitmap {
             claims: Words::in_memory(words),
             summary: Words::in_memory(words.div_ceil(64)),
             marked: AtomicU64::new(0),
+            touched: Words::in_memory(words),
         }
     }
 
@@ -61,9 +82,11 @@ impl DirtyBitmap {
         1 << self.chunk_bits
     }
 
-    /// Marks every chunk that `range` touches.
-    pub fn mark(&self, range: ByteRange) {
+    /// Marks every chunk that `range` touches. Returns how many bytes are in those that were not marked; a last
+    /// chunk that is cut counts whole.
+    pub fn mark(&self, range: ByteRange) -> u64 {
         let (first, end) = self.chunks(range);
+        let mut chunks = 0;
         for (word, bits) in words(first, end) {
             let before = self.marks[word].fetch_or(bits, Ordering::AcqRel);
             let new = (bits & !before).count_ones();
@@ -71,8 +94,11 @@ impl DirtyBitmap {
                 self.marked.fetch_add(u64::from(new), Ordering::AcqRel);
                 // After the mark: who clears the summary's bit looks at the marks again.
                 self.summary[word / 64].fetch_or(1 << (word % 64), Ordering::AcqRel);
+                self.touched[word].fetch_or(bits, Ordering::Relaxed);
+                chunks += u64::from(new);
             }
         }
+        chunks << self.chunk_bits
     }
 
     /// The next run of marked and unclaimed chunks that begins in `within`, of `chunks_max` at most:
@@ -165,6 +191,34 @@ impl DirtyBitmap {
         // A taker may subtract a mark before its marker has added it: below zero for a moment.
         let marked = self.marked.load(Ordering::Acquire).cast_signed().max(0).cast_unsigned();
         (marked << self.chunk_bits).min(self.size)
+    }
+
+    /// The disk in `count` parts of as many chunks each, or in one for each chunk where those are fewer.
+    ///
+    /// A look, not a count: chunks change meanwhile, and of a map that is longer than `CELL_WORDS_MAX` only every
+    /// so many words are looked at.
+    pub fn cells(&self, count: u64) -> Vec<Cell> {
+        let chunks = self.chunk_count();
+        let count = count.min(chunks);
+        let stride = chunks.div_ceil(64).div_ceil(CELL_WORDS_MAX).max(1) as usize;
+        let border = |cell: u64| (u128::from(chunks) * u128::from(cell) / u128::from(count)) as u64;
+        let part = |cell| words(border(cell), border(cell + 1)).step_by(stride);
+        (0..count)
+            .map(|cell| part(cell).fold(Cell::default(), |sum, (word, bits)| self.look(sum, word, bits)))
+            .collect()
+    }
+
+    /// `cell`, and what the chunks `bits` of one word add to it.
+    fn look(&self, cell: Cell, word: usize, bits: u64) -> Cell {
+        let [marks, claims, touched] =
+            [&self.marks, &self.claims, &self.touched].map(|words| words[word].load(Ordering::Relaxed) & bits);
+        let count = |bits: u64| u64::from(bits.count_ones());
+        Cell {
+            chunks: cell.chunks + count(bits),
+            claimed: cell.claimed + count(claims),
+            marked: cell.marked + count(marks & !claims),
+            copied: cell.copied + count(touched & !marks & !claims),
+        }
     }
 
     /// True where no chunk is marked. Says nothing of claims.

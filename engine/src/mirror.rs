@@ -50,6 +50,19 @@ pub struct Stats {
     pub written: AtomicU64,
     /// Written to the target together with the source.
     pub written_both: AtomicU64,
+    /// Claimed by copiers now.
+    pub underway: AtomicU64,
+    /// In chunks that the seeder marked: what the disk had to bring over.
+    pub seeded: AtomicU64,
+    /// In chunks that were marked anew since, mostly by the guest's writes.
+    pub dirtied: AtomicU64,
+    /// Written by the guest.
+    pub guest: AtomicU64,
+    /// How many writes that were.
+    pub guest_writes: AtomicU64,
+    /// How long guest writes waited for the mirror in all, in nanoseconds: for a copier's claim, and for the target
+    /// where both sides are written.
+    pub delay_ns: AtomicU64,
 }
 
 /// One side failed; copying rests until the job has decided.
@@ -103,8 +116,19 @@ impl Mirror {
 
     /// Called when the source has a guest's write, or failed at it, and before the guest hears.
     pub fn written(&self, range: ByteRange) {
-        self.dirty.mark(range);
+        self.stats.dirtied.fetch_add(self.dirty.mark(range), Ordering::Relaxed);
         self.work.ring();
+    }
+
+    /// Called at a job's start for what the source has.
+    pub fn seed(&self, range: ByteRange) {
+        self.stats.seeded.fetch_add(self.dirty.mark(range), Ordering::Relaxed);
+        self.work.ring();
+    }
+
+    /// Bytes that the target lacks, as far as is known: marked, or on their way.
+    pub fn backlog(&self) -> u64 {
+        self.dirty.marked_bytes() + self.stats.underway.load(Ordering::Relaxed)
     }
 
     /// Marks what the target may have lost before its flush that is just over. True where there is any.
@@ -161,14 +185,16 @@ impl Mirror {
         self.claims.fetch_add(1, Ordering::SeqCst);
         self.taken.fetch_add(1, Ordering::SeqCst);
         let claim = self.dirty.take(within, chunks_max);
-        if claim.is_none() {
-            self.claims.fetch_sub(1, Ordering::SeqCst);
-        }
+        match &claim {
+            Some(claim) => self.stats.underway.fetch_add(self.dirty.claimed(claim).len(), Ordering::Relaxed),
+            None => self.claims.fetch_sub(1, Ordering::SeqCst),
+        };
         claim
     }
 
     /// A copier is done with a claim, and has marked again what failed.
     pub fn put(&self, claim: Claim) {
+        self.stats.underway.fetch_sub(self.dirty.claimed(&claim).len(), Ordering::Relaxed);
         self.dirty.release(claim);
         self.claims.fetch_sub(1, Ordering::SeqCst);
         self.released.ring();

@@ -33,7 +33,7 @@ impl Seeder {
             }
             let (range, wanted) = self.look(mirror, size)?;
             if wanted {
-                mirror.written(range);
+                mirror.seed(range);
             }
             self.at = range.end;
         }

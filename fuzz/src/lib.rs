@@ -10,3 +10,4 @@ pub mod qcow2;
 pub mod qmp;
 pub mod record;
 mod support;
+pub mod words;

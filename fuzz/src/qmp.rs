@@ -80,7 +80,7 @@ enum Deed {
     Event(u8, bool),
 }
 
-const COMMANDS: [&str; 33] = [
+const COMMANDS: [&str; 39] = [
     "qmp_capabilities",
     "blkmirror-cancel",
     "blkmirror-finish",
@@ -114,8 +114,14 @@ const COMMANDS: [&str; 33] = [
     "query-version",
     "quit",
     "query-block",
+    "blkmirror-map",
+    "blkmirror-export-add",
+    "blkmirror-export-remove",
+    "blkmirror-pivot-together",
+    "blkmirror-snapshot",
+    "blockdev-snapshot-sync",
 ];
-const MEMBERS: [&str; 26] = [
+const MEMBERS: [&str; 31] = [
     "device",
     "target",
     "format",
@@ -142,6 +148,11 @@ const MEMBERS: [&str; 26] = [
     "base",
     "bandwidth",
     "type",
+    "cells",
+    "file",
+    "name",
+    "exports",
+    "snapshot-file",
 ];
 const WORDS: [&str; 15] = [
     "full",

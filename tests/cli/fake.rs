@@ -1,10 +1,11 @@
 //! A daemon that answers as a test tells it to, through the real QMP session.
 use engine::control::qmp::{Call, Client};
-use engine::control::{Refusal, Reply, Request};
+use engine::control::{Event, Refusal, Reply, Request};
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::Duration;
 use tempfile::TempDir;
 
 /// The daemon; its socket goes with it.
@@ -38,6 +39,21 @@ impl Fake {
                     return;
                 }
             }
+        })
+    }
+
+    /// A daemon to which these things happen, each an hour after the one before, as soon as somebody listens; then
+    /// it ends.
+    pub fn to_which_happen(events: Vec<Event>) -> Self {
+        Self::with(move |mut stream, _| {
+            let mut client = Client::new();
+            let _ = flush(&mut stream, &mut client)
+                .and_then(|()| receive(&mut stream, &mut client))
+                .map(|()| assert!(client.next_call().is_none(), "only the capabilities are negotiated"));
+            for (event, hour) in events.iter().zip(1..) {
+                client.event(event, Duration::from_secs(hour * 3600) + Duration::from_micros(42));
+            }
+            let _ = flush(&mut stream, &mut client);
         })
     }
 

@@ -6,6 +6,10 @@ mod check;
 mod compress;
 mod creation;
 mod fake;
+mod json;
+mod manual;
+mod terminal;
+mod watch;
 
 use assert_cmd::Command;
 use engine::control::creation::{Compat, CreateOptions};
@@ -86,6 +90,11 @@ fn misuse_is_2_and_help_is_0() {
         &["check"],
         &["check", "/a", "--repair", "some"],
         &["demo", "--size", "1M"],
+        &["events"],
+        &["completions"],
+        &["completions", "tcsh"],
+        &["man", "/a", "/b"],
+        &["serve", "--control", "/s", "--socket", "/n", "--export", "vda=/a", "--json"],
         &["pivot", "--control", "/s", "vda", "--force"],
         &["status", "--control", "/s", "--shallow"],
     ];
@@ -104,8 +113,25 @@ fn misuse_is_2_and_help_is_0() {
 fn the_help_names_every_verb_once() {
     let help = blkmirror(&["--help"]).stdout;
     for verb in [
-        "serve", "convert", "compare", "info", "check", "demo", "mirror", "status", "pivot", "cancel", "pause",
-        "resume", "set", "watch", "quit",
+        "serve",
+        "convert",
+        "compare",
+        "info",
+        "check",
+        "demo",
+        "mirror",
+        "status",
+        "pivot",
+        "cancel",
+        "pause",
+        "resume",
+        "set",
+        "watch",
+        "events",
+        "quit",
+        "map",
+        "completions",
+        "man",
     ] {
         let rows = help.lines().filter(|line| line.trim_start().starts_with(&format!("{verb} "))).count();
         assert_eq!(rows, 1, "{verb} in {help}");
@@ -117,7 +143,9 @@ fn where_no_daemon_listens_the_remedy_is_named() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("control");
     let path = path.to_str().unwrap();
-    for words in [&["status"][..], &["mirror", "vda", "/t"], &["quit"], &["watch"], &["set", "vda", "--speed", "0"]] {
+    for words in
+        [&["status"][..], &["mirror", "vda", "/t"], &["quit"], &["watch"], &["events"], &["set", "vda", "--speed", "0"]]
+    {
         let mut all = vec![words[0], "--control", path];
         all.extend(&words[1..]);
         let run = blkmirror(&all);
@@ -132,7 +160,8 @@ fn a_socket_that_is_no_daemons_is_told_apart() {
     let fake = Fake::silent();
     let run = ask(&fake, &["status"]);
     assert_eq!(run.code, Some(1));
-    assert!(run.stderr.contains("not the control socket of a daemon"), "{run:?}");
+    let told = "not the control socket of a daemon: name the one that `blkmirror serve --control` was given";
+    assert_eq!(run.stderr, format!("blkmirror: {}: {told}\n", fake.path()));
 }
 
 #[test]
@@ -312,6 +341,16 @@ fn status_in_json_is_an_object_for_one_and_an_array_for_all() {
         "source",
         "target",
         "error",
+        "data_bytes",
+        "redundancy",
+        "copy_rate_bytes_per_s",
+        "dirty_rate_bytes_per_s",
+        "guest_rate_bytes_per_s",
+        "guest_delay_us",
+        "eta_low_s",
+        "eta_high_s",
+        "lag_bytes",
+        "lag_s",
     ];
     for field in fields {
         assert!(one.get(field).is_some(), "{field} in {}", run.stdout);
@@ -337,6 +376,7 @@ source    /images/old.qcow2
 target    /images/new.raw
 copied    3.00 MiB of 4.00 MiB (75.0 %)
 remaining 1.00 MiB, 2 s
+rate      0 B/s copied; guest writes 0 B/s, dirties 0 B/s
 speed     no limit, mode background
 ";
     assert_eq!((run.code, run.stdout.as_str()), (Some(0), expected));
@@ -404,7 +444,7 @@ fn watch_tells_each_change_once_and_that_the_daemon_went() {
         _ => Err(Refusal::new(Code::OperationFailed, "enough")),
     });
     let run = ask(&fake, &["watch", "vda"]);
-    assert_eq!(run.stdout, "vda  converging  75.0 %  1.00 MiB, 2 s left\nvda  ready  75.0 %  1.00 MiB, 2 s left\n");
+    assert_eq!(run.stdout, "vda  converging  75.0 %  1.00 MiB, 2 s left\nvda  ready  75.0 %  1.00 MiB left\n");
     assert_eq!((run.code, run.stderr.as_str()), (Some(1), "blkmirror: enough (OPERATION_FAILED)\n"));
 }
 
@@ -412,5 +452,34 @@ fn watch_tells_each_change_once_and_that_the_daemon_went() {
 fn a_daemon_that_hangs_up_is_told() {
     let fake = Fake::that_hangs_up();
     let run = ask(&fake, &["pivot", "vda"]);
-    assert_eq!((run.code, run.stderr), (Some(1), format!("blkmirror: {}: the daemon hung up\n", fake.path())));
+    let expected = format!("blkmirror: {}: the daemon hung up: its log says why\n", fake.path());
+    assert_eq!((run.code, run.stderr), (Some(1), expected));
+}
+
+#[test]
+fn sizes_are_understood_wherever_one_is_asked_for() {
+    let fake =
+        Fake::start(|request| if matches!(request, Request::Mirror(_)) { started() } else { Ok(Reply::Done {}) });
+    for (text, bytes) in [("65536", 65536), ("64K", 64 << 10), ("64k", 64 << 10), ("16M", 16 << 20), ("1G", 1 << 30)] {
+        let options = format!("cluster_size={text}");
+        let words = ["mirror", "vda", "/t", "--speed", text, "--granularity", text, "-o", &options];
+        assert_eq!(ask(&fake, &words).code, Some(0), "{text}");
+        assert_eq!(ask(&fake, &["set", "vda", "--speed", text]).code, Some(0), "{text}");
+        let [.., Request::Mirror(mirror), Request::Set { speed, .. }] = &fake.requests()[..] else { panic!("{text}") };
+        let found = (mirror.speed, mirror.granularity, mirror.options.cluster_size, *speed);
+        assert_eq!(found, (bytes, bytes, Some(bytes), Some(bytes)), "{text}");
+    }
+    for (text, reason) in [
+        ("1.5G", "expected bytes as a whole number, K, M, G or T behind it"),
+        ("10MB", "expected bytes as a whole number, K, M, G or T behind it"),
+        ("99999999T", "more than 64 bits of bytes"),
+    ] {
+        for words in [&["set", "vda", "--speed", text][..], &["mirror", "vda", "/t", "--granularity", text]] {
+            let run = ask(&fake, words);
+            let told = format!("error: invalid value '{text}' for '{} <", words[words.len() - 2]);
+            assert!(run.code == Some(2) && run.stderr.starts_with(&told) && run.stderr.contains(reason), "{run:?}");
+        }
+        let run = blkmirror(&["demo", "--size", text]);
+        assert!(run.code == Some(2) && run.stderr.contains(reason), "{run:?}");
+    }
 }

@@ -1,4 +1,5 @@
 //! What else an image keeps, for `info`: internal snapshots and persistent bitmaps.
+use crate::date::date;
 use crate::size;
 use formats::qcow2::{bitmaps, snapshots};
 use serde::Serialize;
@@ -63,7 +64,11 @@ impl Snapshot {
     pub fn line(&self) -> String {
         let Self { id, name, .. } = self;
         let state = size::format(self.vm_state_size);
-        format!("{id} {name} ({}, machine state {state}, disk {})", date(self.date_sec), size::format(self.disk_size))
+        format!(
+            "{id} {name} ({}, machine state {state}, disk {})",
+            date(u64::from(self.date_sec)),
+            size::format(self.disk_size)
+        )
     }
 }
 
@@ -74,40 +79,5 @@ impl Bitmap {
         facts.extend(self.flags.iter().map(|flag| (*flag).to_owned()));
         facts.extend((!self.consistent).then(|| "inconsistent".to_owned()));
         format!("{} ({})", self.name, facts.join(", "))
-    }
-}
-
-/// Seconds since 1970 as a date in UTC.
-fn date(seconds: u32) -> String {
-    let (mut days, time) = (seconds / 86400, seconds % 86400);
-    let mut year = 1970;
-    let is_leap = |year: u32| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
-    while days >= 365 + u32::from(is_leap(year)) {
-        days -= 365 + u32::from(is_leap(year));
-        year += 1;
-    }
-    let february = 28 + u32::from(is_leap(year));
-    let mut month = 1;
-    for len in [31, february, 31, 30, 31, 30, 31, 31, 30, 31, 30] {
-        if days < len {
-            break;
-        }
-        days -= len;
-        month += 1;
-    }
-    let (hour, minute, second) = (time / 3600, time / 60 % 60, time % 60);
-    format!("{year}-{month:02}-{:02} {hour:02}:{minute:02}:{second:02} UTC", days + 1)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::date;
-
-    #[test]
-    fn dates_are_those_of_the_calendar() {
-        assert_eq!(date(0), "1970-01-01 00:00:00 UTC");
-        assert_eq!(date(951_782_400), "2000-02-29 00:00:00 UTC");
-        assert_eq!(date(1_795_454_920), "2026-11-23 17:28:40 UTC");
-        assert_eq!(date(u32::MAX), "2106-02-07 06:28:15 UTC");
     }
 }

@@ -16,8 +16,8 @@ pub mod options;
 pub mod qmp;
 
 use creation::CreateOptions;
-use options::ExportOptions;
 use jobs::{ErrorAction, JobInfo, JobStatus};
+use options::ExportOptions;
 use serde::{Deserialize, Serialize};
 
 /// One wish of an operator.
@@ -29,6 +29,13 @@ pub enum Request {
     Status(Option<String>),
     /// The jobs: those under way, and those that nobody has dismissed yet.
     Jobs,
+    /// How the chunks of a job's disk stand, in so many parts.
+    Map {
+        /// Whose job.
+        export: String,
+        /// How many parts, `CELLS_MAX` at most.
+        cells: u64,
+    },
     /// Make the target the disk that is served. Answered when it is done.
     ///
     /// The job of a request with `auto_finalize: false` waits for `Finalize` before it is ended with a whole target,
@@ -77,6 +84,9 @@ pub enum Request {
     /// End the daemon.
     Quit,
 }
+
+/// Into how many parts a map can divide a disk.
+pub const CELLS_MAX: u64 = 4096;
 
 /// A copy request; what its flags mean together is in `docs/flags.md`.
 ///
@@ -241,6 +251,31 @@ pub enum Reply {
     Jobs(Vec<JobInfo>),
     /// A job was started, or would be.
     Started(Started),
+    /// How the chunks of a job's disk stand.
+    Map(MirrorMap),
+}
+
+/// How the chunks of a job's disk stand, part by part: the parts are equally long, and each list has a number of
+/// chunks for each of them.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct MirrorMap {
+    /// The export's name.
+    pub export: String,
+    /// The job's name.
+    pub job: String,
+    /// Bytes of the disk.
+    pub size_bytes: u64,
+    /// Bytes of a chunk.
+    pub chunk_bytes: u64,
+    /// How many were looked at: all of them, but on very large disks.
+    pub chunks: Vec<u64>,
+    /// The target has them.
+    pub copied: Vec<u64>,
+    /// They have to be copied, some of them again.
+    pub dirty: Vec<u64>,
+    /// They are being copied. What is none of the three never had to be: it reads as zeroes, the layers below both
+    /// disks have it, or the seeding has not been there.
+    pub copying: Vec<u64>,
 }
 
 /// What a copy request came to.
@@ -280,6 +315,37 @@ pub struct Status {
     pub speed_bytes_per_s: u64,
     /// When the job may be ready, at the present rate.
     pub eta_s: Option<u64>,
+    /// When it would be at the rate of the fastest second of late.
+    #[serde(default)]
+    pub eta_low_s: Option<u64>,
+    /// When it would be at that of the slowest; none where it never would.
+    #[serde(default)]
+    pub eta_high_s: Option<u64>,
+    /// What the source held when the job began, as far as it was looked at.
+    #[serde(default)]
+    pub data_bytes: u64,
+    /// How many times over that has been copied: 1 where each byte was brought over once.
+    #[serde(default)]
+    pub redundancy: Option<f64>,
+    /// What copiers have brought over of late.
+    #[serde(default)]
+    pub copy_rate_bytes_per_s: u64,
+    /// What guests have marked anew of late.
+    #[serde(default)]
+    pub dirty_rate_bytes_per_s: u64,
+    /// What guests have written of late.
+    #[serde(default)]
+    pub guest_rate_bytes_per_s: u64,
+    /// How long a guest's write has waited for the job of late, on average: for a claim, and for the target where
+    /// both sides are written.
+    #[serde(default)]
+    pub guest_delay_us: Option<u64>,
+    /// How far the target is behind; none before everything was brought over once.
+    #[serde(default)]
+    pub lag_bytes: Option<u64>,
+    /// For how long what it lacks has been missing.
+    #[serde(default)]
+    pub lag_s: Option<f64>,
     /// Path of the source's top image.
     pub source: String,
     /// Path of the target.

@@ -1,12 +1,14 @@
 //! A job with its threads: how it is started, how it stands, and what is tidied when it is over.
 use super::exports::Export;
+use super::pace::{Counters, Eta, Pace};
 use super::threads::Worker;
 use super::wait::until_image_is_free;
 use crate::control::creation::{CreateOptions, Preallocation};
 use crate::control::jobs::{JobInfo, JobStatus};
 use crate::control::options::Reach;
-use crate::control::{Code, MirrorRequest, Refusal, Started, Status};
+use crate::control::{Code, MirrorMap, MirrorRequest, Refusal, Started, Status};
 use crate::copier::Depth;
+use crate::dirty::Cell;
 use crate::disk::Disk;
 use crate::job::{Goal, Job, Parts, Phase, path};
 use crate::journal::WordJournal;
@@ -29,8 +31,6 @@ use std::time::{Duration, Instant};
 pub(super) const DEPTH: Depth = Depth { slots: 16, run_len: 256 << 10, beside: 256 << 10 };
 /// How long a pivot may keep the guest waiting for its last pass.
 const PAUSE_MAX: Duration = Duration::from_secs(5);
-/// Over how long the copy's rate is measured.
-const RATE_OVER: Duration = Duration::from_secs(1);
 
 /// A job under way.
 pub(super) struct Active {
@@ -43,6 +43,7 @@ pub(super) struct Active {
     auto_dismiss: bool,
     /// What was told of it last.
     told: Option<Told>,
+    begun: Instant,
     pace: Pace,
 }
 
@@ -52,13 +53,6 @@ struct Told {
     phase: Phase,
     paused: bool,
     stands: JobStatus,
-}
-
-/// How fast the copy has been lately.
-struct Pace {
-    since: Instant,
-    copied: u64,
-    bytes_per_s: u64,
 }
 
 impl Active {
@@ -133,7 +127,7 @@ impl Active {
             on_target_error: request.on_target_error,
             pause_max: PAUSE_MAX,
         });
-        let pace = Pace { since: Instant::now(), copied: 0, bytes_per_s: 0 };
+        let (begun, pace) = (Instant::now(), Pace::default());
         let active = Self {
             job,
             threads,
@@ -143,6 +137,7 @@ impl Active {
             auto_finalize: request.auto_finalize,
             auto_dismiss: request.auto_dismiss,
             told: None,
+            begun,
             pace,
         };
         Ok((started, Some(active)))
@@ -243,24 +238,38 @@ impl Active {
 
     /// Measures how fast the copy is.
     pub fn measure(&mut self) {
-        let copied = self.job.mirror().stats.copied.load(Ordering::Relaxed);
-        let over = self.pace.since.elapsed();
-        if over >= RATE_OVER {
-            let bytes = u128::from(copied.saturating_sub(self.pace.copied)) * 1_000_000;
-            let bytes_per_s = u64::try_from(bytes / over.as_micros().max(1)).unwrap_or(u64::MAX);
-            self.pace = Pace { since: Instant::now(), copied, bytes_per_s };
+        self.pace.note(self.begun.elapsed(), self.counters());
+    }
+
+    fn counters(&self) -> Counters {
+        let stats = &self.job.mirror().stats;
+        Counters {
+            copied: stats.copied.load(Ordering::Relaxed),
+            dirtied: stats.dirtied.load(Ordering::Relaxed),
+            guest: stats.guest.load(Ordering::Relaxed),
+            guest_writes: stats.guest_writes.load(Ordering::Relaxed),
+            delay_ns: stats.delay_ns.load(Ordering::Relaxed),
         }
     }
 
     /// How it stands.
     pub fn status(&self, export: &Export) -> Status {
         let mirror = self.job.mirror();
-        let (copied, remaining) = (mirror.stats.copied.load(Ordering::Relaxed), self.job.remaining());
-        let rate = self.pace.bytes_per_s;
+        let (counters, remaining, backlog) = (self.counters(), self.job.remaining(), mirror.backlog());
+        let (copied, seeded) = (counters.copied, mirror.stats.seeded.load(Ordering::Relaxed));
+        let (phase, rates) = (self.job.phase(), self.pace.rates());
+        let eta = match phase {
+            Phase::Seeding | Phase::Converging if !self.job.is_paused() => self.pace.eta(remaining),
+            Phase::Ready | Phase::Pivoting => Eta { likely: Some(0), low: Some(0), high: Some(0) },
+            _ => Eta::default(),
+        };
+        // Before everything was brought over once the target is not behind: it is not there yet.
+        let follows = matches!(phase, Phase::Converging | Phase::Ready | Phase::Pivoting);
+        let lag = follows.then(|| self.pace.lag(self.begun.elapsed(), counters, backlog));
         Status {
             export: export.name.clone(),
             serving: self.job.serving().name(),
-            phase: self.job.phase().name().to_owned(),
+            phase: phase.name().to_owned(),
             paused: self.job.is_paused(),
             job: Some(self.job.id().to_owned()),
             mode: Some(self.job.mode()),
@@ -269,11 +278,38 @@ impl Active {
             remaining_bytes: remaining,
             dirty_bytes: mirror.dirty.marked_bytes(),
             speed_bytes_per_s: mirror.rate.limit(),
-            eta_s: (rate > 0 && !self.job.phase().is_over()).then(|| remaining.div_ceil(rate)),
+            eta_s: eta.likely,
+            eta_low_s: eta.low,
+            eta_high_s: eta.high,
+            data_bytes: seeded,
+            redundancy: (seeded > 0).then(|| thousandths(copied as f64 / seeded as f64)),
+            copy_rate_bytes_per_s: rates.copied,
+            dirty_rate_bytes_per_s: rates.dirtied,
+            guest_rate_bytes_per_s: rates.guest,
+            guest_delay_us: rates.delay.map(|delay| u64::try_from(delay.as_micros()).unwrap_or(u64::MAX)),
+            lag_bytes: follows.then_some(backlog),
+            lag_s: lag.map(|lag| thousandths(lag.as_secs_f64())),
             source: mirror.source.name(),
             target: Some(self.target.display().to_string()),
             error: self.job.error().map(str::to_owned),
             notes: self.notes.clone(),
+        }
+    }
+
+    /// How the chunks of its disk stand, in `cells` parts.
+    pub fn map(&self, export: &str, cells: u64) -> MirrorMap {
+        let mirror = self.job.mirror();
+        let cells = mirror.dirty.cells(cells);
+        let list = |number: fn(&Cell) -> u64| cells.iter().map(number).collect();
+        MirrorMap {
+            export: export.to_owned(),
+            job: self.job.id().to_owned(),
+            size_bytes: mirror.source.size(),
+            chunk_bytes: mirror.dirty.chunk_len(),
+            chunks: list(|cell| cell.chunks),
+            copied: list(|cell| cell.copied),
+            dirty: list(|cell| cell.marked),
+            copying: list(|cell| cell.claimed),
         }
     }
 
@@ -289,6 +325,11 @@ impl Active {
             tracing::warn!("closing an image that is served no more: {}", error.one_line());
         }
     }
+}
+
+/// To three digits behind the point.
+fn thousandths(number: f64) -> f64 {
+    (number * 1000.0).round() / 1000.0
 }
 
 /// As many copy threads as pay: direct I/O does not need this thread's processor, the page cache does.

@@ -18,6 +18,7 @@ mod exports;
 mod jobs;
 mod listen;
 mod map;
+mod pace;
 mod pool;
 mod threads;
 mod wait;
@@ -72,7 +73,8 @@ pub fn serve(options: &ServeOptions, ready: impl FnOnce(&str)) -> Result<()> {
     let exports = wanted.iter().map(open).collect::<Result<Vec<_>>>()?;
     refuse_shared(exports.iter())?;
     let table = Arc::<Table>::default();
-    let mut thread = ControlThread::new(exports, table, options.reach.clone(), credentials, state).context(|| "starting")?;
+    let mut thread =
+        ControlThread::new(exports, table, options.reach.clone(), credentials, state).context(|| "starting")?;
     thread.desk().resume_jobs();
     // Only now: who finds the sockets is served.
     let named = options.listeners.iter().map(Listening::at);

@@ -18,6 +18,7 @@ use formats::image::Zeroing;
 use formats::range::ByteRange;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 /// What a guest wants.
 #[derive(Debug)]
@@ -56,6 +57,8 @@ pub struct GuestRequest {
     decided: bool,
     outcome: Result<()>,
     buf: Option<Buffer>,
+    /// Since when it has been waiting for the mirror alone.
+    delayed_since: Option<Duration>,
 }
 
 enum Stage {
@@ -82,6 +85,7 @@ impl GuestRequest {
             decided: false,
             outcome: Ok(()),
             buf: None,
+            delayed_since: None,
         }
     }
 
@@ -101,7 +105,11 @@ impl GuestRequest {
             if status != Status::Done {
                 return status;
             }
+            self.end_delay(tools);
             self.advance();
+            if matches!(self.stage, Stage::Target(..)) {
+                self.begin_delay(tools);
+            }
         }
     }
 
@@ -130,8 +138,10 @@ impl GuestRequest {
         }
         if let Some(mirror) = pass.route().mirror.clone().filter(|_| self.changes) {
             if !self.claim(&mirror, tools) {
+                self.begin_delay(tools);
                 return false;
             }
+            self.end_delay(tools);
             if planted(Fault::MarkBeforeWrite) {
                 mirror.written(self.range);
             }
@@ -146,6 +156,19 @@ impl GuestRequest {
             Action::Flush => Task::flush(disk),
         });
         true
+    }
+
+    /// From here on it waits for the mirror: without one it would go on.
+    fn begin_delay<I: Io>(&mut self, tools: &Tools<I>) {
+        self.delayed_since.get_or_insert_with(|| tools.io.now());
+    }
+
+    /// It goes on.
+    fn end_delay<I: Io>(&mut self, tools: &Tools<I>) {
+        if let (Some(since), Some(mirror)) = (self.delayed_since.take(), self.mirror()) {
+            let delay = tools.io.now().saturating_sub(since);
+            mirror.stats.delay_ns.fetch_add(u64::try_from(delay.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        }
     }
 
     fn refuse(&mut self, error: Error) -> bool {
@@ -223,6 +246,8 @@ impl GuestRequest {
         if !self.changes || planted(Fault::MarkBeforeWrite) {
             return;
         }
+        mirror.stats.guest.fetch_add(self.range.len(), Ordering::Relaxed);
+        mirror.stats.guest_writes.fetch_add(1, Ordering::Relaxed);
         if planted(Fault::ClaimTargetOnly) && self.goes_to_both(&mirror) {
             self.try_claim(&mirror);
         }

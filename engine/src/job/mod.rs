@@ -198,7 +198,7 @@ impl Job {
             Stage::Seeding(seeder) => self.parts.mirror.source.size() - seeder.seen(),
             _ => 0,
         };
-        let left = unseen + self.parts.mirror.dirty.marked_bytes();
+        let left = unseen + self.parts.mirror.backlog();
         let before_ready = matches!(self.phase, Phase::Seeding | Phase::Converging);
         if before_ready { left.max(1) } else { left }
     }

@@ -281,6 +281,7 @@ impl World {
 
     /// At the instant of a pivot both sides read alike.
     fn compare(&self, mirror: &Mirror) {
+        assert_eq!(mirror.backlog(), 0, "what people are told: {:?}", self.plan);
         let (source, target) = (self.read_all(&mirror.source), self.read_all(&mirror.target));
         let differs = source.chunks(SECTOR).zip(target.chunks(SECTOR)).position(|(a, b)| a != b);
         if let Some(sector) = differs {

@@ -15,7 +15,10 @@ impl StateFolder {
             text => text.context(|| format!("{}: reading the exports that were added", path.display()))?,
         };
         serde_json::from_slice(&text).map_err(|error| {
-            Error::malformed(format!("{}: no list of exports ({error}): remove the file to go on without", path.display()))
+            Error::malformed(format!(
+                "{}: no list of exports ({error}): remove the file to go on without",
+                path.display()
+            ))
         })
     }
 

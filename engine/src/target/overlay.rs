@@ -18,7 +18,10 @@ pub fn plan_overlay(request: &SnapshotRequest, source: &Disk) -> Result<Plan, Re
     let found = Found::look(&path)?;
     let creation = match request.reuse_external {
         true if !request.options.is_empty() || request.relative_backing => {
-            return Err(invalid(format!("{}: options are of an overlay that is made, and this is reused", path.display())));
+            return Err(invalid(format!(
+                "{}: options are of an overlay that is made, and this is reused",
+                path.display()
+            )));
         }
         true => {
             found.reuse(&path, Some(format))?;

@@ -2,7 +2,7 @@
 use super::answers::JobType;
 use super::problem::Problem;
 use crate::control::creation::CreateOptions;
-use crate::control::{MirrorRequest, Mode, OnError, Request, SnapshotRequest, TargetFormat};
+use crate::control::{CELLS_MAX, MirrorRequest, Mode, OnError, Request, SnapshotRequest, TargetFormat};
 use serde::Deserialize;
 
 /// No arguments.
@@ -113,6 +113,27 @@ impl SnapshotSync {
 pub(super) struct MaybeExport {
     #[serde(default)]
     pub(super) export: Option<String>,
+}
+
+/// A job's disk, and in how many parts it is wanted.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct MapCells {
+    export: String,
+    #[serde(default = "some_cells")]
+    cells: u64,
+}
+
+impl MapCells {
+    pub(super) fn into_request(self) -> Result<Request, Problem> {
+        let Self { export, cells } = self;
+        match cells {
+            1..=CELLS_MAX => Ok(Request::Map { export, cells }),
+            _ => {
+                Err(Problem::invalid(format!("blkmirror-map: argument 'cells': {cells} is not from 1 to {CELLS_MAX}")))
+            }
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -262,6 +283,10 @@ impl DriveMirror {
         ];
         cases.iter().find(|(asked, _)| *asked).map(|(_, what)| *what)
     }
+}
+
+fn some_cells() -> u64 {
+    256
 }
 
 fn yes() -> bool {

@@ -3,8 +3,8 @@
 //! The table is the one definition: the parser, `query-commands` and `query-qmp-schema` come from it.
 use super::answers::{BlockJobInfo, CommandInfo, Empty, JobInfo, SchemaInfo, VersionInfo};
 use super::arguments::{
-    BlockRebase, Cancel, CancelJob, Capabilities, ChangeJob, Device, DriveMirror, JobAbort, JobId, MaybeExport,
-    NamedExport, NamedExports, Nothing, RemoveExport, Set, SetSpeed, SnapshotSync,
+    BlockRebase, Cancel, CancelJob, Capabilities, ChangeJob, Device, DriveMirror, JobAbort, JobId, MapCells,
+    MaybeExport, NamedExport, NamedExports, Nothing, RemoveExport, Set, SetSpeed, SnapshotSync,
 };
 use super::problem::Problem;
 use super::render::{self, Render, value};
@@ -13,10 +13,10 @@ use super::shape::{Shape, shape};
 use super::{Call, event, version};
 use crate::control::jobs::{self, JobVerb};
 use crate::control::options::ExportOptions;
-use crate::control::{MirrorRequest, Mode, Request, SnapshotRequest, Started, Status, libvirt};
+use crate::control::{MirrorMap, MirrorRequest, Mode, Request, SnapshotRequest, Started, Status, libvirt};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 /// What is done about a command.
 #[derive(Debug)]
@@ -130,6 +130,7 @@ const COMMANDS: &[Command] = &[
         Ok(waiting(Request::RemoveExport { export: it.export, force: it.force }))
     }),
     command!("blkmirror-finish", NamedExport => Empty, |it| Ok(waiting(Request::Finish(it.export)))),
+    command!("blkmirror-map", MapCells => MirrorMap, |it| it.into_request().map(waiting)),
     command!("blkmirror-mirror", MirrorRequest => Started, |it| Ok(waiting(Request::Mirror(it)))),
     command!("blkmirror-pause", NamedExport => Empty, |it| Ok(waiting(Request::Pause(it.export)))),
     command!("blkmirror-pivot", NamedExport => Empty, |it| Ok(waiting(Request::Pivot(it.export)))),
@@ -297,5 +298,5 @@ fn unknown(name: &str) -> Problem {
 }
 
 fn no_members() -> Value {
-    Value::Object(Map::new())
+    Value::Object(serde_json::Map::new())
 }

@@ -52,7 +52,7 @@ pub(super) fn error(job: &jobs::JobInfo) -> Option<String> {
 fn all(reply: &Reply) -> &[jobs::JobInfo] {
     match reply {
         Reply::Jobs(jobs) => jobs,
-        Reply::Done {} | Reply::One(_) | Reply::All(_) | Reply::Started(_) => &[],
+        Reply::Done {} | Reply::One(_) | Reply::All(_) | Reply::Started(_) | Reply::Map(_) => &[],
     }
 }
 

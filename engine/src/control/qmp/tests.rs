@@ -3,7 +3,9 @@ mod jobs;
 
 use super::{Call, Client, MESSAGE_LEN_MAX, OUTPUT_LEN_MAX};
 use crate::control::creation::{Compat, CreateOptions, Preallocation};
-use crate::control::{Code, MirrorRequest, Mode, OnError, Refusal, Reply, Request, Started, Status, TargetFormat};
+use crate::control::{
+    Code, MirrorMap, MirrorRequest, Mode, OnError, Refusal, Reply, Request, Started, Status, TargetFormat,
+};
 use proptest::prelude::{any, proptest};
 use serde_json::{Value, json};
 use std::time::Duration;
@@ -404,4 +406,39 @@ proptest! {
         send(&mut client, &json!({ "execute": "query-version" }));
         assert!(said(&mut client)[0]["return"].is_object());
     }
+}
+
+#[test]
+fn a_map_has_as_many_parts_as_were_asked_for() {
+    let map = |arguments: Value| json!({ "execute": "blkmirror-map", "arguments": arguments });
+    for (arguments, cells) in [
+        (json!({ "export": "vda" }), 256),
+        (json!({ "export": "vda", "cells": 1 }), 1),
+        (json!({ "export": "vda", "cells": 4096 }), 4096),
+    ] {
+        let wanted = Request::Map { export: "vda".into(), cells };
+        assert_eq!(send(&mut client(), &map(arguments)), call(wanted, true));
+    }
+    for cells in [0, 4097] {
+        let expected = format!("blkmirror-map: argument 'cells': {cells} is not from 1 to 4096");
+        assert_eq!(error(&map(json!({ "export": "vda", "cells": cells })))["desc"], expected);
+    }
+    let mut client = client();
+    send(&mut client, &map(json!({ "export": "vda" })));
+    let (export, job) = ("vda".to_owned(), "move".to_owned());
+    let lists = |number| vec![number; 4096];
+    client.answer(Ok(Reply::Map(MirrorMap {
+        export,
+        job,
+        size_bytes: 1 << 40,
+        chunk_bytes: 65536,
+        chunks: lists(4096),
+        copied: lists(4000),
+        dirty: lists(90),
+        copying: lists(6),
+    })));
+    assert!(!client.is_lost(), "the longest answer has room");
+    let answer = said(&mut client)[0]["return"].take();
+    let lens = ["chunks", "copied", "dirty", "copying"].map(|list| answer[list].as_array().map(Vec::len));
+    assert_eq!((lens, answer["size_bytes"].as_u64()), ([Some(4096); 4], Some(1 << 40)));
 }

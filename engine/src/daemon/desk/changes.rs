@@ -110,7 +110,8 @@ impl Desk {
         let closed = outcome.and_then(|()| if disk.read_only() { Ok(()) } else { disk.chain().top().close() });
         tracing::info!(export = export.name, "removed");
         let answer = closed.map(|()| Reply::Done {}).map_err(|error| {
-            let message = format!("export {} is removed, but not all of it is durable: {}", export.name, error.one_line());
+            let message =
+                format!("export {} is removed, but not all of it is durable: {}", export.name, error.one_line());
             refuse(Code::OperationFailed, message)
         });
         self.news.push(News::Answer(removing.client, answer));

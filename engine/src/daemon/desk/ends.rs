@@ -122,9 +122,7 @@ impl Desk {
         let export = self.export_mut(number);
         export.last = Some(status.clone());
         self.answer_waiting(number, |wish| match (wish, phase) {
-            (Wish::Pivot | Wish::Together(_), Phase::Pivoted) | (Wish::Cancel, Phase::Cancelled) => {
-                Ok(Reply::Done {})
-            }
+            (Wish::Pivot | Wish::Together(_), Phase::Pivoted) | (Wish::Cancel, Phase::Cancelled) => Ok(Reply::Done {}),
             _ => {
                 let why = status.error.clone().unwrap_or_else(|| format!("the job ended: {}", phase.name()));
                 Err(refuse(Code::OperationFailed, why))

@@ -23,9 +23,9 @@ use crate::target::NO_BLOCKING;
 use changes::Removing;
 use concluded::Concluded;
 use ends::Wish;
-use replacing::Replacing;
 use formats::error::Result;
 use formats::nbd::{Address, Server};
+use replacing::Replacing;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -200,10 +200,11 @@ impl Desk {
     fn act(&mut self, client: u64, call: Call) -> Option<Answer> {
         let wait = call.wait;
         let answer = match call.request {
-            Request::Status(None) => {
-                Ok(Reply::All(self.exports.keys().map(|number| self.status(*number)).collect()))
-            }
+            Request::Status(None) => Ok(Reply::All(self.exports.keys().map(|number| self.status(*number)).collect())),
             Request::Status(Some(name)) => self.find(&name).map(|number| Reply::One(Box::new(self.status(number)))),
+            Request::Map { export, cells } => {
+                self.job(&export).map(|(_, active)| Reply::Map(active.map(&export, cells)))
+            }
             Request::Jobs => Ok(Reply::Jobs(self.all_jobs())),
             Request::Mirror(request) => self.mirror(&request),
             Request::Pivot(name) => match self.pivot(&name, wait) {

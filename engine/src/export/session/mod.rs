@@ -365,14 +365,16 @@ impl Session {
                 Outcome::More => {}
                 Outcome::StartTls => self.layer = Layer::Starting,
                 Outcome::Closed(reason) => self.leave(io, Ending::Handshake(reason)),
-                Outcome::Transmission(negotiated) => match self.directory.enter(&negotiated.export.name, self.socket.clone()) {
-                    Some((gate, member)) => {
-                        self.inbound.expect_requests(Header::bytes(negotiated.style), &self.arena);
-                        let transmission = Transmission::new(*negotiated, gate, member);
-                        self.phase = Phase::Transmission(Box::new(transmission));
+                Outcome::Transmission(negotiated) => {
+                    match self.directory.enter(&negotiated.export.name, self.socket.clone()) {
+                        Some((gate, member)) => {
+                            self.inbound.expect_requests(Header::bytes(negotiated.style), &self.arena);
+                            let transmission = Transmission::new(*negotiated, gate, member);
+                            self.phase = Phase::Transmission(Box::new(transmission));
+                        }
+                        None => self.leave(io, Ending::NoExport(negotiated.export.name)),
                     }
-                    None => self.leave(io, Ending::NoExport(negotiated.export.name)),
-                },
+                }
             }
         }
     }

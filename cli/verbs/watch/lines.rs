@@ -1,4 +1,5 @@
-//! `watch`: a line for each change.
+//! A line for each change.
+use super::look;
 use crate::args::Watch;
 use crate::client::Client;
 use crate::failure::Failure;
@@ -11,13 +12,12 @@ use std::time::Duration;
 /// How often progress is looked at; a change of phase is told at once.
 const EVERY: Duration = Duration::from_secs(1);
 
-/// Follows the exports until the daemon ends or nobody reads.
-pub fn run(args: &Watch) -> Result<(), Failure> {
-    let mut client = Client::connect(&args.daemon.control)?;
+/// Tells what has changed until the daemon ends or nobody reads.
+pub fn follow(mut client: Client, args: &Watch) -> Result<(), Failure> {
     let mut told = BTreeMap::new();
     loop {
-        for status in look(&mut client, args)? {
-            let line = text::line(&status);
+        for status in look(&mut client, args.export.as_deref())? {
+            let line = if args.form.json { object(&status)? } else { text::line(&status) };
             if told.get(&status.export) != Some(&line) {
                 say(&line)?;
                 told.insert(status.export, line);
@@ -27,9 +27,6 @@ pub fn run(args: &Watch) -> Result<(), Failure> {
     }
 }
 
-fn look(client: &mut Client, args: &Watch) -> Result<Vec<Status>, Failure> {
-    match &args.export {
-        Some(export) => client.status(export).map(|status| vec![status]),
-        None => client.all(),
-    }
+fn object(status: &Status) -> Result<String, Failure> {
+    serde_json::to_string(status).map_err(|error| Failure::new(error.to_string()))
 }
