@@ -7,6 +7,7 @@
 pub mod daemon;
 pub mod images;
 pub mod nbd;
+pub mod qmp;
 pub mod random;
 pub mod server;
 pub mod tools;
