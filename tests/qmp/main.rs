@@ -274,3 +274,28 @@ fn a_job_that_cannot_go_on_after_a_kill_is_kept_with_its_error() {
     scene.qmp.ok("job-dismiss", json!({ "id": "move" }));
     assert_eq!(scene.job(), None);
 }
+
+/// The manual has a row for every command and event, with all that it takes or says.
+#[test]
+fn the_manual_has_everything() {
+    let mut scene = Scene::new(10);
+    let manual = include_str!("../../docs/qmp.md");
+    let schema = scene.qmp.ok("query-qmp-schema", json!({}));
+    let entries = schema.as_array().expect("a list");
+    let members = |name: &Value| {
+        let object = entries.iter().find(|entry| entry["meta-type"] == "object" && entry["name"] == *name);
+        object.expect("its type")["members"].as_array().expect("members").clone()
+    };
+    let mut told = 0;
+    for entry in entries.iter().filter(|entry| entry["meta-type"] == "command" || entry["meta-type"] == "event") {
+        let word = |name: &Value| format!("`{}`", name.as_str().expect("a name"));
+        let name = word(&entry["name"]);
+        let in_its_place = |line: &&str| line.split('|').nth(1).is_some_and(|cell| cell.contains(&name));
+        let row = manual.lines().find(in_its_place).unwrap_or_else(|| panic!("docs/qmp.md has no row for {name}"));
+        for member in members(&entry["arg-type"]) {
+            assert!(row.contains(&word(&member["name"])), "docs/qmp.md: {name} has a {}: {row}", member["name"]);
+        }
+        told += 1;
+    }
+    assert!(told > 35, "{told}");
+}
