@@ -5,167 +5,19 @@
 mod support;
 
 use serde_json::Value;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use support::daemon::Daemon;
-use support::images::{self, Chain, overlay, probed, random_chain, three_layers};
+use support::images::{self, Chain, overlay, random_chain, three_layers};
 use support::nbd::{Client, Replies, Request};
 use support::random::Random;
+use support::scene::{DISK_LEN, Scene, backing};
 use support::tools::{self, allocated, check, content, info};
 use support::writer::{Habits, Writer};
 use support::{assert_same, folder};
 
-const DISK_LEN: u64 = 32 << 20;
 /// Slow enough that the job is still under way when the test looks.
 const SLOW: &str = "1048576";
-
-/// A disk of three layers that is served, its guest, and a place to move it to.
-struct Scene {
-    writer: Option<Writer>,
-    daemon: Daemon,
-    chain: Chain,
-    target: PathBuf,
-    folder: tempfile::TempDir,
-}
-
-impl Scene {
-    #[track_caller]
-    fn new(seed: u64) -> Self {
-        let folder = folder();
-        let chain = three_layers(folder.path(), DISK_LEN, seed);
-        Self::of(folder, chain, seed)
-    }
-
-    #[track_caller]
-    fn of(folder: tempfile::TempDir, chain: Chain, seed: u64) -> Self {
-        let truth = chain.content();
-        let daemon = Daemon::serve(folder.path(), &[chain.export("vda")]);
-        let habits = Habits { seed, flush_one_in: 100, ..Habits::default() };
-        let writer = Some(Writer::start(&daemon.socket(), "vda", truth, habits));
-        let target = folder.path().join("target");
-        Self { writer, daemon, chain, target, folder }
-    }
-
-    fn target(&self) -> String {
-        self.target.display().to_string()
-    }
-
-    fn source(&self) -> String {
-        self.chain.top.display().to_string()
-    }
-
-    fn writes(&self, count: u64) {
-        self.writer.as_ref().expect("a guest").wait(count);
-    }
-
-    #[track_caller]
-    fn mirror(&self, options: &[&str]) -> String {
-        self.daemon.ok("mirror", &[&["vda", &self.target()], options].concat())
-    }
-
-    #[track_caller]
-    fn mirror_refused(&self, options: &[&str]) -> String {
-        self.daemon.refused("mirror", &[&["vda", &self.target()], options].concat())
-    }
-
-    fn status(&self) -> Value {
-        self.daemon.status("vda")
-    }
-
-    /// Copies while the guest writes, pivots under load, writes on, and looks at everything.
-    #[track_caller]
-    fn moves(mut self, options: &[&str], format: &str) -> Self {
-        self.writes(50);
-        self.mirror(options);
-        self.writes(100);
-        self.daemon.wait_for("vda", "ready");
-        self.writes(50);
-        self.daemon.pivot("vda");
-        let status = self.status();
-        assert_eq!(status["phase"], "pivoted", "{status}");
-        assert_eq!(status["serving"], self.target(), "{status}");
-        self.ends_on_the_target(format);
-        self
-    }
-
-    /// After the pivot: the guest writes on, and the target alone holds the truth.
-    #[track_caller]
-    fn ends_on_the_target(&mut self, format: &str) {
-        let left = self.layers();
-        self.writes(100);
-        let truth = self.writer.take().expect("a guest").stop();
-        assert!(self.layers() == left, "the source is not touched after the pivot");
-        self.holds(&truth);
-        self.daemon.stop();
-        assert_same("the target on its own", &content(&self.target, format), &truth);
-        check(&self.target, format);
-        check(&self.chain.top, self.chain.format);
-    }
-
-    /// Stops the guest: the source is served, and it alone holds the truth, which is returned.
-    #[track_caller]
-    fn ends_on_the_source(&mut self) -> Vec<u8> {
-        assert_eq!(self.status()["serving"], self.source());
-        self.writes(50);
-        let truth = self.writer.take().expect("a guest").stop();
-        self.holds(&truth);
-        self.daemon.stop();
-        assert_same("the source on its own", &self.chain.content(), &truth);
-        check(&self.chain.top, self.chain.format);
-        truth
-    }
-
-    #[track_caller]
-    fn holds(&self, truth: &[u8]) {
-        let mut client = Client::connect(&self.daemon.socket(), "vda", Replies::Structured).expect("a connection");
-        assert_same("the disk that is served", &client.content(), truth);
-    }
-
-    /// The bytes of every file of the source.
-    fn layers(&self) -> Vec<Vec<u8>> {
-        self.chain.layers.iter().map(|(file, _)| std::fs::read(file).expect("a file of ours")).collect()
-    }
-}
-
-/// The name of the backing file in an image's header.
-fn backing(file: &Path) -> Option<String> {
-    info(file)["backing-filename"].as_str().map(str::to_owned)
-}
-
-// The flag table, row by row.
-
-#[test]
-fn a_full_copy_has_the_sources_format_and_no_backing() {
-    let scene = Scene::new(1).moves(&[], "qcow2");
-    assert_eq!(probed(&scene.target), "qcow2");
-    assert_eq!(backing(&scene.target), None);
-}
-
-#[test]
-fn a_full_copy_can_be_raw() {
-    let scene = Scene::new(2).moves(&["--raw"], "raw");
-    assert_eq!(scene.target.metadata().expect("the target").len(), DISK_LEN);
-}
-
-#[test]
-fn the_format_can_be_named() {
-    let folder = folder();
-    let top = folder.path().join("disk.raw");
-    images::create(&top, "raw", DISK_LEN, &[]);
-    images::fill(&top, "raw", DISK_LEN, 512, &mut Random::new(3));
-    let chain = Chain { top: top.clone(), format: "raw", layers: vec![(top, "raw")], told: String::new() };
-    let scene = Scene::of(folder, chain, 3).moves(&["--format", "qcow2"], "qcow2");
-    assert_eq!(probed(&scene.target), "qcow2");
-}
-
-#[test]
-fn a_shallow_copy_holds_the_top_layer_alone_and_keeps_its_backing() {
-    let scene = Scene::new(4).moves(&["--shallow"], "qcow2");
-    let snap1 = scene.chain.layers[1].0.canonicalize().expect("the backing");
-    let named = info(&scene.target)["full-backing-filename"].as_str().map(PathBuf::from).expect("a backing");
-    assert_eq!(named.canonicalize().expect("the backing"), snap1);
-    assert_eq!(info(&scene.target)["backing-filename-format"], "qcow2");
-}
 
 #[test]
 fn a_shallow_copy_of_subclusters_has_those_and_no_whole_clusters() {
@@ -193,67 +45,6 @@ fn own_runs(image: &Path) -> Vec<(u64, u64, bool)> {
     let number = |run: &Value, name: &str| run[name].as_u64().expect("a number");
     let own = runs.iter().filter(|run| run["depth"] == 0);
     own.map(|run| (number(run, "start"), number(run, "length"), run["data"] == true)).collect()
-}
-
-#[test]
-fn a_shallow_copy_of_a_disk_without_backing_is_full_and_says_so() {
-    let folder = folder();
-    let top = folder.path().join("disk.qcow2");
-    images::create(&top, "qcow2", DISK_LEN, &[]);
-    images::fill(&top, "qcow2", DISK_LEN, 1 << 16, &mut Random::new(5));
-    let chain = Chain { top: top.clone(), format: "qcow2", layers: vec![(top, "qcow2")], told: String::new() };
-    let scene = Scene::of(folder, chain, 5);
-    scene.mirror(&["--shallow"]);
-    let notes = scene.status()["notes"].to_string();
-    assert!(notes.contains("full"), "{notes}");
-    scene.daemon.ok("cancel", &["vda", "--force"]);
-    assert_eq!(backing(&scene.target), None);
-}
-
-#[test]
-fn every_old_byte_of_a_reused_target_is_overwritten_or_zeroed() {
-    for (format, options) in [("qcow2", &["--reuse-external"][..]), ("raw", &["--reuse-external", "--raw"])] {
-        let scene = Scene::new(6);
-        images::holding(&scene.target, format, &vec![0xdd; DISK_LEN as usize], &[]);
-        scene.moves(options, format);
-    }
-}
-
-#[test]
-fn a_reused_shallow_target_keeps_its_header_and_its_relative_backing() {
-    let scene = Scene::new(7);
-    overlay(&scene.target, "snap1.qcow2", "qcow2", None, &["-o", "cluster_size=4096"]);
-    let scene = scene.moves(&["--shallow", "--reuse-external"], "qcow2");
-    assert_eq!(backing(&scene.target).as_deref(), Some("snap1.qcow2"));
-    assert_eq!(info(&scene.target)["cluster-size"], 4096);
-}
-
-#[test]
-fn a_reused_raw_volume_with_the_backings_contents_gets_the_top_layer() {
-    let scene = Scene::new(8);
-    std::fs::write(&scene.target, content(&scene.chain.layers[1].0, "qcow2")).expect("a file of ours");
-    scene.moves(&["--shallow", "--reuse-external", "--raw"], "raw");
-}
-
-#[test]
-fn a_larger_raw_target_is_used_and_the_export_keeps_its_size() {
-    let scene = Scene::new(9);
-    images::create(&scene.target, "raw", DISK_LEN + (1 << 20), &[]);
-    let mut scene = scene;
-    scene.mirror(&["--reuse-external", "--raw", "--wait"]);
-    scene.daemon.pivot("vda");
-    let truth = scene.writer.take().expect("a guest").stop();
-    scene.holds(&truth);
-    scene.daemon.stop();
-    let found = std::fs::read(&scene.target).expect("the target");
-    assert_same("the target up to the disk's size", &found[..truth.len()], &truth);
-}
-
-#[test]
-fn an_empty_file_is_taken() {
-    let scene = Scene::new(10);
-    std::fs::File::create(&scene.target).expect("a file of ours");
-    scene.moves(&[], "qcow2");
 }
 
 #[test]
@@ -520,87 +311,6 @@ fn two_disks_of_one_daemon_move_at_once() {
         assert_same("a target on its own", &content(target, "qcow2"), truth);
         check(target, "qcow2");
     }
-}
-
-// Refusals.
-
-/// What is refused leaves no file, starts no job, and the guest stays where it is.
-#[track_caller]
-fn leaves_nothing(scene: &mut Scene, options: &[&str]) -> String {
-    let before = std::fs::read(&scene.target).ok();
-    let said = scene.mirror_refused(options);
-    assert!(std::fs::read(&scene.target).ok() == before, "the target was touched: {said}");
-    assert_eq!(scene.status()["phase"], "none", "{said}");
-    said
-}
-
-#[test]
-fn requests_that_cannot_be_are_refused_and_leave_nothing() {
-    let mut scene = Scene::new(27);
-    leaves_nothing(&mut scene, &["--shallow", "--raw"]);
-    leaves_nothing(&mut scene, &["--reuse-external"]);
-    leaves_nothing(&mut scene, &["--granularity", "1000"]);
-
-    std::fs::write(&scene.target, b"somebody's file").expect("a file of ours");
-    leaves_nothing(&mut scene, &[]);
-    leaves_nothing(&mut scene, &["--raw"]);
-    // Probed, and not known: raw is never guessed.
-    leaves_nothing(&mut scene, &["--reuse-external"]);
-
-    for (format, options) in [("raw", &["--reuse-external", "--raw"][..]), ("qcow2", &["--reuse-external"])] {
-        images::create(&scene.target, format, DISK_LEN / 2, &[]);
-        let said = leaves_nothing(&mut scene, options);
-        assert!(said.contains(&DISK_LEN.to_string()) && said.contains(&(DISK_LEN / 2).to_string()), "{said}");
-    }
-    images::create(&scene.target, "qcow2", DISK_LEN * 2, &[]);
-    leaves_nothing(&mut scene, &["--reuse-external"]);
-
-    scene.target = scene.folder.path().join("no such folder").join("target");
-    leaves_nothing(&mut scene, &[]);
-    scene.ends_on_the_source();
-}
-
-#[test]
-fn a_layer_of_the_source_is_no_target_by_whatever_name() {
-    let mut scene = Scene::new(28);
-    let (symbolic, hard) = (scene.folder.path().join("symbolic"), scene.folder.path().join("hard"));
-    std::os::unix::fs::symlink(&scene.chain.layers[1].0, &symbolic).expect("a link");
-    std::fs::hard_link(&scene.chain.layers[0].0, &hard).expect("a link");
-    for name in [scene.chain.top.clone(), symbolic, hard] {
-        scene.target = name;
-        for options in [&["--reuse-external"][..], &["--reuse-external", "--raw"], &[]] {
-            scene.mirror_refused(options);
-            assert_eq!(scene.status()["phase"], "none");
-        }
-    }
-    scene.ends_on_the_source();
-}
-
-#[test]
-fn a_dry_run_answers_and_does_nothing() {
-    let mut scene = Scene::new(29);
-    scene.mirror(&["--dry-run"]);
-    assert!(!scene.target.exists(), "a dry run makes no file");
-    leaves_nothing(&mut scene, &["--dry-run", "--shallow", "--raw"]);
-    assert_eq!(scene.status()["phase"], "none");
-    scene.ends_on_the_source();
-}
-
-#[test]
-fn while_a_job_is_active_a_second_one_and_an_early_pivot_are_refused() {
-    let mut scene = Scene::new(30);
-    scene.mirror(&["--speed", SLOW]);
-    let other = scene.folder.path().join("other");
-    scene.daemon.refused("mirror", &["vda", &other.display().to_string()]);
-    assert!(!other.exists(), "a refused request leaves no file");
-    let said = scene.daemon.refused("pivot", &["vda"]);
-    assert!(said.chars().any(|letter| letter.is_ascii_digit()), "it says how much remains: {said}");
-    scene.daemon.ok("cancel", &["vda"]);
-    for verb in ["pivot", "cancel", "pause", "resume"] {
-        scene.daemon.refused(verb, &["vda"]);
-        scene.daemon.refused(verb, &["no such export"]);
-    }
-    scene.ends_on_the_source();
 }
 
 #[test]

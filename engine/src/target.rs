@@ -157,6 +157,14 @@ impl Plan {
         })
     }
 
+    /// Looks whether a target that is there can be opened, with what is below it. Changes nothing.
+    pub fn rehearse(&self, cache: Cache) -> std::result::Result<(), Refusal> {
+        if self.creation.is_some() || self.remote.is_some() {
+            return Ok(());
+        }
+        open_disk(&self.path, Some(self.format), Access::read_only(cache)).map(drop).map_err(|error| failed(&error))
+    }
+
     /// Leaves what was there before the target was made: nothing, an empty file, or a device.
     pub fn unmake(&self) {
         self.found.leave(&self.path);
@@ -317,7 +325,13 @@ impl Found {
     fn look(path: &Path) -> std::result::Result<Self, Refusal> {
         let metadata = match fs::metadata(path) {
             Ok(metadata) => metadata,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Self::Nothing),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                let folder = path.parent().unwrap_or(path);
+                return match fs::metadata(folder) {
+                    Ok(_) => Ok(Self::Nothing),
+                    Err(error) => Err(failed(&Error::io(format!("{}: the target's folder", folder.display()), error))),
+                };
+            }
             Err(error) => return Err(failed(&Error::io(path.display().to_string(), error))),
         };
         match metadata.file_type() {

@@ -97,6 +97,15 @@ pub fn three_layers(folder: &Path, size: u64, seed: u64) -> Chain {
     Chain { top: layers[2].0.clone(), format: "qcow2", layers, told: "three layers".into() }
 }
 
+/// A disk of one layer, much of it never written.
+#[track_caller]
+pub fn one_layer(folder: &Path, format: &'static str, size: u64, seed: u64) -> Chain {
+    let top = folder.join(format!("disk.{format}"));
+    create(&top, format, size, &[]);
+    fill(&top, format, size, if format == "raw" { 512 } else { 1 << 16 }, &mut Random::new(seed));
+    Chain { top: top.clone(), format, layers: vec![(top, format)], told: format!("one layer, {format}") }
+}
+
 /// A chain that `random` makes up: one to four layers of any mix of formats, versions, cluster sizes,
 /// refcount widths, names and sizes, with data, zeroes, discards and compressed clusters in each.
 #[track_caller]

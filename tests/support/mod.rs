@@ -7,7 +7,9 @@
 pub mod daemon;
 pub mod images;
 pub mod nbd;
+pub mod qmp;
 pub mod random;
+pub mod scene;
 pub mod server;
 pub mod tools;
 pub mod vm;

@@ -86,7 +86,9 @@ pub fn check_leaks_allowed(image: &Path, format: &str) {
 /// The whole disk as QEMU reads it through the chain of `image`.
 #[track_caller]
 pub fn content(image: &Path, format: &str) -> Vec<u8> {
-    let flat = image.with_extension("flat");
+    // Not beside the image, which may be a device.
+    let folder = super::folder();
+    let flat = folder.path().join("flat");
     let args: [&OsStr; 7] = [
         "convert".as_ref(),
         "-f".as_ref(),
@@ -97,9 +99,7 @@ pub fn content(image: &Path, format: &str) -> Vec<u8> {
         flat.as_os_str(),
     ];
     run("qemu-img", &args);
-    let bytes = std::fs::read(&flat).expect("what qemu-img wrote");
-    std::fs::remove_file(&flat).expect("removing a file of ours");
-    bytes
+    std::fs::read(&flat).expect("what qemu-img wrote")
 }
 
 /// `qemu-img info` of one file, without its backing.

@@ -76,11 +76,12 @@ impl Job {
     }
 
     fn wish_for(&mut self, wish: Wish) {
+        self.held = false;
         if !matches!(wish, Wish::GiveUp) {
+            self.pending = false;
             self.go_on();
         }
         self.wish = Some(wish);
-        (self.held, self.pending) = (false, false);
     }
 
     /// A wish to end outweighs a wish to rest: a job that rests does not catch up.

@@ -71,9 +71,20 @@ pub(super) struct JobStatusChange {
     pub(super) status: JobStatus,
 }
 
-/// `BLOCK_JOB_READY`, `BLOCK_JOB_CANCELLED`, and `BLOCK_JOB_COMPLETED`, which alone may have an error.
+/// `BLOCK_JOB_READY` and `BLOCK_JOB_CANCELLED`.
 #[derive(Serialize, Deserialize)]
 pub(super) struct BlockJobProgress {
+    #[serde(rename = "type")]
+    pub(super) kind: JobType,
+    pub(super) device: String,
+    pub(super) len: u64,
+    pub(super) offset: u64,
+    pub(super) speed: u64,
+}
+
+/// `BLOCK_JOB_COMPLETED`; with an error it has failed.
+#[derive(Serialize, Deserialize)]
+pub(super) struct BlockJobCompleted {
     #[serde(rename = "type")]
     pub(super) kind: JobType,
     pub(super) device: String,

@@ -1,5 +1,7 @@
 //! Writes what happens to jobs down as QEMU's events, in QEMU's order, and as one of our own.
-use super::answers::{BlockJobError, BlockJobPending, BlockJobProgress, IoOperation, JobStatusChange, JobType, Phase};
+use super::answers::{
+    BlockJobCompleted, BlockJobError, BlockJobPending, BlockJobProgress, IoOperation, JobStatusChange, JobType, Phase,
+};
 use super::render::{error, value};
 use super::schema::Schema;
 use super::shape::shape;
@@ -40,9 +42,10 @@ pub(super) fn messages(event: &Event, now: Duration) -> Vec<Value> {
 /// Tells clients which events there are.
 pub(super) fn describe(schema: &mut Schema) {
     schema.event(STATUS_CHANGE, &shape::<JobStatusChange>());
-    for name in [READY, COMPLETED, CANCELLED] {
+    for name in [READY, CANCELLED] {
         schema.event(name, &shape::<BlockJobProgress>());
     }
+    schema.event(COMPLETED, &shape::<BlockJobCompleted>());
     schema.event(PENDING, &shape::<BlockJobPending>());
     schema.event(ERROR, &shape::<BlockJobError>());
     schema.event(PHASE, &shape::<Phase>());
@@ -50,12 +53,10 @@ pub(super) fn describe(schema: &mut Schema) {
 
 /// One step of a job. How it ended is told before that it has.
 fn moved(job: &JobInfo, from: JobStatus, to: JobStatus, say: &mut impl FnMut(&str, Value)) {
-    if to == JobStatus::Concluded {
-        let progress = BlockJobProgress { error: error(job), ..progress(job) };
-        match job.at.phase.as_str() {
-            "cancelled" if !job.complete => say(CANCELLED, value(&BlockJobProgress { error: None, ..progress })),
-            _ => say(COMPLETED, value(&progress)),
-        }
+    match to {
+        JobStatus::Concluded if job.at.phase == "cancelled" && !job.complete => say(CANCELLED, value(&progress(job))),
+        JobStatus::Concluded => say(COMPLETED, value(&completed(job))),
+        _ => {}
     }
     say(STATUS_CHANGE, value(&JobStatusChange { id: job.id.clone(), status: to }));
     match to {
@@ -75,8 +76,12 @@ fn progress(job: &JobInfo) -> BlockJobProgress {
         len: job.at.total_bytes,
         offset: job.at.copied_bytes,
         speed: job.at.speed_bytes_per_s,
-        error: None,
     }
+}
+
+fn completed(job: &JobInfo) -> BlockJobCompleted {
+    let BlockJobProgress { kind, device, len, offset, speed } = progress(job);
+    BlockJobCompleted { kind, device, len, offset, speed, error: error(job) }
 }
 
 fn phase(job: &JobInfo) -> Phase {

@@ -23,6 +23,10 @@ impl Concluded {
         self.0.remove(at)
     }
 
+    pub fn ids(&self) -> impl Iterator<Item = &str> {
+        self.0.iter().map(|job| job.id.as_str())
+    }
+
     pub fn iter(&self) -> impl Iterator<Item = &JobInfo> {
         self.0.iter()
     }

@@ -308,16 +308,17 @@ impl Desk {
         let id = request.job_id.as_ref().unwrap_or(&request.export);
         if *id != request.export && !is_id(id) {
             let what = "it has to begin with a letter, and to go on with letters, digits, '-', '.' and '_'";
-            return Err(refuse(Code::InvalidArg, format!("invalid job id '{id}': {what}")));
+            return Err(refuse(Code::InvalidArg, format!("Invalid job ID '{id}': {what}")));
         }
         let under_way = self.jobs.values().map(|active| active.job.id());
-        match under_way.chain(self.concluded.iter().map(|job| job.id.as_str())).any(|other| other == id) {
-            false => Ok(()),
-            true => Err(refuse(
-                Code::InvalidArg,
-                format!("job id '{id}' is in use: name another, or dismiss the job that has it if it has concluded"),
-            )),
-        }
+        let remedy = match under_way.chain(self.concluded.ids()).find(|other| *other == id) {
+            None => return Ok(()),
+            Some(_) if self.concluded.ids().any(|other| other == id) => {
+                "dismiss the job that has ended, or name another"
+            }
+            Some(_) => "name another",
+        };
+        Err(refuse(Code::InvalidArg, format!("Job ID '{id}' already in use: {remedy}")))
     }
 
     /// A target that another export serves or another job writes would be written by two.
