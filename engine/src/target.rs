@@ -158,11 +158,11 @@ impl Plan {
     }
 
     /// Looks whether a target that is there can be opened, with what is below it. Changes nothing.
-    pub fn rehearse(&self, cache: Cache) -> std::result::Result<(), Refusal> {
+    pub fn rehearse(&self, reach: &Reach) -> std::result::Result<(), Refusal> {
         if self.creation.is_some() || self.remote.is_some() {
             return Ok(());
         }
-        open_disk(&self.path, Some(self.format), Access::read_only(cache)).map(drop).map_err(|error| failed(&error))
+        open_disk(&self.path, Some(self.format), Access::read_only(reach)).map(drop).map_err(|error| failed(&error))
     }
 
     /// Leaves what was there before the target was made: nothing, an empty file, or a device.

@@ -86,7 +86,7 @@ impl Active {
         let id = request.job_id.clone().unwrap_or_else(|| export.name.clone());
         let started = Started { job: id.clone(), notes: plan.notes.clone() };
         if request.dry_run {
-            return plan.rehearse(cache).map(|()| (started, None));
+            return plan.rehearse(reach).map(|()| (started, None));
         }
         // Asleep: nothing is promised of a target before it is the truth.
         let journal = OnceCell::new();
