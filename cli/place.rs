@@ -9,15 +9,17 @@ pub fn place(target: &Path) -> Result<PathBuf, Failure> {
     let named = |error: std::io::Error| Failure::new(format!("target '{}': {error}", target.display()));
     match Location::of_argument(target).map_err(|error| Failure::new(error.one_line()))? {
         Location::File(path) => absolute(path).map_err(named),
-        Location::Nbd(mut address) => {
+        Location::Nbd(named_so) => {
             let full = |path: &str| Ok(absolute(path).map_err(named)?.to_string_lossy().into_owned());
-            if let Server::Unix { path } = &address.server {
+            let mut address = named_so.clone();
+            if let Server::Unix { path } = &named_so.server {
                 address.server = Server::unix(full(path)?).map_err(|error| Failure::new(error.one_line()))?;
             }
             if let Some(folder) = address.tls.as_mut().and_then(|names| names.certificates.as_mut()) {
                 *folder = full(folder)?;
             }
-            Ok(address.to_string().into())
+            // What holds everywhere stays in the caller's words.
+            Ok(if address == named_so { target.to_owned() } else { address.to_string().into() })
         }
     }
 }
