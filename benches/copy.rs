@@ -8,6 +8,7 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use engine::chain::{Chain, Layer};
 use engine::control::TargetFormat;
 use engine::control::options::Cache;
+use engine::control::options::Reach;
 use engine::copier::{Copier, Depth, Progress};
 use engine::data_file::DataFile;
 use engine::disk::{Disk, Tools};
@@ -73,13 +74,14 @@ fn files(c: &mut Criterion) {
         std::fs::File::open(path).and_then(|file| file.sync_all()).expect("a flush");
     }
     for (name, cache) in [("direct", Cache::None), ("page_cache", Cache::Writeback)] {
+        let reach = Reach { cache, ..Reach::default() };
         let open = |path: &Path, access| Arc::new(open_disk(path, Some(TargetFormat::Raw), access).expect("a file"));
-        let source_disk = open(&source, Access::read_only(cache));
+        let source_disk = open(&source, Access::read_only(&reach));
         if cache == Cache::None && !source_disk.chain().top().file.is_direct() {
             eprintln!("copy/files/direct: the file system has no direct I/O, so it is left out");
             continue;
         }
-        let target_disk = open(&target, Access::writable(cache));
+        let target_disk = open(&target, Access::writable(&reach));
         let mirror = Arc::new(Mirror::new(source_disk, target_disk, CHUNK_BITS, false));
         let mut group = c.benchmark_group(format!("copy/files/{name}"));
         group.sample_size(10).throughput(Throughput::Bytes(FILE_LEN));

@@ -108,6 +108,17 @@ pub struct Serve {
     pub cache: Cache,
     #[command(flatten)]
     pub tls: TlsArgs,
+    #[command(flatten)]
+    pub servers: Servers,
+}
+
+/// TLS with other NBD servers.
+#[derive(Debug, Arguments)]
+pub struct Servers {
+    /// The folder for NBD addresses inside TLS (nbds://) that name none by tls-certificates: `ca-cert.pem`, and
+    /// `client-cert.pem` and `client-key.pem` where the server asks for them
+    #[arg(long = "tls-client-certificates", value_name = "DIR")]
+    pub client_certificates: Option<PathBuf>,
 }
 
 /// TLS for NBD clients, on sockets of every kind.
@@ -157,6 +168,8 @@ pub struct Convert {
     /// Whether images go through the page cache
     #[arg(long, default_value = "none", value_parser = copy_caches())]
     pub cache: Cache,
+    #[command(flatten)]
+    pub servers: Servers,
 }
 
 #[derive(Debug, Arguments)]
@@ -174,6 +187,8 @@ pub struct Compare {
     /// They also have to be equally long and to have payload, zeroes and nothing at the same places
     #[arg(long)]
     pub strict: bool,
+    #[command(flatten)]
+    pub servers: Servers,
 }
 
 #[derive(Debug, Arguments)]
@@ -198,6 +213,8 @@ pub struct Map {
     /// The image's format; by its header where it is not given
     #[arg(long, value_name = "FORMAT", value_parser = formats())]
     pub format: Option<TargetFormat>,
+    #[command(flatten)]
+    pub servers: Servers,
 }
 
 /// Exit status: 0 nothing is wrong, 1 it could not be checked, 2 corruptions (or misused), 3 leaks only,

@@ -1,7 +1,8 @@
 //! Looks at the first bytes of what may be an image.
+use crate::args::Servers;
 use engine::chain::Chain;
 use engine::control::TargetFormat;
-use engine::control::options::Cache;
+use engine::control::options::Reach;
 use engine::io::FileStorage;
 use engine::open::{self, Access};
 use formats::backing::Location;
@@ -20,13 +21,14 @@ const PROBE_LEN: u64 = 512;
 ///
 /// # Errors
 /// The engine's, with the path.
-pub fn open_chain(path: &Path, named: Option<TargetFormat>) -> Result<Chain> {
+pub fn open_chain(path: &Path, named: Option<TargetFormat>, servers: &Servers) -> Result<Chain> {
     let location = Location::of_argument(path)?;
     let format = match (named, &location) {
         (None, Location::File(path)) if probe(path)? == Probed::Unknown => Some(TargetFormat::Raw),
         (named, _) => named,
     };
-    open::open_chain(&location, format, Access::read_only(Cache::None))
+    let reach = Reach { certificates: servers.client_certificates.clone(), ..Reach::default() };
+    open::open_chain(&location, format, Access::read_only(&reach))
 }
 
 /// What the first bytes of the file at `path` say.
@@ -41,7 +43,7 @@ pub fn probe(path: &Path) -> Result<Probed> {
 ///
 /// # Errors
 /// The system's.
-pub fn probe_storage(storage: &FileStorage) -> Result<Probed> {
+pub fn probe_storage(storage: &dyn Storage) -> Result<Probed> {
     let len = storage.len().context(|| "asking for the file's length")?;
     let mut head = vec![0; len.min(PROBE_LEN) as usize];
     storage.read_at(0, &mut head).context(|| "reading its first bytes")?;

@@ -193,7 +193,7 @@ fn what_fails_is_told_with_the_address_and_the_reason() {
 
     let absent = format!("nbd+unix:///x?socket={}", folder.path().join("none").display());
     refused(convert(&absent), &[&absent, "connecting", "No such file or directory"]);
-    refused(convert("nbds://localhost/x"), &["nbds://localhost:10809/x", "TLS is not supported"]);
+    refused(convert("nbds://localhost/x"), &["nbds://localhost:10809/x", "TLS needs a folder of certificates"]);
     refused(convert("nbd://localhost/x?y=1"), &["\"y\" is not supported"]);
 
     let server = Server::qemu(folder.path(), &["-r", "-x", "disk", "-f", "raw", &raw.display().to_string()]);

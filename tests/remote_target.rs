@@ -148,7 +148,7 @@ fn what_cannot_be_a_target_is_refused_by_name() {
         refused(command, &[&server.uri(""), reason]);
         assert!(held_file(folder.path(), "target") == before, "{words:?}: refused and written to");
     }
-    refused(converting(&source, "raw", "nbds://localhost/x"), &["TLS is not supported"]);
+    refused(converting(&source, "raw", "nbds://localhost/x"), &["TLS needs a folder of certificates"]);
     refused(converting(&source, "raw", "nbd+unix:///x?socket=/none/there"), &["/none/there", "connecting"]);
     let daemon = Daemon::serve(folder.path(), &[format!("vda={},format=raw", source.display())]);
     let of_its_own = daemon.refused("mirror", &["vda", &daemon.uri("vda")]);

@@ -17,7 +17,7 @@ const NOT_READ: u8 = 4;
 
 /// Compares two images.
 pub fn run(args: &Compare) -> Result<(), Failure> {
-    let [a, b] = [open(&args.a, args.a_format)?, open(&args.b, args.b_format)?];
+    let [a, b] = [open(args, &args.a, args.a_format)?, open(args, &args.b, args.b_format)?];
     let len = a.size().max(b.size());
     let bar = Bar::new("compare");
     let compared = compare(a, b, args.strict, |bytes| bar.set(bytes, len));
@@ -32,8 +32,8 @@ pub fn run(args: &Compare) -> Result<(), Failure> {
     Err(Failure::Told)
 }
 
-fn open(path: &Path, named: Option<TargetFormat>) -> Result<Disk, Failure> {
-    let chain = image::open_chain(path, named).map_err(|error| failed(NOT_OPENED, &error))?;
+fn open(args: &Compare, path: &Path, named: Option<TargetFormat>) -> Result<Disk, Failure> {
+    let chain = image::open_chain(path, named, &args.servers).map_err(|error| failed(NOT_OPENED, &error))?;
     Ok(Disk::new(chain, true))
 }
 

@@ -6,6 +6,7 @@ use crate::failure::Failure;
 use crate::output::{remark, say};
 use crate::place::place;
 use crate::size;
+use engine::control::options::Reach;
 use engine::daemon::{ConvertOptions, convert};
 use formats::backing::Location;
 use std::time::Instant;
@@ -22,7 +23,7 @@ pub fn run(args: Convert) -> Result<(), Failure> {
         shallow: args.shallow,
         compress: args.compress,
         reuse_external: args.reuse_external,
-        cache: args.cache,
+        reach: Reach { cache: args.cache, certificates: args.servers.client_certificates },
     };
     let begun = Instant::now();
     let bar = Bar::new("convert");

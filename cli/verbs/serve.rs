@@ -2,7 +2,7 @@
 use crate::args::{Serve, TlsArgs};
 use crate::failure::Failure;
 use crate::output::{remark, say};
-use engine::control::options::{Access, Listener, ServeOptions, TlsOptions};
+use engine::control::options::{Access, Listener, Reach, ServeOptions, TlsOptions};
 use formats::nbd::Tls;
 use std::ffi::OsStr;
 use std::io;
@@ -28,7 +28,7 @@ fn options(args: Serve) -> ServeOptions {
         listeners: unix.chain(args.addresses).collect(),
         control: args.control,
         state: args.state,
-        cache: args.cache,
+        reach: Reach { cache: args.cache, certificates: args.servers.client_certificates },
         tls: tls(args.tls),
     }
 }

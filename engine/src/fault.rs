@@ -34,6 +34,8 @@ pub enum Fault {
     ForgetInKill,
     /// 9: the gate opens on the source after the record.
     SourceAfterRecord,
+    /// 12: a server that said ACK to STARTTLS is spoken to in plain.
+    PlainBehindStartTls,
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@
 //! for it, is an error that says how to name it.
 use crate::chain::{Apart, Chain, Layer};
 use crate::control::TargetFormat;
-use crate::control::options::Cache;
+use crate::control::options::{Cache, Reach};
 use crate::disk::{DataFile, Disk};
 use crate::io::remote::Remote;
 use crate::io::{File, FileStorage, PAGE};
@@ -39,8 +39,8 @@ const PROBE_LEN: u64 = 4096;
 pub struct Access {
     /// Its top layer is written to.
     pub writable: bool,
-    /// Whether payload goes through the page cache.
-    pub cache: Cache,
+    /// How it is reached, and what is below it.
+    pub reach: Reach,
     /// Who keeps the top layer's new mappings through a kill; nobody where nothing is promised.
     pub journal: Option<Arc<dyn Journal>>,
     /// The disk's size where a raw image's file may be longer.
@@ -49,13 +49,13 @@ pub struct Access {
 
 impl Access {
     /// For looking at.
-    pub fn read_only(cache: Cache) -> Self {
-        Self { writable: false, cache, journal: None, size: None }
+    pub fn read_only(reach: &Reach) -> Self {
+        Self { writable: false, reach: reach.clone(), journal: None, size: None }
     }
 
     /// For writing what can be written again.
-    pub fn writable(cache: Cache) -> Self {
-        Self { writable: true, ..Self::read_only(cache) }
+    pub fn writable(reach: &Reach) -> Self {
+        Self { writable: true, ..Self::read_only(reach) }
     }
 }
 
@@ -79,6 +79,14 @@ pub fn export_named(path: &Path) -> Option<Address> {
     }
 }
 
+/// True where two full names are one image's: an export is the same, however it is reached.
+pub fn same_image(one: &Path, other: &Path) -> bool {
+    match (export_named(one), export_named(other)) {
+        (Some(one), Some(other)) => one.place() == other.place(),
+        _ => one == other,
+    }
+}
+
 /// Opens the chain whose top is at `location`.
 pub fn open_disk_at(location: &Location, format: Option<TargetFormat>, access: Access) -> Result<Disk> {
     let read_only = !access.writable;
@@ -87,7 +95,6 @@ pub fn open_disk_at(location: &Location, format: Option<TargetFormat>, access: A
 
 /// Opens the chain whose top is at `location`: the top as `access` says, the rest for reading.
 pub fn open_chain(location: &Location, format: Option<TargetFormat>, access: Access) -> Result<Chain> {
-    let cache = access.cache;
     let top = Opened::at(location, format, &access)?;
     let mut seen: Vec<Identity> = std::iter::once(top.identity).chain(top.data_identity).collect();
     let mut below = top.below;
@@ -99,7 +106,7 @@ pub fn open_chain(location: &Location, format: Option<TargetFormat>, access: Acc
                 "{parent}: the chain has more than {LAYERS_MAX} layers: commit or convert some"
             )));
         }
-        let opened = Opened::at(&location, format, &Access::read_only(cache));
+        let opened = Opened::at(&location, format, &Access::read_only(&access.reach));
         let opened = opened.map_err(|error| error.at(format!("backing of {parent}")))?;
         if seen.contains(&opened.identity) {
             return Err(Error::malformed(format!(
@@ -135,7 +142,7 @@ pub fn open_alone(path: &Path, writable: bool) -> Result<FileStorage> {
 
 /// Brings into an image what its journal kept through a kill, for good.
 pub fn recover(path: &Path, format: TargetFormat, changes: &[Change]) -> Result<()> {
-    let access = Access::writable(Cache::Writeback);
+    let access = Access::writable(&Reach { cache: Cache::Writeback, ..Reach::default() });
     let top = Opened::new(path, Some(format), &access)?;
     let brought = top.layer.image.replay(changes).and_then(|()| top.layer.settle_now());
     brought.map_err(|error| error.at(path.display()))
@@ -147,17 +154,24 @@ pub fn recover(path: &Path, format: TargetFormat, changes: &[Change]) -> Result<
 pub enum Identity {
     /// A file, whatever its name: device and inode, or the device that it is.
     File(u64, u64),
-    /// An export, by its address: nobody knows whether two of them lead to one server.
+    /// An export, by its address without what is said of TLS: nobody knows whether two of them lead to one server.
     Export(String),
 }
 
 /// The identity of the file at `path`, or of the export that it names.
 pub fn identity(path: &Path) -> Result<Identity> {
-    if let Some(address) = export_named(path) {
-        return Ok(Identity::Export(address.to_string()));
+    identity_at(&export_named(path).map_or_else(|| Location::File(path.to_owned()), Location::Nbd))
+}
+
+/// The identity of what is at `location`.
+pub fn identity_at(location: &Location) -> Result<Identity> {
+    match location {
+        Location::Nbd(address) => Ok(Identity::Export(address.place())),
+        Location::File(path) => {
+            let metadata = fs::metadata(path).context(|| format!("{}: stat", path.display()))?;
+            Ok(identity_of(&metadata))
+        }
     }
-    let metadata = fs::metadata(path).context(|| format!("{}: stat", path.display()))?;
-    Ok(identity_of(&metadata))
 }
 
 fn identity_of(metadata: &fs::Metadata) -> Identity {
@@ -232,7 +246,7 @@ impl Opened {
         match location {
             Location::File(path) => Self::new(path, format, access),
             Location::Nbd(address) => {
-                let remote = Remote::open(address, access.writable)?;
+                let remote = Remote::open(address, access.writable, access.reach.certificates.as_deref())?;
                 Self::from_export(remote, format, access).map_err(|error| error.at(address))
             }
         }
@@ -246,7 +260,7 @@ impl Opened {
         }
         let address = remote.address().clone();
         let storage: Arc<dyn Storage> = Arc::clone(&remote) as _;
-        let identity = Identity::Export(address.to_string());
+        let identity = Identity::Export(address.place());
         let (image, below) = open_image(&Location::Nbd(address.clone()), &identity, storage, format, access)?;
         let path = PathBuf::from(address.to_string());
         let file = DataFile::buffered(File::remote(remote));
@@ -269,7 +283,7 @@ impl Opened {
             storage.flush().context(|| "flush")?;
         }
         // Metadata goes through the page cache: direct payload may not share a page with it.
-        let cache = if image.grain < PAGE as u64 { Cache::Writeback } else { access.cache };
+        let cache = if image.grain < PAGE as u64 { Cache::Writeback } else { access.reach.cache };
         let (file, apart, data_identity) = match image.data {
             None => (file.data_file(path, access.writable, cache)?, None, None),
             Some(data) => {
@@ -391,7 +405,7 @@ impl External {
     fn taken(self, access: &Access) -> Result<(PathBuf, DataFile)> {
         let named = format!("its data file {}", self.path.display());
         let path = lasting_name(&self.path).context(|| format!("{named}: looking up its full name"))?;
-        let file = self.file.data_file(&self.path, access.writable, access.cache);
+        let file = self.file.data_file(&self.path, access.writable, access.reach.cache);
         Ok((path, file.map_err(|error| error.at(named))?))
     }
 }

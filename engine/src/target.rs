@@ -18,7 +18,7 @@ mod data_file;
 
 use crate::chain::Layer;
 use crate::control::creation::Preallocation;
-use crate::control::options::Cache;
+use crate::control::options::Reach;
 use crate::control::{Code, MirrorRequest, Mode, Refusal, TargetFormat};
 use crate::disk::Disk;
 use crate::io::FileStorage;
@@ -31,7 +31,7 @@ use formats::backing::Location;
 use formats::error::{Context, Error, Result};
 use formats::image::Zeroing;
 use formats::journal::Journal;
-use formats::nbd::{Address, Server};
+use formats::nbd::{Address, Server, TlsNames};
 use formats::qcow2::header::autoclear;
 use formats::qcow2::{Header, read_header};
 use formats::storage::Storage;
@@ -83,7 +83,7 @@ pub const NO_BLOCKING: &str = "the guest would wait for another server, also whi
 pub type Journals<'a> = &'a dyn Fn(&Path) -> Result<Arc<dyn Journal>>;
 
 /// Checks a request against its source; changes nothing.
-pub fn plan(request: &MirrorRequest, source: &Disk) -> std::result::Result<Plan, Refusal> {
+pub fn plan(request: &MirrorRequest, source: &Disk, reach: &Reach) -> std::result::Result<Plan, Refusal> {
     let layers = source.chain().layers();
     let chunk_bits = chunk_bits(request.granularity)?;
     let address = address(&request.target)?;
@@ -105,7 +105,8 @@ pub fn plan(request: &MirrorRequest, source: &Disk) -> std::result::Result<Plan,
         notes.push("the source has no backing, so the shallow copy is a full one".to_owned());
     }
     refuse_own_layers(&path, request.format, layers)?;
-    let remote = address.map(|address| Remote::open(&address, true)).transpose().map_err(|error| failed(&error))?;
+    let open = |address| Remote::open(&address, true, reach.certificates.as_deref());
+    let remote = address.map(open).transpose().map_err(|error| failed(&error))?;
     let found = if remote.is_some() { Found::Export } else { Found::look(&path)? };
     let (format, create) = match request.reuse_external || found == Found::Export {
         true => (found.reuse(&path, request.format)?, false),
@@ -132,8 +133,8 @@ pub fn plan(request: &MirrorRequest, source: &Disk) -> std::result::Result<Plan,
 
 impl Plan {
     /// Makes or opens the target. What was made is removed again where that fails.
-    pub fn open(&self, source: &Disk, cache: Cache, journals: Journals) -> std::result::Result<Target, Refusal> {
-        self.try_open(source, cache, journals).map_err(|error| {
+    pub fn open(&self, source: &Disk, reach: &Reach, journals: Journals) -> std::result::Result<Target, Refusal> {
+        self.try_open(source, reach, journals).map_err(|error| {
             self.unmake();
             failed(&error)
         })
@@ -174,21 +175,21 @@ impl Plan {
         if sparse { Zeroing::Unmap } else { Zeroing::Keep }
     }
 
-    fn try_open(&self, source: &Disk, cache: Cache, journals: Journals) -> Result<Target> {
+    fn try_open(&self, source: &Disk, reach: &Reach, journals: Journals) -> Result<Target> {
         if let Some(creation) = &self.creation {
             self.make(creation)?;
         }
         if let Some(remote) = &self.remote {
             // Shallow, what is below it has to stay.
             let is_zero = !self.shallow && remote.is_zero().context(|| self.path.display().to_string())?;
-            let access = Access { size: Some(source.size()), ..Access::writable(cache) };
+            let access = Access { size: Some(source.size()), ..Access::writable(reach) };
             return Ok(Target { disk: open_export(Arc::clone(remote), access)?, is_zero });
         }
         let path = lasting_name(&self.path).context(|| self.path.display().to_string())?;
         let access = Access {
             journal: Some(journals(&path)?),
             size: (self.format == TargetFormat::Raw).then_some(source.size()),
-            ..Access::writable(cache)
+            ..Access::writable(reach)
         };
         let create = self.creation.is_some();
         let disk = match create && self.shallow {
@@ -392,6 +393,11 @@ fn address(target: &str) -> std::result::Result<Option<Address>, Refusal> {
         Location::File(_) => Ok(None),
         Location::Nbd(Address { server: Server::Unix { path }, .. }) if !path.starts_with('/') => {
             Err(invalid(format!("{target}: name the socket by its full path")))
+        }
+        Location::Nbd(Address { tls: Some(TlsNames { certificates: Some(folder), .. }), .. })
+            if !folder.starts_with('/') =>
+        {
+            Err(invalid(format!("{target}: name the folder of certificates by its full path")))
         }
         Location::Nbd(address) => Ok(Some(address)),
     }

@@ -3,10 +3,11 @@
 //!
 //! The right answer is known for every input: which bytes of each read are there and what they are, which
 //! extents, which requests are over and how, and whether the server broke the protocol. And whatever it says
-//! in the negotiation, the client asks or ends it; what it agrees to can be.
+//! in the negotiation, the client asks or ends it; what it agrees to can be. Where it has to go inside TLS, nothing
+//! is said in plain but that, and nothing that came in plain is heard inside.
 use arbitrary::{Arbitrary, Unstructured};
-use formats::nbd::BlockSizes;
-use formats::nbd::client::{Ask, Event, Negotiation, Replies, Session};
+use formats::nbd::client::{Ask, Event, Negotiation, Next, Replies, Session};
+use formats::nbd::{Address, BlockSizes, Server, TlsNames};
 use formats::range::ByteRange;
 
 const CONTEXT: u32 = 9;
@@ -319,25 +320,82 @@ pub fn run(data: &[u8]) {
     negotiate(&input.negotiation, piece);
 }
 
+/// Bytes of the greeting.
+const GREETING: &[u8] = b"NBDMAGICIHAVEOPT\0\x03";
+/// What a server says to STARTTLS that speaks TLS from there on.
+const ACK: &[u8] = b"\0\x03\xe8\x89\x04\x55\x65\xa9\0\0\0\x05\0\0\0\x01\0\0\0\0";
+
+fn address(tls: bool) -> Address {
+    let server = Server::unix("/socket").expect("a path");
+    Address { tls: tls.then(TlsNames::default), ..Address::new(server, "disk").expect("a name") }
+}
+
 /// Whatever a server says first: it ends, and what was agreed on can be.
 fn negotiate(said: &[u8], piece: usize) {
-    let greeting = [&b"NBDMAGICIHAVEOPT\0\x03"[..], said].concat();
-    let agreed = |piece: usize| {
-        let mut negotiation = Negotiation::new("disk");
-        let mut asked = Vec::new();
-        for mut input in greeting.chunks(piece) {
-            match negotiation.step(&mut input, &mut asked) {
-                Ok(None) => assert!(input.is_empty(), "without a session all is taken"),
-                outcome => return (outcome.map_err(|error| error.one_line()), asked),
-            }
-        }
-        (Ok(None), asked)
-    };
-    let (outcome, asked) = agreed(piece);
-    assert_eq!((&outcome, &asked), (&agreed(usize::MAX).0, &agreed(usize::MAX).1), "pieces make no difference");
+    let greeting = [GREETING, said].concat();
+    let (outcome, asked) = agreed(&greeting, piece);
+    assert_eq!((&outcome, &asked), (&agreed(&greeting, usize::MAX).0, &agreed(&greeting, usize::MAX).1), "in pieces");
     assert!(asked.len() < 4096);
-    if let Ok(Some(Session { size, block_sizes, structured_replies, base_allocation, .. })) = outcome {
+    if let Ok(Next::Session(Session { size, block_sizes, structured_replies, base_allocation, .. })) = outcome {
         assert!(size < 1 << 63 && block_sizes.minimum.is_power_of_two() && block_sizes.minimum <= block_sizes.maximum);
         assert!(structured_replies || base_allocation.is_none());
+    }
+    inside_tls(said, piece);
+}
+
+/// What comes of a server in plain, and what it was asked.
+fn agreed(said: &[u8], piece: usize) -> (Result<Next, String>, Vec<u8>) {
+    let (mut negotiation, mut asked) = (Negotiation::new(&address(false)), Vec::new());
+    for mut input in said.chunks(piece) {
+        match negotiation.step(&mut input, &mut asked) {
+            Ok(Next::More) => assert!(input.is_empty(), "without a session all is taken"),
+            outcome => return (outcome.map_err(|error| error.one_line()), asked),
+        }
+    }
+    (Ok(Next::More), asked)
+}
+
+/// A server that has to go inside TLS. In plain it hears the client's flags and STARTTLS and not a byte more,
+/// whatever it says; inside, everything is as it would be in plain.
+fn inside_tls(said: &[u8], piece: usize) {
+    let (mut negotiation, mut asked) = (Negotiation::new(&address(true)), Vec::new());
+    assert!(matches!(negotiation.step(&mut &GREETING[..], &mut asked), Ok(Next::More)));
+    assert_eq!(asked, b"\0\0\0\x03IHAVEOPT\0\0\0\x05\0\0\0\0");
+    let (mut heard, mut outcome) = (0, Ok(None));
+    for mut input in said.chunks(piece) {
+        heard += input.len();
+        let mut out = Vec::new();
+        outcome = match negotiation.step(&mut input, &mut out) {
+            Ok(Next::More) => Ok(None),
+            Ok(Next::StartTls) => Ok(Some(())),
+            Ok(Next::Session(session)) => panic!("agreed on in plain: {session:?}"),
+            Err(_) => Err(Broken),
+        };
+        assert!(out.is_empty(), "said before TLS has begun: {out:?}");
+        if outcome != Ok(None) {
+            break;
+        }
+    }
+    assert_eq!(outcome, border(said, piece));
+    if outcome == Ok(Some(())) {
+        assert_eq!(heard, ACK.len());
+        let mut out = Vec::new();
+        negotiation.inside_tls(&mut out);
+        let inside = negotiation.step(&mut &said[heard..], &mut out).map_err(|error| error.one_line());
+        let (plain, asked) = agreed(&[GREETING, &said[heard..]].concat(), usize::MAX);
+        assert_eq!((inside, &out[..]), (plain, &asked[4..]), "behind the client's flags");
+    }
+}
+
+/// Whether TLS begins: where the answer to STARTTLS is a whole ACK, with which nothing came. `Ok(None)` where it is
+/// not all there.
+fn border(said: &[u8], piece: usize) -> Result<Option<()>, Broken> {
+    let Some(head) = said.get(..ACK.len()) else { return Ok(None) };
+    let len = number(&head[16..]) as usize;
+    match () {
+        () if head[..12] != ACK[..12] || len > 2 * 4096 + 64 => Err(Broken),
+        () if said.len() < head.len() + len => Ok(None),
+        () if head == ACK && (said.len() == head.len() || head.len() % piece == 0) => Ok(Some(())),
+        () => Err(Broken),
     }
 }

@@ -17,8 +17,8 @@ pub struct ServeOptions {
     /// The same folder has to be found again after a kill and after a reboot, for it says which
     /// image is the truth.
     pub state: Option<PathBuf>,
-    /// Whether images go through the page cache.
-    pub cache: Cache,
+    /// How images are reached.
+    pub reach: Reach,
     /// TLS for NBD clients; without, they speak in plain.
     pub tls: Option<TlsOptions>,
 }
@@ -74,6 +74,15 @@ pub struct Access {
     pub user: Option<u32>,
     /// Number of its group.
     pub group: Option<u32>,
+}
+
+/// How images are reached.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Reach {
+    /// Whether they go through the page cache.
+    pub cache: Cache,
+    /// The folder of certificates for servers inside TLS, where an address names none.
+    pub certificates: Option<PathBuf>,
 }
 
 /// Whether images go through the page cache.

@@ -4,7 +4,7 @@ use super::exports::{Export, Table, layer_of};
 use super::jobs::Active;
 use super::listen::Listening;
 use super::threads::Worker;
-use crate::control::options::Cache;
+use crate::control::options::Reach;
 use crate::control::qmp::Call;
 use crate::control::{Code, Event, MirrorRequest, Mode, Refusal, Reply, Request, Status};
 use crate::disk::Tools;
@@ -63,7 +63,7 @@ pub(super) struct ControlThread {
     /// The job of each export, by the export's number.
     jobs: BTreeMap<usize, Active>,
     table: Arc<Table>,
-    cache: Cache,
+    reach: Reach,
     credentials: Option<Arc<Credentials>>,
     state: StateFolder,
     /// The Unix sockets that it serves at.
@@ -89,7 +89,7 @@ impl ControlThread {
     pub fn new(
         exports: Vec<Export>,
         table: Arc<Table>,
-        cache: Cache,
+        reach: Reach,
         credentials: Option<Arc<Credentials>>,
         state: StateFolder,
     ) -> io::Result<Self> {
@@ -106,7 +106,7 @@ impl ControlThread {
             exports,
             jobs: BTreeMap::new(),
             table,
-            cache,
+            reach,
             credentials,
             state,
             sockets: Vec::new(),
@@ -130,7 +130,7 @@ impl ControlThread {
     pub fn resume_jobs(&mut self) {
         for number in 0..self.exports.len() {
             let check = |request: &MirrorRequest| self.refuse_in_use(number, request);
-            match Active::resume(&self.exports[number], self.cache, &self.state, &check) {
+            match Active::resume(&self.exports[number], &self.reach, &self.state, &check) {
                 Ok(Some(active)) => {
                     tracing::info!(export = self.exports[number].name, "its job goes on");
                     self.jobs.insert(number, active);
@@ -381,7 +381,7 @@ impl ControlThread {
             return Err(refuse(Code::BlockCopyActive, message));
         }
         let check = |request: &MirrorRequest| self.refuse_in_use(number, request);
-        let (started, active) = Active::start(request, &self.exports[number], self.cache, &self.state, &check)?;
+        let (started, active) = Active::start(request, &self.exports[number], &self.reach, &self.state, &check)?;
         if let Some(active) = active {
             self.jobs.insert(number, active);
             self.waker.wake();

@@ -2,7 +2,7 @@
 use super::jobs::copiers;
 use super::threads::Worker;
 use crate::control::creation::CreateOptions;
-use crate::control::options::Cache;
+use crate::control::options::{Cache, Reach};
 use crate::control::{MirrorRequest, TargetFormat};
 use crate::io::{Arena, Io, Op, Ring, Token, Wait, Waker};
 use crate::mirror::Mirror;
@@ -41,8 +41,8 @@ pub struct ConvertOptions {
     pub compress: bool,
     /// The target is there already.
     pub reuse_external: bool,
-    /// Whether images go through the page cache.
-    pub cache: Cache,
+    /// How images are reached.
+    pub reach: Reach,
 }
 
 /// How far a copy is.
@@ -57,7 +57,7 @@ pub struct Copied {
 /// Copies a chain. `progress` is called now and then. The answer is notes on what was done, and how
 /// much.
 pub fn convert(options: &ConvertOptions, mut progress: impl FnMut(Copied)) -> Result<(Vec<String>, Copied)> {
-    let access = Access::read_only(options.cache);
+    let access = Access::read_only(&options.reach);
     let source = Arc::new(open_disk_at(&options.source, options.source_format, access)?);
     let request = MirrorRequest {
         target: options.target.display().to_string(),
@@ -68,17 +68,16 @@ pub fn convert(options: &ConvertOptions, mut progress: impl FnMut(Copied)) -> Re
         ..MirrorRequest::default()
     };
     let refused = |refusal: crate::control::Refusal| Error::invalid(refusal.message);
-    let mut plan = plan(&request, &source).map_err(refused)?;
+    let mut plan = plan(&request, &source, &options.reach).map_err(refused)?;
     if options.compress {
         plan.compress().map_err(refused)?;
     }
-    let cache = target_cache(options);
-    let target = plan.open(&source, cache, &|_| Ok(Arc::new(Forgetful))).map_err(refused)?;
+    let target = plan.open(&source, &target_reach(options), &|_| Ok(Arc::new(Forgetful))).map_err(refused)?;
     let mut mirror = Mirror::new(source, Arc::new(target.disk), plan.chunk_bits, plan.shallow);
     mirror.zeroing = plan.zeroing();
     mirror.compress = mirror.target.chain().top().image.compressible().filter(|_| options.compress);
     let mirror = Arc::new(mirror);
-    let copied = copy(&mirror, options.cache, target.is_zero, &mut progress).inspect_err(|_| {
+    let copied = copy(&mirror, options.reach.cache, target.is_zero, &mut progress).inspect_err(|_| {
         // Half a copy is of no use to anybody.
         plan.unmake();
     })?;
@@ -86,10 +85,10 @@ pub fn convert(options: &ConvertOptions, mut progress: impl FnMut(Copied)) -> Re
 }
 
 /// Compressed clusters share pages, so they go through the page cache.
-fn target_cache(options: &ConvertOptions) -> Cache {
-    match options.cache {
-        Cache::None if options.compress => Cache::Writeback,
-        cache => cache,
+fn target_reach(options: &ConvertOptions) -> Reach {
+    match options.reach.cache {
+        Cache::None if options.compress => Reach { cache: Cache::Writeback, ..options.reach.clone() },
+        _ => options.reach.clone(),
     }
 }
 

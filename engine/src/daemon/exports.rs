@@ -1,11 +1,13 @@
 //! The disks that a daemon serves: what its command line names, or what a pivot put in its place.
 use super::wait::{until_free, until_image_is_free};
-use crate::control::options::{Cache, ExportOptions};
+use crate::control::options::{ExportOptions, Reach};
 use crate::control::{Status, TargetFormat};
 use crate::disk::Disk;
 use crate::export::gate::{Gate, Route};
 use crate::export::session::Directory;
-use crate::open::{Access, Identity, export_named, identity, lasting_name, open_disk, probe_format, recover};
+use crate::open::{
+    Access, Identity, export_named, identity, lasting_name, open_disk, probe_format, recover, same_image,
+};
 use crate::pivot::RecordFile;
 use crate::state::StateFolder;
 use formats::error::{Context, Error, Result};
@@ -37,7 +39,7 @@ impl Export {
         until_free(&state.record_path(&options.name))?;
         let record = state.record(&options.name)?;
         let origin = lasting_name(&options.file).context(|| options.file.display().to_string())?;
-        let truth = record.newest().filter(|record| Path::new(&record.origin) == origin);
+        let truth = record.newest().filter(|record| same_image(Path::new(&record.origin), &origin));
         match truth {
             None => until_image_is_free(&origin, options.format),
             Some(record) => until_image_is_free(Path::new(&record.truth), Some(format_of(record))),
@@ -45,7 +47,7 @@ impl Export {
     }
 
     /// Opens what is the truth of an export.
-    pub fn open(options: &ExportOptions, cache: Cache, state: &StateFolder) -> Result<Self> {
+    pub fn open(options: &ExportOptions, reach: &Reach, state: &StateFolder) -> Result<Self> {
         let named = || format!("export {}: {}", options.name, options.file.display());
         // Gone where somebody has removed what a pivot left: the record says what is served then.
         let origin = lasting_name(&options.file).context(named)?;
@@ -55,12 +57,12 @@ impl Export {
                 let path = state.record_path(&options.name);
                 let record = path.exists().then(|| state.record(&options.name)).transpose()?;
                 let truth = Truth::of(options, &origin, record.as_ref().and_then(RecordFile::newest))?;
-                (truth.open_to_read(cache, state), None)
+                (truth.open_to_read(reach, state), None)
             }
             false => {
                 let record = state.record(&options.name)?;
                 let truth = Truth::of(options, &origin, record.newest())?;
-                (truth.open(cache, state), Some(record))
+                (truth.open(reach, state), Some(record))
             }
         };
         let disk = disk.map_err(|error| error.at(format!("export {}", options.name)))?;
@@ -146,8 +148,9 @@ struct Truth {
 
 impl Truth {
     fn of(options: &ExportOptions, origin: &Path, record: Option<&Record>) -> Result<Self> {
+        let is_origin = |name: &String| same_image(Path::new(name), origin);
         match record {
-            Some(record) if Path::new(&record.origin) == origin && Path::new(&record.truth) != origin => {
+            Some(record) if is_origin(&record.origin) && !is_origin(&record.truth) => {
                 tracing::warn!(
                     "export {}: {} was left by a pivot; its truth is {}, which is served",
                     options.name,
@@ -158,8 +161,8 @@ impl Truth {
                 let size = (format == TargetFormat::Raw).then_some(record.size);
                 Ok(Self { path: PathBuf::from(&record.truth), format, size })
             }
-            Some(record) if Path::new(&record.origin) != origin => {
-                if Path::new(&record.truth) != origin {
+            Some(record) if !is_origin(&record.origin) => {
+                if !is_origin(&record.truth) {
                     tracing::warn!(
                         "export {}: another image was served by this name before ({}); {} is served now",
                         options.name,
@@ -187,20 +190,20 @@ impl Truth {
         Ok(Self { path: origin.to_owned(), format, size: None })
     }
 
-    fn open_to_read(self, cache: Cache, state: &StateFolder) -> Result<Disk> {
+    fn open_to_read(self, reach: &Reach, state: &StateFolder) -> Result<Disk> {
         if export_named(&self.path).is_none() && state.has_left_behind(&self.path)? {
             return Err(Error::invalid(format!(
                 "{}: writes that a kill left behind are not in the image yet: serve it once without readonly",
                 self.path.display()
             )));
         }
-        open_disk(&self.path, Some(self.format), Access { size: self.size, ..Access::read_only(cache) })
+        open_disk(&self.path, Some(self.format), Access { size: self.size, ..Access::read_only(reach) })
     }
 
-    fn open(self, cache: Cache, state: &StateFolder) -> Result<Disk> {
+    fn open(self, reach: &Reach, state: &StateFolder) -> Result<Disk> {
         if export_named(&self.path).is_some() {
             // Its server has what was answered, and there are no mappings that only we would know.
-            let access = Access { size: self.size, ..Access::writable(cache) };
+            let access = Access { size: self.size, ..Access::writable(reach) };
             return open_disk(&self.path, Some(self.format), access);
         }
         let path = lasting_name(&self.path).context(|| self.path.display().to_string())?;
@@ -210,7 +213,7 @@ impl Truth {
             recover(&path, self.format, &left)?;
             tracing::info!("{}: {} mappings that a kill left behind were brought in", path.display(), left.len());
         }
-        let access = Access { journal: Some(journal.start()), size: self.size, ..Access::writable(cache) };
+        let access = Access { journal: Some(journal.start()), size: self.size, ..Access::writable(reach) };
         open_disk(&path, Some(self.format), access)
     }
 }

@@ -3,14 +3,14 @@ use super::exports::Export;
 use super::threads::Worker;
 use super::wait::until_image_is_free;
 use crate::control::creation::{CreateOptions, Preallocation};
-use crate::control::options::Cache;
+use crate::control::options::Reach;
 use crate::control::{Code, MirrorRequest, Refusal, Started, Status};
 use crate::copier::Depth;
 use crate::disk::Disk;
 use crate::job::{Job, Parts, Phase};
 use crate::journal::WordJournal;
 use crate::mirror::Mirror;
-use crate::open::identity;
+use crate::open::{identity, same_image};
 use crate::pivot::End;
 use crate::state::{KeptJob, StateFolder};
 use crate::target::plan;
@@ -56,7 +56,7 @@ impl Active {
     pub fn start(
         request: &MirrorRequest,
         export: &Export,
-        cache: Cache,
+        reach: &Reach,
         state: &StateFolder,
         check: &dyn Fn(&MirrorRequest) -> Result<(), Refusal>,
     ) -> Result<(Started, Option<Self>), Refusal> {
@@ -76,7 +76,7 @@ impl Active {
                            make the target first and use --reuse-external";
             return Err(Refusal::new(Code::OperationUnsupported, message));
         }
-        let plan = plan(request, &source)?;
+        let plan = plan(request, &source, reach)?;
         plan.refuse_following(request)?;
         let id = request.job_id.clone().unwrap_or_else(|| export.name.clone());
         let started = Started { job: id.clone(), notes: plan.notes.clone() };
@@ -85,7 +85,7 @@ impl Active {
         }
         // Asleep: nothing is promised of a target before it is the truth.
         let journal = OnceCell::new();
-        let target = plan.open(&source, cache, &|path| {
+        let target = plan.open(&source, reach, &|path| {
             let asleep = state.journal(path)?.start_asleep();
             Ok(Arc::clone(journal.get_or_init(|| asleep)) as Arc<dyn Journal>)
         })?;
@@ -131,7 +131,7 @@ impl Active {
     /// that it has. An error is what its status says from then on.
     pub fn resume(
         export: &Export,
-        cache: Cache,
+        reach: &Reach,
         state: &StateFolder,
         check: &dyn Fn(&MirrorRequest) -> Result<(), Refusal>,
     ) -> Result<Option<Self>, Box<(MirrorRequest, Refusal)>> {
@@ -140,11 +140,12 @@ impl Active {
             Ok(None) => return Ok(None),
             Err(error) => return Err(Box::new((MirrorRequest::default(), error.into()))),
         };
-        if Path::new(&request.target) == Path::new(&export.serving()) {
+        let is_served = |name: &str| same_image(Path::new(name), Path::new(&export.serving()));
+        if is_served(&request.target) {
             // Killed between the record and the end of the job: the pivot happened.
             return Ok(None);
         }
-        let same = source == export.serving() && identity(Path::new(&request.target)).ok() == Some(target_identity);
+        let same = is_served(&source) && identity(Path::new(&request.target)).ok() == Some(target_identity);
         if !same {
             let message = format!(
                 "the job that was interrupted copied {source} to {}, and one of them is another file now: it does not \
@@ -155,7 +156,7 @@ impl Active {
         }
         let resumed = until_image_is_free(Path::new(&request.target), request.format)
             .map_err(Refusal::from)
-            .and_then(|()| Self::start(&request, export, cache, state, check));
+            .and_then(|()| Self::start(&request, export, reach, state, check));
         match resumed {
             Ok((_, Some(mut active))) => {
                 active.notes.push("resumed after a restart: everything is copied once more".to_owned());

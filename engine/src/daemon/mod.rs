@@ -62,11 +62,12 @@ pub fn serve(options: &ServeOptions, ready: impl FnOnce(&str)) -> Result<()> {
     options.exports.iter().try_for_each(|export| refuse_twice(export, &options.exports))?;
     // Before any of them is opened, for an image that two exports name would be waited for in vain.
     options.exports.iter().try_for_each(|export| Export::wait_until_free(export, &state))?;
-    let open = |export| Export::open(export, options.cache, &state);
+    let open = |export| Export::open(export, &options.reach, &state);
     let exports = options.exports.iter().map(open).collect::<Result<Vec<_>>>()?;
     refuse_shared(&exports)?;
     let table = Arc::new(Table::new(&exports));
-    let mut thread = ControlThread::new(exports, table, options.cache, credentials, state).context(|| "starting")?;
+    let thread = ControlThread::new(exports, table, options.reach.clone(), credentials, state);
+    let mut thread = thread.context(|| "starting")?;
     thread.resume_jobs();
     // Only now: who finds the sockets is served.
     let named = options.listeners.iter().map(Listening::at);

@@ -9,18 +9,45 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use webpki::{ALL_VERIFICATION_ALGS, EndEntityCert, KeyUsage, anchor_from_trusted_cert};
 
-const AUTHORITIES: &str = "ca-cert.pem";
-const CERTIFICATE: &str = "server-cert.pem";
-const KEY: &str = "server-key.pem";
+pub const AUTHORITIES: &str = "ca-cert.pem";
 const REVOCATIONS: &str = "ca-crl.pem";
 
-/// A folder laid out as QEMU's.
-pub struct Folder<'a>(&'a Path);
+/// Whose certificate and key are in a folder.
+#[derive(Debug)]
+pub struct Owner {
+    whose: &'static str,
+    certificate: &'static str,
+    key: &'static str,
+    usage: fn() -> KeyUsage,
+}
 
-impl<'a> Folder<'a> {
-    /// At this path.
-    pub fn new(path: &'a Path) -> Self {
-        Self(path)
+pub const SERVER: Owner =
+    Owner { whose: "server", certificate: "server-cert.pem", key: "server-key.pem", usage: KeyUsage::server_auth };
+pub const CLIENT: Owner =
+    Owner { whose: "client", certificate: "client-cert.pem", key: "client-key.pem", usage: KeyUsage::client_auth };
+
+/// A certificate with those between it and its authority, and its private key.
+pub type Own = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
+
+/// A folder laid out as QEMU's.
+#[derive(Debug)]
+pub struct Folder {
+    path: PathBuf,
+    owner: Owner,
+}
+
+impl Folder {
+    /// At this path, as its owner sees it.
+    pub fn new(path: &Path, owner: Owner) -> Self {
+        Self { path: path.to_owned(), owner }
+    }
+
+    /// Our certificate, those between it and its authority, and its key; nothing, where neither is there.
+    pub fn own_if_any(&self) -> Result<Option<Own>> {
+        match self.path(self.owner.certificate).exists() || self.path(self.owner.key).exists() {
+            true => Ok(Some((self.own_certificates()?, self.own_key()?))),
+            false => Ok(None),
+        }
     }
 
     /// Who signs certificates; nobody, where none is needed and the file is not there.
@@ -36,16 +63,17 @@ impl<'a> Folder<'a> {
     }
 
     /// Our certificate, and those between it and its authority.
-    pub fn server_certificates(&self) -> Result<Vec<CertificateDer<'static>>> {
-        self.certificates(CERTIFICATE)
+    pub fn own_certificates(&self) -> Result<Vec<CertificateDer<'static>>> {
+        self.certificates(self.owner.certificate)
     }
 
     /// Its private key.
-    pub fn server_key(&self) -> Result<PrivateKeyDer<'static>> {
-        let text = self.read(KEY)?;
+    pub fn own_key(&self) -> Result<PrivateKeyDer<'static>> {
+        let file = self.owner.key;
+        let text = self.read(file)?;
         PrivateKeyDer::from_pem_slice(&text).map_err(|error| match error {
-            PemError::NoItemsFound => self.wrong(KEY, "there is no private key in it, or one with a passphrase"),
-            error => self.wrong(KEY, error),
+            PemError::NoItemsFound => self.wrong(file, "there is no private key in it, or one with a passphrase"),
+            error => self.wrong(file, error),
         })
     }
 
@@ -57,10 +85,10 @@ impl<'a> Folder<'a> {
         self.all(REVOCATIONS, "revocation list")
     }
 
-    /// Finds what clients would find wrong with our certificate: that it is not of this time, not a
-    /// server's, or not of these authorities.
+    /// Finds what our peers would find wrong with our certificate: that it is not of this time, not made for
+    /// its owner, or not of these authorities.
     pub fn examine(&self, certificates: &[CertificateDer<'_>], authorities: Option<&RootCertStore>) -> Result<()> {
-        let wrong = |error: webpki::Error| self.wrong(CERTIFICATE, in_words(&error));
+        let wrong = |error: webpki::Error| self.wrong(self.owner.certificate, self.owner.in_words(&error));
         let certificate = EndEntityCert::try_from(&certificates[0]).map_err(wrong)?;
         let itself;
         let anchors = match authorities {
@@ -70,11 +98,11 @@ impl<'a> Folder<'a> {
                 &itself
             }
         };
-        let (now, usage) = (UnixTime::now(), KeyUsage::server_auth());
+        let (now, usage) = (UnixTime::now(), (self.owner.usage)());
         let found =
             certificate.verify_for_usage(ALL_VERIFICATION_ALGS, anchors, &certificates[1..], now, usage, None, None);
         match found {
-            // Whom its clients trust is not known here.
+            // Whom our peers trust is not known here.
             Err(webpki::Error::UnknownIssuer) if authorities.is_none() => Ok(()),
             found => found.map(drop).map_err(wrong),
         }
@@ -83,8 +111,10 @@ impl<'a> Folder<'a> {
     /// What is wrong with certificate and key together.
     pub fn key_error(&self, error: &rustls::Error) -> Error {
         match error {
-            rustls::Error::InconsistentKeys(_) => self.wrong(KEY, format!("it is not the key of {CERTIFICATE}")),
-            error => self.wrong(KEY, error),
+            rustls::Error::InconsistentKeys(_) => {
+                self.wrong(self.owner.key, format!("it is not the key of {}", self.owner.certificate))
+            }
+            error => self.wrong(self.owner.key, error),
         }
     }
 
@@ -116,8 +146,14 @@ impl<'a> Folder<'a> {
         fs::read(&path).context(|| format!("{}: reading it for TLS", path.display()))
     }
 
-    fn path(&self, file: &str) -> PathBuf {
-        self.0.join(file)
+    /// Where this file of it is.
+    pub fn path(&self, file: &str) -> PathBuf {
+        self.path.join(file)
+    }
+
+    /// Where our certificate is, or would be.
+    pub fn own_path(&self) -> PathBuf {
+        self.path(self.owner.certificate)
     }
 
     fn wrong(&self, file: &str, why: impl Display) -> Error {
@@ -125,13 +161,18 @@ impl<'a> Folder<'a> {
     }
 }
 
-fn in_words(error: &webpki::Error) -> String {
-    match error {
-        webpki::Error::CertExpired { .. } => "the certificate has expired: have a new one signed".into(),
-        webpki::Error::CertNotValidYet { .. } => "the certificate is not valid yet: is the clock right?".into(),
-        webpki::Error::UnknownIssuer => format!("no authority of {AUTHORITIES} signed it"),
-        webpki::Error::CaUsedAsEndEntity => "it is an authority's certificate, not a server's".into(),
-        webpki::Error::RequiredEkuNotFoundContext(_) => "it is not made for a server (extended key usage)".into(),
-        error => error.to_string(),
+impl Owner {
+    fn in_words(&self, error: &webpki::Error) -> String {
+        let whose = self.whose;
+        match error {
+            webpki::Error::CertExpired { .. } => "the certificate has expired: have a new one signed".into(),
+            webpki::Error::CertNotValidYet { .. } => "the certificate is not valid yet: is the clock right?".into(),
+            webpki::Error::UnknownIssuer => format!("no authority of {AUTHORITIES} signed it"),
+            webpki::Error::CaUsedAsEndEntity => format!("it is an authority's certificate, not a {whose}'s"),
+            webpki::Error::RequiredEkuNotFoundContext(_) => {
+                format!("it is not made for a {whose} (extended key usage)")
+            }
+            error => error.to_string(),
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! A server's side: who it is, and which clients may come in.
 use super::allowed::Allowed;
-use super::folder::Folder;
+use super::folder::{Folder, SERVER};
 use super::stream::Tls;
 use crate::control::options::TlsOptions;
 use formats::error::{Error, Result};
@@ -26,11 +26,11 @@ impl Credentials {
                 "clients that show no certificate have no name: --tls-allow needs --tls-verify-peer yes",
             ));
         }
-        let folder = Folder::new(&options.certificates);
+        let folder = Folder::new(&options.certificates, SERVER);
         let authorities = folder.authorities(options.verify_peer)?;
-        let certificates = folder.server_certificates()?;
+        let certificates = folder.own_certificates()?;
         folder.examine(&certificates, authorities.as_ref())?;
-        let key = folder.server_key()?;
+        let key = folder.own_key()?;
         let clients = match authorities.filter(|_| options.verify_peer) {
             Some(authorities) => verifier(&folder, authorities, &options.allow)?,
             None => WebPkiClientVerifier::no_client_auth(),

@@ -10,6 +10,7 @@ use std::io::{self, IoSlice, Read, Write};
 const ENCRYPTED_MAX: usize = 256 << 10;
 
 /// One connection's TLS.
+#[derive(Debug)]
 pub struct Tls {
     connection: Connection,
     /// What is being sent, as far as it is not encrypted yet.
@@ -56,6 +57,11 @@ impl Tls {
         self.ended
     }
 
+    /// True until both know each other.
+    pub fn is_shaking_hands(&self) -> bool {
+        self.connection.is_handshaking()
+    }
+
     /// True where something waits for being encrypted or sent.
     pub fn has_to_say(&self) -> bool {
         self.connection.wants_write() || !self.plain.is_empty()
@@ -89,10 +95,27 @@ impl Tls {
             // Its buffers are given up before the last of it has gone.
             self.plain.clear();
         }
-        while self.connection.wants_write() {
-            self.connection.write_tls(&mut Sink(&mut room)).expect("memory takes all");
-        }
+        self.take_encrypted(&mut room);
         room
+    }
+
+    /// What TLS itself still has to say, and that nothing more will be sent; before that `farewell`, where all
+    /// else has gone.
+    pub fn last_words(&mut self, farewell: &[u8]) -> Gather {
+        if self.plain.is_empty() && !self.is_shaking_hands() {
+            // After an error there is only its alert.
+            let _ = self.connection.writer().write(farewell);
+        }
+        self.farewell();
+        let mut words = Gather::default();
+        self.take_encrypted(&mut words);
+        words
+    }
+
+    fn take_encrypted(&mut self, room: &mut Gather) {
+        while self.connection.wants_write() {
+            self.connection.write_tls(&mut Sink(room)).expect("memory takes all");
+        }
     }
 
     /// Nothing more will be sent. Said once.

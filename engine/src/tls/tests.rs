@@ -1,8 +1,8 @@
 //! Folders as they should be, and as they should not; clients' names.
 pub mod authority;
 
-use super::Credentials;
 use super::allowed::common_name;
+use super::{ClientCredentials, Credentials};
 use crate::control::options::TlsOptions;
 use authority::Authority;
 use rcgen::{ExtendedKeyUsagePurpose, date_time_ymd};
@@ -128,4 +128,55 @@ fn the_common_name_is_found_in_any_subject_and_in_no_other_bytes() {
             assert!(common_name(&subject).is_none_or(|name| name.len() < subject.len()));
         }
     }
+}
+
+/// A good client's folder, changed; what is said of it.
+#[track_caller]
+fn said_to_client(change: impl FnOnce(&Path, &Authority)) -> String {
+    let folder = TempDir::new().expect("a folder");
+    let authority = Authority::new("the authority");
+    authority.client_folder(folder.path(), "the client");
+    ClientCredentials::open(folder.path(), "localhost").expect("a good folder");
+    change(folder.path(), &authority);
+    let error = ClientCredentials::open(folder.path(), "localhost").expect_err("it is not good any more").one_line();
+    let place = folder.path().display().to_string();
+    error.strip_prefix(&place).unwrap_or_else(|| panic!("the folder is not named: {error}")).to_owned()
+}
+
+#[test]
+fn a_clients_folder_is_looked_at_as_a_servers() {
+    let remove =
+        |file: &'static str| said_to_client(move |folder, _| fs::remove_file(folder.join(file)).expect("a file"));
+    for file in ["ca-cert.pem", "client-cert.pem", "client-key.pem"] {
+        assert_eq!(remove(file), format!("/{file}: reading it for TLS: No such file or directory (os error 2)"));
+    }
+    let gone = said_to_client(|folder, _| fs::remove_dir_all(folder).expect("a folder"));
+    assert!(gone.starts_with(": there is no folder of certificates (ca-cert.pem, client-cert.pem"), "{gone}");
+    let of = |issue: fn(&Authority) -> (String, String)| {
+        said_to_client(move |folder, authority| {
+            let (certificate, key) = issue(authority);
+            authority.folder(folder, "client", &certificate, &key);
+        })
+    };
+    let expired = of(|authority| authority.issue("x", |params| params.not_after = date_time_ymd(2020, 1, 1)));
+    assert_eq!(expired, "/client-cert.pem: the certificate has expired: have a new one signed");
+    let others = of(|_| Authority::new("another").issue("x", |_| {}));
+    assert_eq!(others, "/client-cert.pem: no authority of ca-cert.pem signed it");
+    let servers = of(|authority| {
+        authority.issue("x", |params| params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth])
+    });
+    assert_eq!(servers, "/client-cert.pem: it is not made for a client (extended key usage)");
+    let key = of(|authority| (authority.issue("x", |_| {}).0, authority.issue("x", |_| {}).1));
+    assert_eq!(key, "/client-key.pem: it is not the key of client-cert.pem");
+}
+
+#[test]
+fn a_client_needs_no_certificate_but_a_name_to_verify_its_server_by() {
+    let folder = TempDir::new().expect("a folder");
+    fs::write(folder.path().join("ca-cert.pem"), Authority::new("the authority").pem()).expect("a file");
+    for name in ["localhost", "a.b.example", "10.0.0.1", "fe80::1"] {
+        ClientCredentials::open(folder.path(), name).expect(name);
+    }
+    let error = ClientCredentials::open(folder.path(), "a:b").expect_err("no name").one_line();
+    assert!(error.contains("no certificate can be for \"a:b\"") && error.contains("tls-hostname=NAME"), "{error}");
 }

@@ -112,6 +112,12 @@ impl Node {
 
     /// The server by `server`, or by the older keys beside it.
     fn nbd(&mut self) -> Result<Address> {
+        if self.0.contains_key("tls-creds") {
+            return Err(Error::unsupported(
+                "the key \"tls-creds\" names an object of one QEMU alone: name the export by \
+                 nbds://HOST/EXPORT?tls-certificates=DIR, with qemu-img rebase -u",
+            ));
+        }
         let kind = self.take("server.type");
         let inside = if self.0.keys().any(|key| key.starts_with("server.")) { "server." } else { "" };
         let path = self.take(&format!("{inside}path"));

@@ -28,6 +28,7 @@ fn names_count_from_the_image_that_records_them() {
         ("a b%20", "/images/a b%20"),
         ("nbd://host/x", "nbd://host:10809/x"),
         ("nbd:unix:/s:exportname=x", "nbd+unix:///x?socket=/s"),
+        ("nbds://host/x?tls-certificates=/c", "nbds://host:10809/x?tls-certificates=/c"),
     ] {
         assert_eq!(seen(name), Some((wanted.to_owned(), None)), "{name}");
     }
@@ -106,7 +107,8 @@ fn what_is_not_understood_is_refused_by_name() {
         (r#"{"driver":"nbd","server":{"type":"unix"},"export":"x"}"#, "\"path\" is missing"),
         (r#"{"driver":"nbd","server":{"type":"vsock","cid":"1","port":"1"}}"#, "\"vsock\""),
         (r#"{"driver":"nbd","path":"/s","host":"h"}"#, "\"host\" of the driver \"nbd\""),
-        (r#"{"driver":"nbd","path":"/s","tls-creds":"tls0"}"#, "\"tls-creds\""),
+        (r#"{"driver":"nbd","path":"/s","tls-creds":"tls0"}"#, "\"tls-creds\" names an object of one QEMU alone"),
+        (r#"{"driver":"nbd","path":"/s","tls-hostname":"h"}"#, "\"tls-hostname\" of the driver \"nbd\""),
         (r#"{"driver":"nbd","host":"h","port":"x"}"#, "no port"),
         (r#"{"a":{"b":{"c":{"d":{"e":1}}}}}"#, "inside each other"),
     ] {

@@ -6,7 +6,10 @@
 //! nbd+unix:///export?socket=/path       nbd:unix:/path[:exportname=export]
 //! ```
 //!
-//! The two letters `s` of `nbds://` and `nbds+unix://` ask for TLS; whoever connects says whether there is any.
+//! `nbds://` and `nbds+unix://` are inside TLS and nothing else. Behind `?` and between `&` they may have, as libnbd
+//! and the protocol name them, `tls-certificates=DIR` (the folder with whom we trust and who we are) and
+//! `tls-hostname=NAME` (whom the server's certificate has to be for). `tls-type=x509` and `tls-verify-peer=1` ask for
+//! what is done anyway; who asks for less is refused.
 use super::wire::STRING_LEN_MAX;
 use crate::error::{Error, Result};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
@@ -18,6 +21,8 @@ pub const PORT: u16 = 10809;
 pub const SOCKET_PATH_MAX: usize = 107;
 /// Longest name of a host, in bytes (RFC 1035).
 const HOST_LEN_MAX: usize = 253;
+/// Longest path of a folder, in bytes: what the system opens.
+const FOLDER_PATH_MAX: usize = 4095;
 
 /// Where an export is.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -26,8 +31,17 @@ pub struct Address {
     pub server: Server,
     /// Its name; empty for the server's default one. At most 4096 bytes.
     pub export: String,
-    /// The connection has to be inside TLS.
-    pub tls: bool,
+    /// The connection is inside TLS, and never in plain.
+    pub tls: Option<TlsNames>,
+}
+
+/// What an address names for TLS.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct TlsNames {
+    /// The folder of certificates, laid out as QEMU's. At most 4095 bytes.
+    pub certificates: Option<String>,
+    /// Whom the server's certificate has to be for, where that is not the host.
+    pub hostname: Option<String>,
 }
 
 /// How a server is reached.
@@ -50,14 +64,9 @@ pub enum Server {
 impl Server {
     /// A server at a port of a host.
     pub fn tcp(host: impl Into<String>, port: u16) -> Result<Self> {
-        let host = host.into();
-        let fine = |letter: char| !letter.is_control() && !letter.is_whitespace() && !"/?#@[]%".contains(letter);
-        if host.is_empty() || host.len() > HOST_LEN_MAX || !host.chars().all(fine) {
-            return Err(Error::malformed(format!("{host:?} is no host's name or address")));
-        }
         match port {
             0 => Err(Error::malformed("port 0 is no server's")),
-            port => Ok(Self::Tcp { host, port }),
+            port => Ok(Self::Tcp { host: host_name(host.into())?, port }),
         }
     }
 
@@ -83,7 +92,12 @@ impl Address {
                 export.len()
             )));
         }
-        Ok(Self { server, export, tls: false })
+        Ok(Self { server, export, tls: None })
+    }
+
+    /// What tells the export from others: who serves it and its name, however it is reached.
+    pub fn place(&self) -> String {
+        Self { tls: None, ..self.clone() }.to_string()
     }
 
     /// True where `name` begins as the names do that `parse` reads.
@@ -135,8 +149,8 @@ fn parse_uri(scheme: &str, rest: &str) -> Result<Address> {
     }
     let (rest, query) = rest.split_once('?').map_or((rest, None), |(rest, query)| (rest, Some(query)));
     let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
-    let socket = socket(query)?;
-    let server = match (unix, socket) {
+    let mut query = Query::read(query.unwrap_or_default())?;
+    let server = match (unix, query.socket.take()) {
         (true, Some(path)) if authority.is_empty() => Server::unix(path)?,
         (true, Some(_)) => return Err(Error::malformed("an address with a socket has no host: write three slashes")),
         (true, None) => return Err(Error::malformed("the socket is missing: add ?socket=PATH")),
@@ -148,21 +162,79 @@ fn parse_uri(scheme: &str, rest: &str) -> Result<Address> {
     };
     // One slash is the path's own; a name may begin with another.
     let export = decoded(path.strip_prefix('/').unwrap_or(path))?;
-    Ok(Address { tls, ..Address::new(server, export)? })
+    Ok(Address { tls: query.tls(tls)?, ..Address::new(server, export)? })
 }
 
-/// The only parameter that there is here.
-fn socket(query: Option<&str>) -> Result<Option<String>> {
-    let mut socket = None;
-    for parameter in query.unwrap_or_default().split('&').filter(|parameter| !parameter.is_empty()) {
-        let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
-        match decoded(name)?.as_str() {
-            "socket" if socket.is_none() => socket = Some(decoded(value)?),
-            "socket" => return Err(Error::malformed("the socket is named twice")),
-            other => return Err(Error::unsupported(format!("the parameter {other:?} is not supported: leave it out"))),
+/// The parameters that there are here.
+#[derive(Default)]
+struct Query {
+    socket: Option<String>,
+    certificates: Option<String>,
+    hostname: Option<String>,
+    kind: Option<String>,
+    verify_peer: Option<String>,
+}
+
+impl Query {
+    fn read(text: &str) -> Result<Self> {
+        let mut query = Self::default();
+        for parameter in text.split('&').filter(|parameter| !parameter.is_empty()) {
+            let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
+            let name = decoded(name)?;
+            let place = match name.as_str() {
+                "socket" => &mut query.socket,
+                "tls-certificates" => &mut query.certificates,
+                "tls-hostname" => &mut query.hostname,
+                "tls-type" => &mut query.kind,
+                "tls-verify-peer" => &mut query.verify_peer,
+                _ => {
+                    return Err(Error::unsupported(format!("the parameter {name:?} is not supported: leave it out")));
+                }
+            };
+            if place.replace(decoded(value)?).is_some() {
+                return Err(Error::malformed(format!("the parameter {name:?} is there twice")));
+            }
         }
+        Ok(query)
     }
-    Ok(socket)
+
+    /// What is said of TLS, which is `inside` or not at all.
+    fn tls(self, inside: bool) -> Result<Option<TlsNames>> {
+        let Self { certificates, hostname, kind, verify_peer, .. } = self;
+        if !inside {
+            // Whoever names certificates believes to be safe.
+            let said = [&certificates, &hostname, &kind, &verify_peer].iter().any(|value| value.is_some());
+            let plain = || Error::malformed("what begins with tls- belongs to nbds: and nbds+unix:, not to plain NBD");
+            return if said { Err(plain()) } else { Ok(None) };
+        }
+        if let Some(kind) = kind.filter(|kind| kind != "x509") {
+            return Err(Error::unsupported(format!("tls-type={kind} is not supported: there is x509, certificates")));
+        }
+        if let Some(word) = verify_peer.filter(|word| !["1", "true"].contains(&word.as_str())) {
+            let why = format!("tls-verify-peer={word} is not supported: a server is always verified, leave it out");
+            return Err(Error::unsupported(why));
+        }
+        let certificates = certificates.map(folder_path).transpose()?;
+        Ok(Some(TlsNames { certificates, hostname: hostname.map(host_name).transpose()? }))
+    }
+}
+
+fn folder_path(path: String) -> Result<String> {
+    match path.is_empty() || path.len() > FOLDER_PATH_MAX || path.contains('\0') {
+        false => Ok(path),
+        true => Err(Error::malformed(format!(
+            "tls-certificates={path:?} is no folder's path: it has 1 to {FOLDER_PATH_MAX} bytes, none of them NUL"
+        ))),
+    }
+}
+
+/// A name or an address of a host.
+fn host_name(host: String) -> Result<String> {
+    let fine = |letter: char| !letter.is_control() && !letter.is_whitespace() && !"/?#@[]%".contains(letter);
+    match !host.is_empty() && host.len() <= HOST_LEN_MAX && host.chars().all(fine) {
+        true => Ok(host),
+        false => Err(Error::malformed(format!("{host:?} is no host's name or address"))),
+    }
 }
 
 /// `host`, `host:port`, `[address]` or `[address]:port`.
@@ -203,19 +275,31 @@ const ESCAPED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'/').remove(b'-').remove(b'
 impl fmt::Display for Address {
     /// As a URI.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let scheme = if self.tls { "nbds" } else { "nbd" };
+        let scheme = if self.tls.is_some() { "nbds" } else { "nbd" };
         let export = utf8_percent_encode(&self.export, ESCAPED);
+        let mut socket = None;
         match &self.server {
             Server::Tcp { host, port } => {
                 let (open, close) = if host.contains(':') { ("[", "]") } else { ("", "") };
-                write!(f, "{scheme}://{open}{host}{close}:{port}/{export}")
+                write!(f, "{scheme}://{open}{host}{close}:{port}/{export}")?;
             }
             Server::Unix { path } => {
-                write!(f, "{scheme}+unix:///{export}?socket={}", utf8_percent_encode(path, ESCAPED))
+                write!(f, "{scheme}+unix:///{export}")?;
+                socket = Some(path);
             }
         }
+        let TlsNames { certificates, hostname } = self.tls.as_ref().unwrap_or(&NO_NAMES);
+        let names = [("tls-certificates", certificates.as_ref()), ("tls-hostname", hostname.as_ref())];
+        let parameters = std::iter::once(("socket", socket)).chain(names);
+        let said = parameters.filter_map(|(name, value)| Some((name, utf8_percent_encode(value?, ESCAPED))));
+        for (separator, (name, value)) in std::iter::once('?').chain(std::iter::repeat('&')).zip(said) {
+            write!(f, "{separator}{name}={value}")?;
+        }
+        Ok(())
     }
 }
+
+const NO_NAMES: TlsNames = TlsNames { certificates: None, hostname: None };
 
 #[cfg(test)]
 mod tests;

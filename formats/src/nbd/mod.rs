@@ -20,7 +20,7 @@ pub mod reply;
 pub mod request;
 pub mod wire;
 
-pub use address::{Address, Server};
+pub use address::{Address, Server, TlsNames};
 pub use context::Context;
 pub use export::{BlockSizes, ExportInfo, Exports};
 pub use handshake::{Handshake, Negotiated, Outcome, Tls};

@@ -1,34 +1,57 @@
 //! One connection that waits for each answer: for opening, for metadata, and for servers that take only one.
-use super::{ANSWER_TIME_MAX, CONNECT_TIME_MAX, ended, late, lost, refused};
+use super::inside::Inside;
+use super::{ANSWER_TIME_MAX, CONNECT_TIME_MAX, PIECE_LEN, ended, late, lost, refused};
+use crate::tls::ClientCredentials;
 use formats::error::{Context, Error, Result};
-use formats::nbd::client::{Ask, Event, Negotiation, Replies, Session};
+use formats::nbd::Address;
+use formats::nbd::client::{Ask, Event, Negotiation, Next, Replies, Session};
 use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout, set_tcp_nodelay};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketAddrAny, SocketFlags, SocketType};
 use rustix::net::{connect, recv, send, socket_with};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Instant;
-
-/// How much is received at a time, in bytes.
-const PIECE_LEN: usize = 256 << 10;
 
 /// A connection in its transmission phase.
 #[derive(Debug)]
 pub(super) struct Blocking {
-    socket: OwnedFd,
+    line: Line,
     replies: Replies,
-    inbound: Inbound,
     /// Why it is of no use any more.
     lost: Option<String>,
 }
 
-/// What came and was not looked at yet.
+/// A socket, in plain or inside TLS, and what came by it and was not looked at yet.
 #[derive(Debug)]
-struct Inbound {
-    bytes: Vec<u8>,
+struct Line {
+    socket: OwnedFd,
+    inside: Option<Inside>,
+    /// What waits until TLS lets it out.
+    outbound: Vec<u8>,
+    received: Vec<u8>,
     start: usize,
     end: usize,
+}
+
+/// Why nothing more comes by a line.
+enum Why {
+    /// Nothing came for too long.
+    Late,
+    Ended(io::Error),
+    /// TLS says so.
+    Tls(String),
+}
+
+impl From<Why> for String {
+    fn from(why: Why) -> Self {
+        match why {
+            Why::Late => late(),
+            Why::Ended(error) => ended(error),
+            Why::Tls(why) => why,
+        }
+    }
 }
 
 /// A socket for `peer`, not connected yet.
@@ -51,22 +74,36 @@ fn reach(peer: &SocketAddrAny) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Says that no request follows, if that can be said at once.
-pub(super) fn say_goodbye(socket: impl AsFd) {
+/// Says that no request follows, and ends TLS, if that can be said at once.
+pub(super) fn say_goodbye(socket: impl AsFd, inside: Option<&mut Inside>) {
     let mut bytes = Vec::new();
     Replies::goodbye(&mut bytes);
-    // A server that does not hear it sees the end of the connection.
-    let _ = send(socket, &bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
+    say_at_once(socket, &bytes, inside);
+}
+
+/// Says `words` and TLS' own last ones, if that can be done at once. Who does not hear them sees the end of the
+/// connection.
+pub(super) fn say_at_once(socket: impl AsFd, words: &[u8], inside: Option<&mut Inside>) {
+    let encrypted = inside.map(|inside| inside.last_words(words));
+    let pieces = encrypted.as_ref().map_or_else(|| vec![words], |gather| gather.slices().collect());
+    for piece in pieces {
+        let _ = send(&socket, piece, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
+    }
 }
 
 impl Blocking {
-    /// Reaches the server at `peer` and agrees with it on `export`.
-    pub fn connect(peer: &SocketAddrAny, export: &str) -> Result<(Self, Session)> {
+    /// Reaches the server at `peer` and agrees with it on what is at `address`, inside TLS where that says so.
+    pub fn connect(
+        peer: &SocketAddrAny,
+        address: &Address,
+        credentials: Option<&Arc<ClientCredentials>>,
+    ) -> Result<(Self, Session)> {
         let socket = reach(peer).context(|| "connecting to the server")?;
-        let mut inbound = Inbound { bytes: vec![0; PIECE_LEN], start: 0, end: 0 };
-        let session = negotiate(&socket, export, &mut inbound)?;
+        let received = vec![0; PIECE_LEN];
+        let mut line = Line { socket, inside: None, outbound: Vec::new(), received, start: 0, end: 0 };
+        let session = negotiate(&mut line, address, credentials)?;
         let replies = Replies::new(session.clone());
-        Ok((Self { socket, replies, inbound, lost: None }, session))
+        Ok((Self { line, replies, lost: None }, session))
     }
 
     /// True where it is of no use any more.
@@ -99,26 +136,25 @@ impl Blocking {
         let begun = Instant::now();
         let mut request = Vec::new();
         self.replies.ask(ask, &mut request);
-        send_all(&self.socket, &request)?;
-        send_all(&self.socket, payload)?;
+        self.line.send(&request, payload)?;
         loop {
-            let mut input = self.inbound.rest();
+            let mut input = self.line.rest();
             let before = input.len();
             let event = self.replies.step(&mut input).map_err(|error| error.one_line());
             let taken = before - input.len();
             match event? {
                 Some(Event::Done { outcome, .. }) => {
-                    self.inbound.start += taken;
+                    self.line.start += taken;
                     return Ok(outcome.map_err(|failure| refused(&failure)));
                 }
                 Some(event) => take(event),
                 None if begun.elapsed() > ANSWER_TIME_MAX => return Err(late()),
                 None => {
-                    self.inbound.receive(&self.socket)?;
+                    self.line.receive()?;
                     continue;
                 }
             }
-            self.inbound.start += taken;
+            self.line.start += taken;
         }
     }
 }
@@ -126,63 +162,111 @@ impl Blocking {
 impl Drop for Blocking {
     fn drop(&mut self) {
         if self.lost.is_none() {
-            say_goodbye(&self.socket);
+            say_goodbye(&self.line.socket, self.line.inside.as_mut());
         }
     }
 }
 
-impl Inbound {
-    fn rest(&self) -> &[u8] {
-        &self.bytes[self.start..self.end]
-    }
-
-    /// Waits for more. What was there is used up.
-    fn receive(&mut self, socket: &OwnedFd) -> std::result::Result<(), String> {
+impl Line {
+    /// What comes next is TLS, and so is what is said.
+    fn start_tls(&mut self, credentials: &Arc<ClientCredentials>) -> Result<()> {
+        self.inside = Some(Inside::new(credentials).map_err(Error::invalid)?);
         (self.start, self.end) = (0, 0);
-        loop {
-            match recv(socket, &mut self.bytes[..], RecvFlags::empty()) {
-                Ok((_, 0)) => return Err(ended(io::ErrorKind::UnexpectedEof.into())),
-                Ok((_, count)) => {
-                    self.end = count;
-                    return Ok(());
-                }
+        Ok(())
+    }
+
+    fn rest(&self) -> &[u8] {
+        let bytes = self.inside.as_ref().map_or(&self.received[..], Inside::decrypted);
+        &bytes[self.start..self.end]
+    }
+
+    /// Waits for more; inside TLS it may be nothing. What was there is used up.
+    fn receive(&mut self) -> std::result::Result<(), Why> {
+        (self.start, self.end) = (0, 0);
+        let count = loop {
+            match recv(&self.socket, &mut self.received[..], RecvFlags::empty()) {
+                Ok((_, 0)) => return Err(Why::Ended(io::ErrorKind::UnexpectedEof.into())),
+                Ok((_, count)) => break count,
                 Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => return Err(late()),
-                Err(error) => return Err(ended(error.into())),
+                Err(Errno::AGAIN) => return Err(Why::Late),
+                Err(error) => return Err(Why::Ended(error.into())),
             }
+        };
+        let Some(inside) = &mut self.inside else {
+            self.end = count;
+            return Ok(());
+        };
+        self.end = inside.decrypt(&self.received[..count]).map_err(|why| {
+            // The server is told by an alert, and nothing else.
+            say_at_once(&self.socket, &[], Some(inside));
+            Why::Tls(why)
+        })?;
+        if self.end == 0 && inside.has_ended() {
+            return Err(Why::Ended(io::ErrorKind::UnexpectedEof.into()));
         }
+        self.send_encrypted()
+    }
+
+    /// Sends `bytes` and then `payload`; inside TLS, as soon as that lets them out.
+    fn send(&mut self, bytes: &[u8], payload: &[u8]) -> std::result::Result<(), Why> {
+        if self.inside.is_none() {
+            return [bytes, payload].iter().try_for_each(|bytes| send_all(&self.socket, bytes));
+        }
+        self.outbound.extend_from_slice(bytes);
+        self.outbound.extend_from_slice(payload);
+        self.send_encrypted()
+    }
+
+    fn send_encrypted(&mut self) -> std::result::Result<(), Why> {
+        let Some(inside) = &mut self.inside else { return Ok(()) };
+        while let Some(gather) = inside.encrypt(&mut self.outbound) {
+            gather.slices().try_for_each(|piece| send_all(&self.socket, piece))?;
+            inside.sent(gather);
+        }
+        Ok(())
     }
 }
 
-fn negotiate(socket: &OwnedFd, export: &str, inbound: &mut Inbound) -> Result<Session> {
+fn negotiate(line: &mut Line, address: &Address, credentials: Option<&Arc<ClientCredentials>>) -> Result<Session> {
     let begun = Instant::now();
-    let mut negotiation = Negotiation::new(export);
+    let mut negotiation = Negotiation::new(address);
     loop {
-        if inbound.receive(socket).is_err() {
-            let in_time = begun.elapsed() < ANSWER_TIME_MAX;
-            return Err(if in_time { negotiation.hung_up() } else { Error::invalid(never_heard()) });
-        }
-        let mut input = &inbound.bytes[..inbound.end];
-        let mut out = Vec::new();
-        let session = negotiation.step(&mut input, &mut out)?;
-        inbound.start = inbound.end - input.len();
-        if let Some(session) = session {
-            return Ok(session);
+        line.receive().map_err(|why| match (why, &line.inside) {
+            (Why::Late, _) => Error::invalid(never_heard()),
+            (Why::Tls(why), _) => Error::invalid(why),
+            (Why::Ended(_), Some(inside)) if !inside.has_heard() => Error::invalid(inside.hung_up()),
+            (Why::Ended(_), _) => negotiation.hung_up(),
+        })?;
+        let (mut input, mut out) = (line.rest(), Vec::new());
+        let outcome = negotiation.step(&mut input, &mut out)?;
+        line.start = line.end - input.len();
+        match outcome {
+            Next::Session(session) => {
+                assert_eq!(line.inside.is_some(), address.tls.is_some(), "never in plain where TLS was asked for");
+                return Ok(session);
+            }
+            Next::StartTls => {
+                line.start_tls(credentials.expect("an address inside TLS has credentials"))?;
+                negotiation.inside_tls(&mut out);
+            }
+            Next::More => {}
         }
         if begun.elapsed() > ANSWER_TIME_MAX {
             return Err(Error::invalid(never_heard()));
         }
-        send_all(socket, &out).map_err(Error::invalid)?;
+        line.send(&out, &[]).map_err(|why| Error::invalid(String::from(why)))?;
     }
 }
 
-fn send_all(socket: &OwnedFd, mut bytes: &[u8]) -> std::result::Result<(), String> {
+fn send_all(socket: &OwnedFd, mut bytes: &[u8]) -> std::result::Result<(), Why> {
     while !bytes.is_empty() {
         match send(socket, bytes, SendFlags::NOSIGNAL) {
             Ok(count) => bytes = &bytes[count..],
             Err(Errno::INTR) => {}
-            Err(Errno::AGAIN) => return Err(late()),
-            Err(error) => return Err(ended(error.into())),
+            Err(Errno::AGAIN) => return Err(Why::Late),
+            // What the server said before it went is still to be heard: the other direction tells how it ends.
+            Err(Errno::PIPE | Errno::CONNRESET) => return Ok(()),
+            Err(error) => return Err(Why::Ended(error.into())),
         }
     }
     Ok(())

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! Connect ─► Receive ─► negotiation ─► Send … ─► replies: Send requests, Receive into the readers' buffers
+//!                           └─► TLS, where the address says so: from here on around everything; see `inside`
 //!                any error, or an answer that does not come in time ─► Lost
 //! Lost ─► read only: everything fails
 //!     └─► writable: what was asked waits again; a rest, twice as long each time ─► Connect …
@@ -15,18 +16,18 @@
 //! Of its own it has one operation of each kind under way at most: `Part` says which one is done. The next
 //! connection is begun when those of the last are over, so that none is taken for another's.
 use super::super::{Completion, File, Op, Token};
-use super::blocking::{say_goodbye, socket_for};
+use super::blocking::{say_at_once, say_goodbye, socket_for};
+use super::inside::Inside;
 use super::request::Request;
-use super::{Remote, ended, late, lost, place, refused};
+use super::{PIECE_LEN, Remote, ended, late, lost, place, refused};
+use crate::fault::{Fault, planted};
 use crate::io::{Buffer, Gather};
-use formats::nbd::client::{Event, Negotiation, Replies};
+use formats::nbd::client::{Event, Negotiation, Next, Replies};
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, ErrorKind};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How much is received at a time, in bytes.
-const PIECE_LEN: usize = 256 << 10;
 /// Requests that are under way; those behind them wait here, for what a server does not take yet.
 const REQUESTS_MAX: usize = 64;
 /// Bytes that may wait to be sent before another request is put behind them.
@@ -63,6 +64,8 @@ pub(super) struct Connection {
     /// Asked, by the request's cookie.
     pub(super) asked: BTreeMap<u64, Request>,
     outbound: Vec<u8>,
+    /// What everything goes through, from STARTTLS on.
+    inside: Option<Inside>,
     connecting: bool,
     pub(super) sending: bool,
     receiving: bool,
@@ -98,6 +101,7 @@ impl Connection {
             waiting: VecDeque::new(),
             asked: BTreeMap::new(),
             outbound: Vec::new(),
+            inside: None,
             connecting: false,
             sending: false,
             receiving: false,
@@ -145,9 +149,14 @@ impl Connection {
         if !matches!(self.stage, Stage::Negotiating(_) | Stage::Open(_)) {
             return;
         }
-        if !self.sending && !self.outbound.is_empty() {
+        let gather = match &mut self.inside {
+            _ if self.sending => None,
+            None if self.outbound.is_empty() => None,
+            None => Some(Gather::from(std::mem::take(&mut self.outbound))),
+            Some(inside) => inside.encrypt(&mut self.outbound),
+        };
+        if let Some(gather) = gather {
             self.sending = true;
-            let gather = Gather::from(std::mem::take(&mut self.outbound));
             submit(Part::Send, Op::Send { socket: socket.clone(), gather });
         }
         if !self.receiving {
@@ -197,6 +206,8 @@ impl Connection {
     /// Asks for as much as may be under way.
     fn ask(&mut self, now: Duration) {
         let Stage::Open(replies) = &mut self.stage else { return };
+        let in_plain = self.inside.is_none();
+        assert!(!in_plain || self.remote.credentials.is_none(), "never in plain where TLS was asked for");
         while self.asked.len() < REQUESTS_MAX && self.outbound.len() < OUTBOUND_MAX {
             let Some(mut request) = self.waiting.pop_front() else { return };
             let cookie = replies.ask(request.ask(&self.remote, now), &mut self.outbound);
@@ -236,10 +247,15 @@ impl Connection {
             (Err(_), Op::Send { .. }) => {}
             (Err(error), _) => self.lose(ended(error), now),
             (Ok(_), Op::Connect { .. }) => {
-                self.stage = Stage::Negotiating(Box::new(Negotiation::new(&self.remote.address.export)));
+                self.stage = Stage::Negotiating(Box::new(Negotiation::new(&self.remote.address)));
             }
             (Ok(count), Op::Send { gather, .. }) if (count as usize) < gather.remaining() => {
                 self.lose("the server takes no requests".to_owned(), now);
+            }
+            (Ok(_), Op::Send { gather, .. }) => {
+                if let Some(inside) = &mut self.inside {
+                    inside.sent(gather);
+                }
             }
             (Ok(0), Op::Receive { .. }) => self.lose(ended(ErrorKind::UnexpectedEof.into()), now),
             (Ok(count), Op::Receive { buf, .. }) => {
@@ -252,15 +268,34 @@ impl Connection {
     }
 
     /// An error says why the connection is of no use any more.
-    fn received(&mut self, mut input: &[u8], ready: &mut Vec<Completion>) -> Result<(), String> {
+    fn received(&mut self, bytes: &[u8], ready: &mut Vec<Completion>) -> Result<(), String> {
+        let Some(mut inside) = self.inside.take() else { return self.take_in(bytes, ready) };
+        let decrypted = inside.decrypt(bytes);
+        let taken = decrypted.and_then(|count| self.take_in(&inside.decrypted()[..count], ready));
+        let has_ended = inside.has_ended();
+        self.inside = Some(inside);
+        match taken {
+            Ok(()) if has_ended => Err(ended(ErrorKind::UnexpectedEof.into())),
+            taken => taken,
+        }
+    }
+
+    fn take_in(&mut self, mut input: &[u8], ready: &mut Vec<Completion>) -> Result<(), String> {
         if let Stage::Negotiating(negotiation) = &mut self.stage {
             match negotiation.step(&mut input, &mut self.outbound).map_err(|error| error.one_line())? {
-                None => return Ok(()),
-                Some(session) if session == self.remote.session => {
+                Next::More => return Ok(()),
+                Next::StartTls => {
+                    let credentials = self.remote.credentials.as_ref();
+                    let inside = Inside::new(credentials.expect("an address inside TLS has credentials"))?;
+                    self.inside = Some(inside).filter(|_| !planted(Fault::PlainBehindStartTls));
+                    negotiation.inside_tls(&mut self.outbound);
+                    return Ok(());
+                }
+                Next::Session(session) if session == self.remote.session => {
                     self.established = self.remote.tick();
                     self.stage = Stage::Open(Replies::new(session));
                 }
-                Some(_) => return Err("the export is not what it was when it was opened".to_owned()),
+                Next::Session(_) => return Err("the export is not what it was when it was opened".to_owned()),
             }
         }
         while let Stage::Open(replies) = &mut self.stage {
@@ -307,8 +342,12 @@ impl Connection {
     /// It is of no use any more. What was asked is to be asked again, in the order in which it was.
     fn lose(&mut self, why: String, now: Duration) {
         if let Some(socket) = &self.socket {
+            if let (Some(inside), Some(fd), false) = (&mut self.inside, socket.as_fd(), self.sending) {
+                say_at_once(fd, &[], Some(inside));
+            }
             socket.shut_down();
         }
+        self.inside = None;
         if self.remote.is_kept() {
             tracing::warn!("{}: the connection is lost: {why}", self.remote.address);
         }
@@ -324,7 +363,7 @@ impl Drop for Connection {
     fn drop(&mut self) {
         let Some(socket) = &self.socket else { return };
         if let (Stage::Open(_), Some(fd), false) = (&self.stage, socket.as_fd(), self.sending) {
-            say_goodbye(fd);
+            say_goodbye(fd, self.inside.as_mut());
         }
         socket.shut_down();
     }

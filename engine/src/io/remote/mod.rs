@@ -20,10 +20,13 @@
 //! `unflushed`. A mirror copies it once more. A guest that is served from here is told nothing: for it, as with
 //! QEMU's client, a server that crashes and comes back is a disk that lost its cache.
 //!
+//! An address inside TLS (`nbds:`) is reached inside TLS or not at all, each connection by itself; see `inside`.
+//!
 //! Of an export that is written nobody knows where its holes are: block status is asked once, whether the whole
 //! of it reads as zeroes, before the first write.
 mod blocking;
 mod connection;
+mod inside;
 mod known;
 mod limits;
 mod queue;
@@ -33,6 +36,7 @@ mod unflushed;
 pub use queue::Remotes;
 
 use super::Completion;
+use crate::tls::ClientCredentials;
 use blocking::Blocking;
 use formats::error::{Context, Error, Result};
 use formats::nbd::client::{Ask, Event, Failure, Session};
@@ -47,11 +51,14 @@ use rustix::io::Errno;
 use rustix::net::{SocketAddrAny, SocketAddrUnix};
 use std::io;
 use std::net::ToSocketAddrs;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use unflushed::Unflushed;
 
+/// How much is received at a time, in bytes.
+const PIECE_LEN: usize = 256 << 10;
 /// How long reaching a server may take, each of its addresses.
 pub const CONNECT_TIME_MAX: Duration = Duration::from_secs(10);
 /// How long a server may take for an answer, and for the negotiation.
@@ -75,6 +82,8 @@ pub struct Remote {
     address: Address,
     /// Where its server was reached.
     peer: SocketAddrAny,
+    /// For an address inside TLS, and for no other.
+    credentials: Option<Arc<ClientCredentials>>,
     session: Session,
     writable: bool,
     metadata: Mutex<Metadata>,
@@ -95,32 +104,38 @@ struct Metadata {
 
 impl Remote {
     /// Reaches the server and agrees with it. Waits: for opening. What is to be written is refused where its server
-    /// does not take that.
-    pub fn open(address: &Address, writable: bool) -> Result<Arc<Self>> {
-        let remote = Self::reach(address, writable)?;
-        if writable {
-            remote.refuse_writing().map_err(|error| error.at(address))?;
-        }
-        Ok(Arc::new(remote))
+    /// does not take that. `certificates` is the folder for TLS where the address names none.
+    pub fn open(address: &Address, writable: bool, certificates: Option<&Path>) -> Result<Arc<Self>> {
+        let remote = Self::reach(address, writable, certificates).and_then(|remote| match writable {
+            true => remote.refuse_writing().map(|()| remote),
+            false => Ok(remote),
+        });
+        remote.map(Arc::new).map_err(|error| error.at(address))
     }
 
-    fn reach(address: &Address, writable: bool) -> Result<Self> {
-        if address.tls {
-            return Err(Error::unsupported(format!(
-                "{address}: TLS is not supported: reach the server by a Unix socket or through a tunnel, with nbd:"
-            )));
-        }
-        let mut failed = Error::invalid(format!("{address}: the host has no address"));
-        for peer in peers(&address.server).context(|| format!("{address}: looking the server up"))? {
-            match Blocking::connect(&peer, &address.export) {
+    fn reach(address: &Address, writable: bool, certificates: Option<&Path>) -> Result<Self> {
+        let credentials = credentials(address, certificates)?.map(Arc::new);
+        let mut failed = Error::invalid("the host has no address");
+        for peer in peers(&address.server).context(|| "looking the server up")? {
+            match Blocking::connect(&peer, address, credentials.as_ref()) {
                 Ok((connection, session)) => {
                     let metadata = Mutex::new(Metadata { connection, known: Known::default(), established: 0 });
                     let unflushed = Mutex::new(Unflushed::new(session.size));
                     let (hurried, clock) = (AtomicBool::new(false), AtomicU64::new(0));
                     let address = address.clone();
-                    return Ok(Self { address, peer, session, writable, metadata, unflushed, hurried, clock });
+                    return Ok(Self {
+                        address,
+                        peer,
+                        credentials,
+                        session,
+                        writable,
+                        metadata,
+                        unflushed,
+                        hurried,
+                        clock,
+                    });
                 }
-                Err(error) => failed = error.at(address),
+                Err(error) => failed = error,
             }
         }
         Err(failed)
@@ -195,8 +210,8 @@ impl Remote {
         if asked.is_ok() || !self.is_kept() || !metadata.connection.is_lost() {
             return asked.map(|()| metadata.established);
         }
-        let (connection, session) =
-            Blocking::connect(&self.peer, &self.address.export).map_err(|error| lost(&error.one_line()))?;
+        let (connection, session) = Blocking::connect(&self.peer, &self.address, self.credentials.as_ref())
+            .map_err(|error| lost(&error.one_line()))?;
         if session != self.session {
             return Err(lost("the export is not what it was when it was opened"));
         }
@@ -320,6 +335,29 @@ impl Storage for Remote {
         let (zero, end) = self.status(at)?;
         Ok(if zero { at } else { end })
     }
+}
+
+/// What is needed inside TLS, where the address says so. The server's certificate has to be for the name that the
+/// address gives, else for the host; a socket's path is nobody's name.
+fn credentials(address: &Address, certificates: Option<&Path>) -> Result<Option<ClientCredentials>> {
+    let Some(names) = &address.tls else { return Ok(None) };
+    let folder = names.certificates.as_deref().map(Path::new).or(certificates).ok_or_else(|| {
+        Error::invalid(
+            "TLS needs a folder of certificates: name one by tls-certificates=DIR in the address, or by \
+             --tls-client-certificates",
+        )
+    })?;
+    let server = match (&names.hostname, &address.server) {
+        (Some(name), _) => name,
+        (None, Server::Tcp { host, .. }) => host,
+        (None, Server::Unix { .. }) => {
+            return Err(Error::invalid(
+                "a socket has no host's name to verify its server by: name whom the server's certificate is for, by \
+                 tls-hostname=NAME",
+            ));
+        }
+    };
+    ClientCredentials::open(folder, server).map(Some)
 }
 
 fn peers(server: &Server) -> io::Result<Vec<SocketAddrAny>> {

@@ -1,15 +1,24 @@
-//! A queue over a real ring, against servers of our own that answer, dawdle, hang up or change their mind.
+//! A queue over a real ring, against servers of our own that answer, dawdle, hang up or change their mind: in plain,
+//! and inside TLS by rustls' own stream.
+mod world;
+
 use super::super::{Arena, Buffer, Completion, File, Io, Op, Ring, Token, Wait};
 use super::{ANSWER_TIME_MAX, HURRIED_TIME_MAX, RECONNECT_TIME_MAX, Remote, Remotes};
+use crate::tls::tests::authority::Authority;
 use formats::nbd::wire::Header;
-use formats::nbd::{Address, BlockSizes, Errno, ExportInfo, Handshake, Outcome, ReplyTo, Server, Style, Tls};
+use formats::nbd::{Address, BlockSizes, Errno, ExportInfo, Handshake, Outcome, ReplyTo, Server, Style, Tls, TlsNames};
 use formats::range::ByteRange;
 use formats::storage::Storage;
+use rustls::crypto::ring::default_provider;
+use rustls::{ServerConfig, ServerConnection, StreamOwned};
+use rustls_pki_types::pem::PemObject;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
+use tempfile::TempDir;
 
 const SIZE: u64 = 64 << 20;
 
@@ -23,7 +32,49 @@ enum Treats {
     Silent,
     /// Has another disk of that name by now.
     Shrunk,
+    /// Has no TLS.
+    InPlain,
+    /// Has somebody on the way who adds bytes to the ACK of STARTTLS.
+    MeddledWith,
+    /// Is somebody else, whose authority has the same name.
+    Stranger,
 }
+
+/// Keys are dear, so all servers inside TLS have one authority.
+struct Keys {
+    ours: Arc<ServerConfig>,
+    strangers: Arc<ServerConfig>,
+    /// A client's folder, with whom it trusts.
+    folder: TempDir,
+}
+
+fn keys() -> &'static Keys {
+    static KEYS: OnceLock<Keys> = OnceLock::new();
+    KEYS.get_or_init(|| {
+        let (authority, stranger) = (Authority::new("the authority"), Authority::new("the authority"));
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        std::fs::write(folder.path().join("ca-cert.pem"), authority.pem()).expect("a file");
+        Keys { ours: server_config(&authority), strangers: server_config(&stranger), folder }
+    })
+}
+
+/// A server for `localhost`.
+fn server_config(authority: &Authority) -> Arc<ServerConfig> {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    authority.server_folder(folder.path());
+    let certificate = CertificateDer::from_pem_file(folder.path().join("server-cert.pem")).expect("PEM");
+    let key = PrivateKeyDer::from_pem_file(folder.path().join("server-key.pem")).expect("PEM");
+    let config = ServerConfig::builder_with_provider(Arc::new(default_provider()));
+    let config = config.with_safe_default_protocol_versions().expect("TLS 1.3").with_no_client_auth();
+    Arc::new(config.with_single_cert(vec![certificate], key).expect("they fit"))
+}
+
+/// A client's connection, in plain or inside TLS.
+trait Stream: Read + Write + Send {}
+impl<T: Read + Write + Send> Stream for T {}
+
+/// A disk that is written to; none where the server's is as `byte` says.
+type Written = Option<Arc<Mutex<Vec<u8>>>>;
 
 fn byte(at: u64) -> u8 {
     (at / 4096 * 7 + at) as u8 | 1
@@ -34,26 +85,28 @@ fn is_hole(at: u64) -> bool {
     at >> 20 & 3 == 2
 }
 
-/// A disk that is written to; none where the server's is as `byte` says.
-type Written = Option<Arc<Mutex<Vec<u8>>>>;
-
-/// Speaks with one client until it goes.
-fn speak(mut client: UnixStream, treats: Treats, multi_conn: bool, disk: &Written) -> io::Result<()> {
-    let size = disk.as_ref().map_or(SIZE, |disk| disk.lock().expect("a disk").len() as u64);
-    let size = if matches!(treats, Treats::Shrunk) { size / 2 } else { size };
-    let block_sizes = BlockSizes { minimum: 512, preferred: 4096, maximum: 256 << 10 };
-    let export = ExportInfo {
+fn export(size: u64, read_only: bool, multi_conn: bool) -> ExportInfo {
+    ExportInfo {
         name: "disk".into(),
         description: String::new(),
         size,
-        read_only: disk.is_none(),
+        read_only,
         multi_conn,
         fast_zero: false,
-        block_sizes,
+        block_sizes: BlockSizes { minimum: 512, preferred: 4096, maximum: 256 << 10 },
         bitmaps: Vec::new(),
-    };
+    }
+}
+
+/// Speaks with one client until it goes.
+fn speak(socket: UnixStream, treats: Treats, multi_conn: bool, tls: bool, disk: &Written) -> io::Result<()> {
+    let size = disk.as_ref().map_or(SIZE, |disk| disk.lock().expect("a disk").len() as u64);
+    let size = if matches!(treats, Treats::Shrunk) { size / 2 } else { size };
+    let export = export(size, disk.is_none(), multi_conn);
     let mut out = Vec::new();
-    let mut handshake = Handshake::new(Tls::Off, &mut out);
+    let offers_tls = tls && !matches!(treats, Treats::InPlain);
+    let mut handshake = Handshake::new(if offers_tls { Tls::Required } else { Tls::Off }, &mut out);
+    let mut client: Box<dyn Stream> = Box::new(socket.try_clone()?);
     loop {
         client.write_all(&std::mem::take(&mut out))?;
         let mut bytes = [0; 4096];
@@ -65,6 +118,15 @@ fn speak(mut client: UnixStream, treats: Treats, multi_conn: bool, disk: &Writte
         }
         match outcome {
             Outcome::Transmission(_) => break,
+            Outcome::StartTls => {
+                if let Treats::MeddledWith = treats {
+                    out.extend_from_slice(b"\0\x03\xe8\x89\x04\x55\x65\xa9\0\0\0\x08\0\0\0\x01\0\0\0\0");
+                }
+                client.write_all(&std::mem::take(&mut out))?;
+                let config = if let Treats::Stranger = treats { &keys().strangers } else { &keys().ours };
+                let connection = ServerConnection::new(Arc::clone(config)).map_err(io::Error::other)?;
+                client = Box::new(StreamOwned::new(connection, socket.try_clone()?));
+            }
             Outcome::More if count > 0 => {}
             _ => return Ok(()),
         }
@@ -94,7 +156,7 @@ fn speak(mut client: UnixStream, treats: Treats, multi_conn: bool, disk: &Writte
 
 /// What a writable disk does.
 fn carry_out(
-    client: &mut UnixStream,
+    client: &mut impl Read,
     disk: &Mutex<Vec<u8>>,
     flags: u16,
     command: u16,
@@ -140,10 +202,19 @@ fn answer(cookie: u64, offset: u64, len: u64) -> Vec<u8> {
 
 /// An export that is open, its server for as long as somebody speaks with it.
 fn open(treats: &'static [Treats], multi_conn: bool) -> Arc<Remote> {
-    open_on(treats, multi_conn, None)
+    open_on(treats, multi_conn, false, None)
 }
 
-fn open_on(treats: &'static [Treats], multi_conn: bool, disk: Written) -> Arc<Remote> {
+fn open_on(treats: &'static [Treats], multi_conn: bool, tls: bool, disk: Written) -> Arc<Remote> {
+    try_open(treats, multi_conn, tls, disk).expect("an export")
+}
+
+fn try_open(
+    treats: &'static [Treats],
+    multi_conn: bool,
+    tls: bool,
+    disk: Written,
+) -> formats::error::Result<Arc<Remote>> {
     let writable = disk.is_some();
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = folder.path().join("socket");
@@ -154,12 +225,14 @@ fn open_on(treats: &'static [Treats], multi_conn: bool, disk: Written) -> Arc<Re
             let (client, disk) = (client.expect("a client"), disk.clone());
             std::thread::spawn(move || {
                 // A client that goes is no error.
-                let _ = speak(client, treats, multi_conn, &disk);
+                let _ = speak(client, treats, multi_conn, tls, &disk);
             });
         }
     });
     let server = Server::unix(path.to_str().expect("a name")).expect("a path");
-    let remote = Remote::open(&Address::new(server, "disk").expect("a name"), writable).expect("an export");
+    let names = TlsNames { certificates: None, hostname: Some("localhost".into()) };
+    let address = Address { tls: tls.then_some(names), ..Address::new(server, "disk").expect("a name") };
+    let remote = Remote::open(&address, writable, Some(keys().folder.path()));
     // Nobody reaches it by its name any more where the folder goes, so it stays until the test's process ends.
     drop(folder.keep());
     remote
@@ -213,8 +286,8 @@ fn truth(at: u64, len: usize) -> Vec<u8> {
 
 #[test]
 fn reads_of_any_alignment_come_back_whole() {
-    for multi_conn in [true, false] {
-        let file = File::remote(open(&[Treats::Well], multi_conn));
+    for (multi_conn, tls) in [(true, false), (false, false), (true, true), (false, true)] {
+        let file = File::remote(open_on(&[Treats::Well], multi_conn, tls, None));
         let mut queue = queue();
         let ranges: Vec<(u64, usize)> = (0..150)
             .map(|n| (n * 357_913 % (SIZE - (2 << 20)), (n * n * 631 % (1 << 20)) as usize + 1))
@@ -223,7 +296,7 @@ fn reads_of_any_alignment_come_back_whole() {
         let found = read(&mut queue, &file, &ranges);
         for (number, (at, len)) in ranges.iter().enumerate() {
             let bytes = found[&number].as_ref().expect("a read");
-            assert!(*bytes == truth(*at, *len), "{len} bytes at {at}, several connections: {multi_conn}");
+            assert!(*bytes == truth(*at, *len), "{len} bytes at {at}, several connections: {multi_conn}, TLS: {tls}");
         }
         let failed = &read(&mut queue, &file, &[(SIZE - 512, 512)])[&0];
         let error = failed.as_ref().expect_err("a bad sector").to_string();
@@ -309,8 +382,12 @@ fn connections_go_with_their_exports() {
 
 /// A disk to write to, and its export.
 fn writable(treats: &'static [Treats], multi_conn: bool) -> (Arc<Mutex<Vec<u8>>>, Arc<Remote>) {
+    writable_on(treats, multi_conn, false)
+}
+
+fn writable_on(treats: &'static [Treats], multi_conn: bool, tls: bool) -> (Arc<Mutex<Vec<u8>>>, Arc<Remote>) {
     let disk = Arc::new(Mutex::new(vec![0x55; 4 << 20]));
-    let remote = open_on(treats, multi_conn, Some(Arc::clone(&disk)));
+    let remote = open_on(treats, multi_conn, tls, Some(Arc::clone(&disk)));
     (disk, remote)
 }
 
@@ -340,8 +417,9 @@ fn write(file: &File, at: u64, len: usize, value: u8) -> Op {
 fn writes_and_zeroes_arrive_whole_however_often_the_server_hangs_up() {
     const OFTEN: &[Treats] =
         &[Treats::Well, Treats::HangsUpAfter(5), Treats::HangsUpAfter(1), Treats::HangsUpAfter(20), Treats::Well];
-    for (treats, multi_conn) in [(&[Treats::Well][..], true), (&[Treats::Well], false), (OFTEN, true)] {
-        let (disk, remote) = writable(treats, multi_conn);
+    let ways = [(&[Treats::Well][..], true), (&[Treats::Well], false), (OFTEN, true)];
+    for ((treats, multi_conn), tls) in ways.into_iter().flat_map(|way| [(way, false), (way, true)]) {
+        let (disk, remote) = writable_on(treats, multi_conn, tls);
         let file = File::remote(remote);
         let mut truth = vec![0x55; 4 << 20];
         let mut ops = Vec::new();
@@ -363,7 +441,11 @@ fn writes_and_zeroes_arrive_whole_however_often_the_server_hangs_up() {
         ops.push(Op::Flush { file: file.clone() });
         let ends = carried_out(&mut queue(), ops);
         assert!(ends.values().all(Result::is_ok), "{ends:?}");
-        assert!(*disk.lock().expect("a disk") == truth, "several connections: {multi_conn}, treats: {}", treats.len());
+        assert!(
+            *disk.lock().expect("a disk") == truth,
+            "several connections: {multi_conn}, treats: {}, TLS: {tls}",
+            treats.len()
+        );
     }
 }
 
@@ -461,6 +543,29 @@ fn who_must_not_wait_does_not_wait() {
         queue.reap(Wait::One, &mut done).expect("a ring that works");
     }
     assert!(done[0].result.is_err());
+}
+
+/// The first connection, and those that are made when it was lost.
+#[test]
+fn nothing_is_said_to_a_server_that_is_not_inside_tls_or_not_who_was_meant() {
+    let one_after_the_other = |first, other| &*vec![first, other].leak();
+    for (wrong, reason) in [
+        (Treats::InPlain, "the server has no TLS"),
+        (Treats::MeddledWith, "bytes in plain came behind the ACK"),
+        (Treats::Stranger, "signed by no authority of"),
+    ] {
+        let error = try_open(vec![wrong].leak(), true, true, None).expect_err(reason).one_line();
+        assert!(error.contains(reason) && error.starts_with("nbds+unix:///disk?socket="), "{error}");
+        // A server that takes one connection only is asked by the one that was made at the start.
+        for (first, multi_conn) in [(Treats::Well, true), (Treats::HangsUpAfter(0), false)] {
+            let (disk, remote) = writable_on(one_after_the_other(first, wrong), multi_conn, true);
+            remote.hurry(true);
+            let ends = carried_out(&mut queue(), vec![write(&File::remote(remote), 0, 512, 1)]);
+            let error = ends[&0].as_ref().expect_err(reason).to_string();
+            assert!(error.contains(reason), "{reason}: {error}");
+            assert!(disk.lock().expect("a disk").iter().all(|byte| *byte == 0x55));
+        }
+    }
 }
 
 #[test]

@@ -1,15 +1,16 @@
 //! Addresses as tables, and names that nobody would write.
-use super::{Address, Server};
-use proptest::prelude::{any, prop_oneof, proptest};
+use super::{Address, Server, TlsNames};
+use proptest::option::of;
+use proptest::prelude::{prop_oneof, proptest};
 use proptest::strategy::Strategy;
 
 fn tcp(host: &str, port: u16, export: &str) -> Address {
     let server = Server::Tcp { host: host.into(), port };
-    Address { server, export: export.into(), tls: false }
+    Address { server, export: export.into(), tls: None }
 }
 
 fn unix(path: &str, export: &str) -> Address {
-    Address { server: Server::Unix { path: path.into() }, export: export.into(), tls: false }
+    Address { server: Server::Unix { path: path.into() }, export: export.into(), tls: None }
 }
 
 #[test]
@@ -36,10 +37,29 @@ fn addresses_are_read_in_both_manners() {
     ] {
         assert_eq!(Address::parse(name).ok(), Some(wanted), "{name}");
     }
-    let inside_tls = Address { tls: true, ..tcp("host", 10809, "x") };
-    assert_eq!(Address::parse("nbds://host/x").ok(), Some(inside_tls));
-    let inside_tls = Address { tls: true, ..unix("/s", "x") };
-    assert_eq!(Address::parse("nbds+unix:///x?socket=/s").ok(), Some(inside_tls));
+}
+
+#[test]
+fn addresses_inside_tls_name_certificates_and_whom_they_are_for() {
+    let names = |certificates: Option<&str>, hostname: Option<&str>| {
+        Some(TlsNames { certificates: certificates.map(str::to_owned), hostname: hostname.map(str::to_owned) })
+    };
+    for (name, server, tls) in [
+        ("nbds://host/x", tcp("host", 10809, "x"), names(None, None)),
+        ("nbds://host/x?tls-certificates=/a%20b", tcp("host", 10809, "x"), names(Some("/a b"), None)),
+        ("nbds://[::1]:7/x?tls-hostname=::1&", tcp("::1", 7, "x"), names(None, Some("::1"))),
+        ("nbds://host/?tls-type=x509&tls-verify-peer=1", tcp("host", 10809, ""), names(None, None)),
+        ("nbds+unix:///x?socket=/s", unix("/s", "x"), names(None, None)),
+        (
+            "nbds+unix:///x?tls-hostname=there&tls-certificates=c&socket=/s",
+            unix("/s", "x"),
+            names(Some("c"), Some("there")),
+        ),
+    ] {
+        let address = Address::parse(name).expect(name);
+        assert_eq!(address.place(), server.to_string(), "one export, however it is reached");
+        assert_eq!(address, Address { tls, ..server }, "{name}");
+    }
 }
 
 #[test]
@@ -64,7 +84,18 @@ fn what_is_no_address_is_refused_with_a_reason() {
         ("nbd://host/%00", "NUL"),
         ("nbd://host/x#y", "fragment"),
         ("nbd://host/x?socket=/s", "no place here"),
-        ("nbd://host/x?tls-type=x", "\"tls-type\" is not supported"),
+        ("nbd://host/x?y=1", "\"y\" is not supported"),
+        ("nbd://host/x?tls-certificates=/c", "belongs to nbds:"),
+        ("nbd+unix:///x?socket=/s&tls-verify-peer=1", "belongs to nbds:"),
+        ("nbds://host/x?tls-type=psk", "tls-type=psk is not supported"),
+        ("nbds://host/x?tls-verify-peer=0", "always verified"),
+        ("nbds://host/x?tls-verify-peer=false", "always verified"),
+        ("nbds://host/x?tls-psk-file=/k", "\"tls-psk-file\" is not supported"),
+        ("nbds://host/x?tls-certificates=", "no folder's path"),
+        ("nbds://host/x?tls-certificates=/c%00", "no folder's path"),
+        ("nbds://host/x?tls-hostname=a%20b", "no host's name"),
+        ("nbds://host/x?tls-hostname=", "no host's name"),
+        ("nbds://host/x?tls-hostname=a&tls-hostname=b", "\"tls-hostname\" is there twice"),
         ("nbd+unix:///x", "?socket=PATH"),
         ("nbd+unix://host/x?socket=/s", "no host"),
         ("nbd+unix:///x?socket=/s&socket=/t", "twice"),
@@ -86,7 +117,9 @@ fn addresses() -> impl Strategy<Value = Address> {
         (host, 1..=u16::MAX).prop_map(|(host, port)| Server::Tcp { host, port }),
         "[^\0]{1,26}".prop_map(|path| Server::Unix { path }),
     ];
-    (server, "[^\0]{0,60}", any::<bool>()).prop_map(|(server, export, tls)| Address { server, export, tls })
+    let names = (of("[^\0]{1,20}"), of("[a-z0-9.-]{1,20}"))
+        .prop_map(|(certificates, hostname)| TlsNames { certificates, hostname });
+    (server, "[^\0]{0,60}", of(names)).prop_map(|(server, export, tls)| Address { server, export, tls })
 }
 
 proptest! {
@@ -99,7 +132,7 @@ proptest! {
 
     /// What can be read is what its own writing says.
     #[test]
-    fn any_text_is_an_address_or_an_error(text in "(nbds?(\\+unix)?://?)?[-a-z0-9:/?#=&%@.\\[\\]ü\0]{0,40}") {
+    fn any_text_is_an_address_or_an_error(text in "(nbds?(\\+unix)?://?)?[-a-z0-9:/?#=&%@.\\[\\]ü\0]{0,40}([?&](socket|tls-(certificates|hostname|type|verify-peer))=[a-z1/%]{0,9}){0,3}") {
         if let Ok(address) = Address::parse(&text) {
             assert_eq!(Address::parse(&address.to_string()).ok(), Some(address));
         }

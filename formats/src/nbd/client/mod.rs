@@ -14,7 +14,7 @@ mod answered;
 mod negotiation;
 mod replies;
 
-pub use negotiation::Negotiation;
+pub use negotiation::{Negotiation, Next};
 pub use replies::{Ask, Event, Failure, Replies};
 
 use super::export::BlockSizes;

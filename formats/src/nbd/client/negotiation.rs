@@ -2,12 +2,18 @@
 //!
 //! ```text
 //! greeting ─► fixed newstyle ─► STRUCTURED_REPLY ─► SET_META_CONTEXT ─► GO ─► Session
-//!         │                          │ no                ▲      no │    │ unknown
-//!         │                          └───────────────────┼─────────┘    ▼
+//!         │    │    ▲                │ no                ▲      no │    │ unknown
+//!         │    ▼    │                └───────────────────┼─────────┘    ▼
+//!         │  STARTTLS, where the address says so         │
 //!         └─► newstyle without answers ──────────────────┴────────► EXPORT_NAME ─► Session
 //! ```
 //!
+//! STARTTLS is a border. It is the first option, so nothing is agreed on in plain; behind the server's ACK comes TLS and
+//! not a byte before it, for whoever is on the way could have put it there; and a server that refuses, or knows no
+//! options, is left: an address inside TLS is never spoken to in plain.
+//!
 //! A connection costs one reply at a time, `REPLY_LEN_MAX` bytes at most.
+use super::super::address::Address;
 use super::super::context::Context;
 use super::super::export::BlockSizes;
 use super::super::wire::{Fields, NBD_MAGIC, OPTION_MAGIC, OPTION_REPLY_MAGIC, STRING_LEN_MAX};
@@ -27,10 +33,22 @@ const REPLY_HEADER_LEN: usize = 20;
 const EXPORT_NAME_REPLY_LEN: usize = 10;
 const ZEROES_LEN: usize = 124;
 
+/// What comes next in a negotiation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Send what there is, and step again with what comes.
+    More,
+    /// Begin TLS: nothing is left to send in plain. Then `inside_tls`; what is inside goes to the next step.
+    StartTls,
+    /// Agreed: what was not taken are the first replies.
+    Session(Session),
+}
+
 /// One negotiation about one export.
 #[derive(Debug)]
 pub struct Negotiation {
     export: String,
+    tls: bool,
     state: State,
     collector: Collector,
     /// Replies that came to the option that is under way.
@@ -55,14 +73,17 @@ enum State {
     },
     /// What EXPORT_NAME is answered.
     ExportName,
+    /// TLS begins here.
+    Border,
     Over,
 }
 
 impl Negotiation {
-    /// A negotiation with a server that has just been reached. The server speaks first.
-    pub fn new(export: &str) -> Self {
+    /// A negotiation about what is at `address`, with a server that has just been reached. The server speaks first.
+    pub fn new(address: &Address) -> Self {
         Self {
-            export: export.to_owned(),
+            export: address.export.clone(),
+            tls: address.tls.is_some(),
             state: State::Greeting,
             collector: Collector::default(),
             replies: 0,
@@ -74,18 +95,19 @@ impl Negotiation {
         }
     }
 
-    /// Takes bytes off the front of `input` and puts what has to be sent behind what is in `out`. With
-    /// `None` all of `input` was taken; with a session, what is left are the first replies.
-    pub fn step(&mut self, input: &mut &[u8], out: &mut Vec<u8>) -> Result<Option<Session>> {
+    /// Takes bytes off the front of `input` and puts what has to be sent behind what is in `out`: what was put
+    /// there before and has not gone yet. Without a session all of `input` was taken.
+    pub fn step(&mut self, input: &mut &[u8], out: &mut Vec<u8>) -> Result<Next> {
         loop {
             let len = match self.state {
                 State::Greeting => GREETING_LEN,
                 State::Header(_) => REPLY_HEADER_LEN,
                 State::Reply { len, .. } => len as usize,
                 State::ExportName => EXPORT_NAME_REPLY_LEN + if self.no_zeroes { 0 } else { ZEROES_LEN },
+                State::Border => return border(input, out).map(|()| Next::StartTls),
                 State::Over => return Err(Error::invalid("the negotiation is over")),
             };
-            let Some(unit) = self.collector.take(input, len) else { return Ok(None) };
+            let Some(unit) = self.collector.take(input, len) else { return Ok(Next::More) };
             let state = std::mem::replace(&mut self.state, State::Over);
             let mut fields = Fields(&unit);
             let session = match state {
@@ -93,12 +115,18 @@ impl Negotiation {
                 State::Header(option) => self.header(option, &mut fields).map(|()| None),
                 State::Reply { option, kind, .. } => self.reply(option, kind, &unit, out),
                 State::ExportName => self.export_facts(&mut fields).and_then(|()| self.session().map(Some)),
-                State::Over => unreachable!("looked at above"),
+                State::Border | State::Over => unreachable!("looked at above"),
             }?;
-            if session.is_some() {
-                return Ok(session);
+            if let Some(session) = session {
+                return Ok(Next::Session(session));
             }
         }
+    }
+
+    /// TLS has begun: what is put into `out`, and all that follows, is inside of it.
+    pub fn inside_tls(&mut self, out: &mut Vec<u8>) {
+        assert!(matches!(self.state, State::Border), "TLS begins once, where the server said so");
+        self.ask(opt::STRUCTURED_REPLY, &[], out);
     }
 
     /// What a server says by closing the connection now.
@@ -123,7 +151,9 @@ impl Negotiation {
         self.no_zeroes = ours & handshake_flag::NO_ZEROES != 0;
         out.extend_from_slice(&u32::from(ours).to_be_bytes());
         match ours & handshake_flag::FIXED_NEWSTYLE != 0 {
+            true if self.tls => self.ask(opt::STARTTLS, &[], out),
             true => self.ask(opt::STRUCTURED_REPLY, &[], out),
+            false if self.tls => return Err(no_tls("it knows no options", &[])),
             false => self.ask_by_name(out),
         }
         Ok(())
@@ -159,8 +189,15 @@ impl Negotiation {
         let mut fields = Fields(data);
         self.state = State::Header(option);
         match (option, kind) {
+            (opt::STARTTLS, rep::ACK) if data.is_empty() => self.state = State::Border,
+            (opt::STARTTLS, _) if kind & rep::ERROR != 0 => {
+                return Err(no_tls(&format!("error {kind:#x}"), data));
+            }
             (_, rep::ERR_TLS_REQD) => {
-                return Err(Error::unsupported(format!("the server wants TLS, which is not supported{}", said(data))));
+                return Err(Error::invalid(format!(
+                    "the server wants TLS{}: name it by nbds:// or nbds+unix://",
+                    said(data)
+                )));
             }
             (opt::STRUCTURED_REPLY, rep::ACK) => {
                 self.structured_replies = true;
@@ -291,6 +328,24 @@ fn block_sizes(minimum: Option<u32>, preferred: Option<u32>, maximum: Option<u32
 /// A string behind its length. It is within the protocol's bound: an address' export is.
 fn string(text: &str) -> Vec<u8> {
     [&(text.len() as u32).to_be_bytes()[..], text.as_bytes()].concat()
+}
+
+/// Nothing is left over on this side of it, in either direction.
+fn border(behind: &[u8], unsent: &[u8]) -> Result<()> {
+    match () {
+        () if !unsent.is_empty() => Err(Error::malformed("the server answers STARTTLS before it was asked")),
+        () if !behind.is_empty() => Err(Error::malformed("bytes in plain came behind the ACK to STARTTLS")),
+        () => Ok(()),
+    }
+}
+
+/// A server that does not speak TLS, which is then not spoken to at all.
+fn no_tls(why: &str, data: &[u8]) -> Error {
+    Error::unsupported(format!(
+        "the server has no TLS ({why}){}: start it with certificates (qemu-nbd: --tls-creds, nbdkit: --tls=require, \
+         blkmirror: --tls)",
+        said(data)
+    ))
 }
 
 /// What a server adds to a refusal, made harmless to print.

@@ -1,9 +1,9 @@
 //! The client against the server's own side, in pieces of any size, and against servers that lie.
-use super::{Ask, Event, Negotiation, Replies, Session};
+use super::{Ask, Event, Negotiation, Next, Replies, Session};
 use crate::error::Result;
 use crate::nbd::export::{BlockSizes, ExportInfo};
 use crate::nbd::wire::{self, Command, Header, chunk, handshake_flag, opt, rep, state, transmission_flag};
-use crate::nbd::{Errno, Handshake, Outcome, ReplyTo, Style, Tls};
+use crate::nbd::{Address, Errno, Handshake, Outcome, ReplyTo, Server, Style, Tls, TlsNames};
 use crate::range::ByteRange;
 use proptest::prelude::{Just, any, prop_oneof, proptest};
 use proptest::strategy::Strategy;
@@ -22,28 +22,48 @@ fn export() -> ExportInfo {
     }
 }
 
-/// Lets the client talk to our server, `piece` bytes at a time.
-fn converse(name: &str, piece: usize) -> Result<Option<Session>> {
+fn address(export: &str, tls: bool) -> Address {
+    let server = Server::unix("/socket").expect("a path");
+    Address { tls: tls.then(TlsNames::default), ..Address::new(server, export).expect("a name") }
+}
+
+/// Lets the client talk to our server, `piece` bytes at a time: in plain, and inside TLS from where both say so.
+fn converse(name: &str, tls: bool, mode: Tls, piece: usize) -> Result<Option<Session>> {
     let mut to_client = Vec::new();
-    let mut server = Handshake::new(Tls::Off, &mut to_client);
-    let mut client = Negotiation::new(name);
+    let mut server = Handshake::new(mode, &mut to_client);
+    let mut client = Negotiation::new(&address(name, tls));
     let exports = [export()];
+    let (mut server_inside, mut client_inside) = (false, false);
     loop {
         let mut to_server = Vec::new();
         for bytes in std::mem::take(&mut to_client).chunks(piece) {
             let mut input = bytes;
-            if let Some(session) = client.step(&mut input, &mut to_server)? {
-                return Ok(Some(session));
+            match client.step(&mut input, &mut to_server)? {
+                Next::Session(session) => {
+                    assert_eq!((server_inside, client_inside), (tls, tls));
+                    return Ok(Some(session));
+                }
+                Next::StartTls => {
+                    client_inside = true;
+                    client.inside_tls(&mut to_server);
+                }
+                Next::More => {}
             }
             assert!(input.is_empty(), "nothing is left without a session");
         }
+        assert_eq!(server_inside, client_inside, "what comes now is heard as it is said");
         if to_server.is_empty() {
             return Ok(None);
         }
         let mut input = &to_server[..];
         while !input.is_empty() {
-            if let Outcome::Transmission(_) = server.step(&mut input, &exports[..], &mut to_client) {
-                break;
+            match server.step(&mut input, &exports[..], &mut to_client) {
+                Outcome::StartTls => {
+                    assert!(input.is_empty(), "nothing is said in plain behind STARTTLS");
+                    server_inside = true;
+                }
+                Outcome::Transmission(_) => break,
+                _ => {}
             }
         }
     }
@@ -51,9 +71,10 @@ fn converse(name: &str, piece: usize) -> Result<Option<Session>> {
 
 #[test]
 fn our_server_and_our_client_agree() {
-    for piece in [1, 2, 7, 19, 4096] {
+    let modes = [(false, Tls::Off), (false, Tls::Allowed), (true, Tls::Allowed), (true, Tls::Required)];
+    for (piece, (tls, mode)) in [1, 2, 7, 19, 4096].into_iter().flat_map(|piece| modes.map(|modes| (piece, modes))) {
         for name in ["disk", ""] {
-            let session = converse(name, piece).expect("a negotiation").expect("its end");
+            let session = converse(name, tls, mode, piece).expect("a negotiation").expect("its end");
             let wanted = Session {
                 size: 1 << 30,
                 flags: export().transmission_flags(Style::Structured, true),
@@ -63,9 +84,61 @@ fn our_server_and_our_client_agree() {
             };
             assert_eq!(session, wanted);
         }
-        let error = converse("none", piece).expect_err("no such export").one_line();
+        let error = converse("none", tls, mode, piece).expect_err("no such export").one_line();
         assert!(error.contains("no export \"none\""), "{error}");
     }
+    for (tls, mode, reason) in [
+        (true, Tls::Off, "this server was started without TLS"),
+        (false, Tls::Required, "name it by nbds:// or nbds+unix://"),
+    ] {
+        let error = converse("disk", tls, mode, 4096).expect_err(reason).one_line();
+        assert!(error.contains(reason), "{error}");
+    }
+}
+
+/// Bytes from the way between, before TLS could keep them out.
+#[test]
+fn behind_starttls_nothing_in_plain_is_heard_or_said() {
+    let ack = reply(opt::STARTTLS, rep::ACK, &[]);
+    let asked = [&u32::from(FIXED).to_be_bytes()[..], b"IHAVEOPT\0\0\0\x05\0\0\0\0"].concat();
+    let client = || {
+        let (mut client, mut out) = (Negotiation::new(&address("disk", true)), Vec::new());
+        assert_eq!(client.step(&mut &greeting(FIXED)[..], &mut out).ok(), Some(Next::More));
+        assert_eq!(out, asked, "STARTTLS and nothing else");
+        client
+    };
+    let mut out = Vec::new();
+    let mut told = client();
+    assert_eq!(told.step(&mut &ack[..], &mut out).ok(), Some(Next::StartTls));
+    assert!(out.is_empty(), "nothing is said before TLS has begun");
+    told.inside_tls(&mut out);
+    assert_eq!(out, b"IHAVEOPT\0\0\0\x08\0\0\0\0", "inside it begins anew");
+
+    let behind = [&ack[..], &reply(opt::STRUCTURED_REPLY, rep::ACK, &[])].concat();
+    for len in ack.len() + 1..=behind.len() {
+        let error = client().step(&mut &behind[..len], &mut Vec::new()).expect_err("it is somebody's").one_line();
+        assert!(error.contains("in plain came behind"), "{error}");
+    }
+    let mut early = Negotiation::new(&address("disk", true));
+    let error = early.step(&mut &[&greeting(FIXED)[..], &ack].concat()[..], &mut Vec::new()).expect_err("early");
+    assert!(error.one_line().contains("before it was asked"), "{}", error.one_line());
+    for (said, reason) in [
+        (reply(opt::STARTTLS, rep::ERR_UNSUP, b"what?"), "the server has no TLS (error 0x80000001): \"what?\": start"),
+        (reply(opt::STARTTLS, rep::ERR_POLICY, b""), "the server has no TLS (error 0x80000002): start it"),
+        (reply(opt::STARTTLS, rep::ERR_TLS_REQD, b""), "the server has no TLS"),
+        (reply(opt::STARTTLS, rep::ACK, b"x"), "option 5 has a reply of the type 1"),
+        (reply(opt::STARTTLS, rep::SERVER, b""), "option 5 has a reply of the type 2"),
+        (reply(opt::STRUCTURED_REPLY, rep::ACK, b""), "option 8 came where 5"),
+    ] {
+        let mut out = Vec::new();
+        let error = client().step(&mut &said[..], &mut out).expect_err(reason).one_line();
+        assert!(error.contains(reason) && out.is_empty(), "{reason}: {error}");
+    }
+    let mut out = Vec::new();
+    let older = Negotiation::new(&address("disk", true)).step(&mut &greeting(0)[..], &mut out);
+    let error = older.expect_err("no options").one_line();
+    assert!(error.contains("the server has no TLS (it knows no options)"), "{error}");
+    assert!(!out.ends_with(b"disk"), "the name is not said in plain");
 }
 
 fn greeting(flags: u16) -> Vec<u8> {
@@ -84,8 +157,8 @@ fn facts(size: u64, flags: u16) -> Vec<u8> {
 const FIXED: u16 = handshake_flag::FIXED_NEWSTYLE | handshake_flag::NO_ZEROES;
 
 /// What comes of a server that says all this whatever it is asked.
-fn negotiated(said: &[Vec<u8>]) -> Result<Option<Session>> {
-    let mut client = Negotiation::new("disk");
+fn negotiated(said: &[Vec<u8>]) -> Result<Next> {
+    let mut client = Negotiation::new(&address("disk", false));
     client.step(&mut &said.concat()[..], &mut Vec::new())
 }
 
@@ -97,14 +170,14 @@ fn older_servers_are_asked_in_their_own_manner() {
     let gone = [greeting(FIXED), no(opt::STRUCTURED_REPLY), no(opt::GO), by_name.clone()];
     let without_answers = [greeting(0), by_name, vec![0; 124]];
     for said in [&gone[..], &without_answers] {
-        let session = negotiated(said).expect("a negotiation").expect("its end");
+        let Ok(Next::Session(session)) = negotiated(said) else { panic!("no session: {said:?}") };
         let Session { size, structured_replies, base_allocation, block_sizes, .. } = session;
         assert_eq!((size, structured_replies, base_allocation), (7 << 20, false, None));
         assert_eq!((session.flags, block_sizes), (flags, BlockSizes::default()));
     }
-    let mut client = Negotiation::new("none");
+    let mut client = Negotiation::new(&address("none", false));
     let mut asked = Vec::new();
-    assert_eq!(client.step(&mut &greeting(0)[..], &mut asked).ok(), Some(None));
+    assert_eq!(client.step(&mut &greeting(0)[..], &mut asked).ok(), Some(Next::More));
     assert_eq!(asked, [&[0; 4], &b"IHAVEOPT\0\0\0\x01\0\0\0\x04none"[..]].concat());
     assert!(client.hung_up().one_line().contains("no export \"none\""));
 }
@@ -396,7 +469,7 @@ proptest! {
         };
         assert_eq!(run(1), run(usize::MAX));
         let greet = |piece: usize| {
-            let mut client = Negotiation::new("disk");
+            let mut client = Negotiation::new(&address("disk", false));
             for input in [&greeting(FIXED)[..], &bytes].concat().chunks(piece) {
                 let mut input = input;
                 client.step(&mut input, &mut Vec::new()).map_err(|error| error.one_line())?;
