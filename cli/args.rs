@@ -201,6 +201,8 @@ pub struct Info {
     /// And what is below it; in JSON as an array, the top first
     #[arg(long)]
     pub backing_chain: bool,
+    #[command(flatten)]
+    pub servers: Servers,
 }
 
 #[derive(Debug, Arguments)]

@@ -1,13 +1,14 @@
 //! `info`: what an image file is, by its header.
 mod kept;
 
-use crate::args::Info;
+use crate::args::{Info, Servers};
 use crate::failure::Failure;
 use crate::image;
 use crate::output::say;
 use crate::size;
 use engine::io::FileStorage;
-use engine::open::{LAYERS_MAX, identity};
+use engine::io::remote::Remote;
+use engine::open::{LAYERS_MAX, identity_at};
 use formats::backing::{BackingName, Location};
 use formats::error::{Context, Error, Result};
 use formats::probe::Probed;
@@ -16,11 +17,15 @@ use formats::storage::Storage;
 use kept::{Bitmap, Snapshot};
 use serde::Serialize;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::Arc;
 
 /// Says what an image is, or each of its chain.
 pub fn run(args: &Info) -> std::result::Result<(), Failure> {
-    let layers = if args.backing_chain { chain(&args.file) } else { facts(&args.file, None).map(|only| vec![only]) };
+    let layers = Location::of_argument(&args.file).and_then(|top| match args.backing_chain {
+        true => chain(top, &args.servers),
+        false => facts(top, None, &args.servers).map(|only| vec![only]),
+    });
     let layers = layers.map_err(|error| Failure::new(error.one_line()))?;
     match (args.json, &layers[..]) {
         (true, [only]) if !args.backing_chain => say_json(only),
@@ -40,11 +45,16 @@ fn say_json(value: &impl Serialize) -> std::result::Result<(), Failure> {
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 struct Facts {
+    #[serde(skip)]
+    location: Location,
     filename: String,
     format: &'static str,
     virtual_size: u64,
-    actual_size: u64,
-    dirty_flag: bool,
+    /// Of an export nobody tells.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    actual_size: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dirty_flag: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
     cluster_size: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -74,8 +84,10 @@ struct FileFacts {
     format: &'static str,
     /// The file's length.
     virtual_size: u64,
-    actual_size: u64,
-    dirty_flag: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    actual_size: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dirty_flag: Option<bool>,
 }
 
 #[derive(Debug, Serialize)]
@@ -103,18 +115,19 @@ struct Qcow2 {
 }
 
 /// The facts of each layer, the top first.
-fn chain(top: &Path) -> Result<Vec<Facts>> {
-    let mut layers = vec![facts(top, None)?];
-    let mut seen = vec![identity(top)?];
+fn chain(top: Location, servers: &Servers) -> Result<Vec<Facts>> {
+    let mut seen = vec![identity_at(&top)?];
+    let mut layers = vec![facts(top, None, servers)?];
     loop {
         let above = &layers[layers.len() - 1];
-        let (Some((path, format)), parent) = (above.below()?, above.filename.clone()) else { return Ok(layers) };
-        let below = facts(&path, format.as_deref()).and_then(|facts| Ok((facts, identity(&path)?)));
-        let (below, identity) = below.map_err(|error| error.at(format!("backing of {parent}")))?;
+        let (Some((location, format)), parent) = (above.below()?, above.filename.clone()) else { return Ok(layers) };
+        let below =
+            facts(location, format.as_deref(), servers).and_then(|facts| Ok((identity_at(&facts.location)?, facts)));
+        let (identity, below) = below.map_err(|error| error.at(format!("backing of {parent}")))?;
         if seen.contains(&identity) {
             return Err(Error::malformed(format!(
                 "{parent}: its backing {} is a layer above it: the chain is a loop",
-                path.display()
+                below.filename
             )));
         }
         if layers.len() == LAYERS_MAX {
@@ -126,30 +139,45 @@ fn chain(top: &Path) -> Result<Vec<Facts>> {
 }
 
 /// The facts of one image: of `format` where the layer above names it, or by its header.
-fn facts(path: &Path, format: Option<&str>) -> Result<Facts> {
-    look(path, format).map_err(|error| error.at(path.display()))
+fn facts(location: Location, format: Option<&str>, servers: &Servers) -> Result<Facts> {
+    let opened = match &location {
+        Location::File(path) => open_file(path).map_err(|error| error.at(&location))?,
+        Location::Nbd(address) => {
+            let remote = Remote::open(address, false, servers.client_certificates.as_deref())?;
+            Opened { storage: remote, format: "nbd", actual_size: None, dirty_flag: None }
+        }
+    };
+    look(&location, opened, format).map_err(|error| error.at(&location))
 }
 
-fn look(path: &Path, format: Option<&str>) -> Result<Facts> {
+/// What an image is in.
+struct Opened {
+    storage: Arc<dyn Storage>,
+    format: &'static str,
+    actual_size: Option<u64>,
+    dirty_flag: Option<bool>,
+}
+
+fn open_file(path: &Path) -> Result<Opened> {
     let file = image::open(path)?;
     let metadata = file.metadata().context(|| "stat")?;
-    let actual_size = metadata.blocks() * 512;
-    let storage = FileStorage::new(file);
+    let format = if metadata.is_file() { "file" } else { "host_device" };
+    let actual_size = Some(metadata.blocks() * 512);
+    Ok(Opened { storage: Arc::new(FileStorage::new(file)), format, actual_size, dirty_flag: Some(false) })
+}
+
+fn look(location: &Location, opened: Opened, format: Option<&str>) -> Result<Facts> {
+    let Opened { storage, format: holder, actual_size, dirty_flag } = opened;
     let len = storage.len().context(|| "asking for the file's length")?;
-    let filename = path.display().to_string();
-    let child = FileFacts {
-        filename: filename.clone(),
-        format: if metadata.is_file() { "file" } else { "host_device" },
-        virtual_size: len,
-        actual_size,
-        dirty_flag: false,
-    };
+    let filename = location.to_string();
+    let child = FileFacts { filename: filename.clone(), format: holder, virtual_size: len, actual_size, dirty_flag };
     let raw = Facts {
+        location: location.clone(),
         filename,
         format: "raw",
         virtual_size: len,
         actual_size,
-        dirty_flag: false,
+        dirty_flag,
         cluster_size: None,
         backing_filename: None,
         full_backing_filename: None,
@@ -161,14 +189,14 @@ fn look(path: &Path, format: Option<&str>) -> Result<Facts> {
     if format == Some("raw") {
         return Ok(raw);
     }
-    match image::probe_storage(&storage)? {
+    match image::probe_storage(&*storage)? {
         Probed::Unknown => Ok(raw),
         Probed::Unsupported(format) => Err(Error::unsupported(format!("a {format} image, which is not supported"))),
-        Probed::Qcow2 => with_header(raw, path, &storage),
+        Probed::Qcow2 => with_header(raw, &*storage),
     }
 }
 
-fn with_header(raw: Facts, path: &Path, storage: &FileStorage) -> Result<Facts> {
+fn with_header(raw: Facts, storage: &dyn Storage) -> Result<Facts> {
     let header = qcow2::read_header(storage)?;
     let snapshots = qcow2::snapshots::read(storage, &header)?;
     let bitmaps = qcow2::bitmaps::read(storage, &header)?;
@@ -186,12 +214,12 @@ fn with_header(raw: Facts, path: &Path, storage: &FileStorage) -> Result<Facts> 
     };
     let backing = info.backing.as_ref();
     // A name that cannot be followed is still a name to show.
-    let parent = Location::File(path.to_owned());
-    let full = backing.and_then(|backing| BackingName::parse(&backing.name).ok()?.location.seen_from(&parent).ok());
+    let seen = |name: &str| BackingName::parse(name).ok()?.location.seen_from(&raw.location).ok();
+    let full = backing.and_then(|backing| seen(&backing.name));
     Ok(Facts {
         format: "qcow2",
         virtual_size: info.virtual_size,
-        dirty_flag: info.dirty,
+        dirty_flag: Some(info.dirty),
         cluster_size: Some(info.cluster_size),
         backing_filename: backing.map(|backing| backing.name.clone()),
         full_backing_filename: full.map(|location| location.to_string()),
@@ -204,18 +232,12 @@ fn with_header(raw: Facts, path: &Path, storage: &FileStorage) -> Result<Facts> 
 
 impl Facts {
     /// The image below, and its format where that is recorded.
-    fn below(&self) -> Result<Option<(PathBuf, Option<String>)>> {
+    fn below(&self) -> Result<Option<(Location, Option<String>)>> {
         let Some(name) = &self.backing_filename else { return Ok(None) };
-        let parent = Location::File(PathBuf::from(&self.filename));
         let name = BackingName::parse(name).map_err(|error| error.at(&self.filename))?;
         let format = self.backing_filename_format.clone().or(name.format.map(str::to_owned));
-        match name.location.seen_from(&parent).map_err(|error| error.at(&self.filename))? {
-            Location::File(path) => Ok(Some((path, format))),
-            Location::Nbd(address) => Err(Error::unsupported(format!(
-                "{}: its backing is the export {address}, which only its server knows: ask with nbdinfo",
-                self.filename
-            ))),
-        }
+        let location = name.location.seen_from(&self.location).map_err(|error| error.at(&self.filename))?;
+        Ok(Some((location, format)))
     }
 
     fn lines(&self) -> Vec<String> {
@@ -223,7 +245,7 @@ impl Facts {
             ("image", self.filename.clone()),
             ("format", self.format.to_string()),
             ("size", format!("{} ({} bytes)", size::format(self.virtual_size), self.virtual_size)),
-            ("on disk", size::format(self.actual_size)),
+            ("on disk", self.actual_size.map_or_else(|| "not known".into(), size::format)),
         ];
         if self.format == "raw" {
             facts[1].1 = "raw, or one without a known header".into();
@@ -242,7 +264,7 @@ impl Facts {
             facts.push(("compat", data.compat.into()));
             facts.push(("refcounts", format!("{} bits", data.refcount_bits)));
             facts.push(("compression", data.compression_type.clone()));
-            facts.extend(data.marks(self.dirty_flag).map(|mark| ("marked", mark)));
+            facts.extend(data.marks(self.dirty_flag == Some(true)).map(|mark| ("marked", mark)));
             facts.extend(self.snapshots.iter().map(|one| ("snapshot", one.line())));
             facts.extend(data.bitmaps.iter().map(|one| ("bitmap", one.line())));
         }
