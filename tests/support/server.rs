@@ -76,6 +76,17 @@ impl Server {
     pub fn uri(&self, export: &str) -> String {
         format!("nbd+unix:///{export}?socket={}", self.socket.display())
     }
+
+    /// The export's address inside TLS, for a server called `localhost`, with the certificates of a folder.
+    pub fn tls_uri(&self, export: &str, certificates: &Path) -> String {
+        inside_tls(&self.uri(export), certificates)
+    }
+}
+
+/// An address as `uri` says it, inside TLS.
+pub fn inside_tls(uri: &str, certificates: &Path) -> String {
+    let uri = uri.replacen("nbd+unix:", "nbds+unix:", 1);
+    format!("{uri}&tls-certificates={}&tls-hostname=localhost", certificates.display())
 }
 
 impl Drop for Server {
