@@ -4,13 +4,18 @@
 //! Held here: in plain the server hears the client's flags and STARTTLS, and nothing else; and what was asked of a
 //! server that went is asked again of the next, until all of it is on the disk.
 use super::super::connection::{Connection, Part};
-use super::{Arc, BTreeMap, Duration, Handshake, Header, Op, Outcome, ReplyTo, ServerConnection, Style, Tls, Token};
-use super::{Read, Write, carry_out, export, keys, writable_on, write};
+use super::far::{Treats, carry_out, export, keys};
+use super::{writable_on, write};
 use crate::fault::{Fault, plant};
-use crate::io::{Completion, File};
+use crate::io::{Completion, File, Op, Token};
+use formats::nbd::wire::Header;
+use formats::nbd::{Handshake, Outcome, ReplyTo, Style, Tls};
 use formats::range::ByteRange;
-use std::io::{self, ErrorKind};
-use std::sync::Mutex;
+use rustls::ServerConnection;
+use std::collections::BTreeMap;
+use std::io::{self, ErrorKind, Read, Write};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 const LEN: usize = 4 << 20;
 /// All that is ever said in plain: the client's flags, and STARTTLS.
@@ -188,7 +193,7 @@ impl World {
 
 /// How often the server went, where nothing was overheard, and all that was written is there.
 fn world(seed: u64) -> Option<usize> {
-    let (_, remote) = writable_on(&[super::Treats::Well], true, true);
+    let (_, remote) = writable_on(&[Treats::Well], true, true);
     let file = File::remote(Arc::clone(&remote));
     let mut world = World {
         random: Random(seed),
