@@ -9,7 +9,6 @@
 //! opened again, and no more marks can come.
 use super::roll::Roll;
 use crate::bell::Bell;
-use crate::dirty::DirtyBitmap;
 use crate::disk::Disk;
 use crate::io::Waker;
 use crate::mirror::Mirror;
@@ -23,21 +22,6 @@ pub struct Route {
     pub disk: Arc<Disk>,
     /// The mirror that follows it, if any.
     pub mirror: Option<Arc<Mirror>>,
-}
-
-/// The name by which clients can ask for the bitmap of a job under way.
-const MIRROR_BITMAP: &str = "mirror";
-
-impl Route {
-    /// Names of the dirty bitmaps that can be looked at.
-    pub fn bitmaps(&self) -> Vec<String> {
-        self.mirror.iter().map(|_| MIRROR_BITMAP.to_owned()).collect()
-    }
-
-    /// The dirty bitmap of this name.
-    pub fn bitmap(&self, name: &str) -> Option<&DirtyBitmap> {
-        self.mirror.as_ref().filter(|_| name == MIRROR_BITMAP).map(|mirror| &mirror.dirty)
-    }
 }
 
 /// Lets requests in, or holds them.
