@@ -1,6 +1,8 @@
 //! Sessions with clients of every manner, over a queue that ends things in any order.
 mod bitmaps;
+mod table;
 mod tls;
+mod vast;
 mod world;
 
 use super::{Ending, PAYLOAD_MAX, Progress, REQUESTS_MAX};
