@@ -235,6 +235,12 @@ pub trait Image: Send + Sync {
     /// Makes a prefix of `guest` read as zeroes, or says how its caller can.
     fn zero(&self, guest: ByteRange, zeroing: Zeroing) -> Result<Zeroed>;
 
+    /// True where `zero` may ask for zeroes to be written to whole clusters: somebody below has them, and no entry
+    /// can say that they are zeroes.
+    fn may_write_zeroes(&self) -> bool {
+        false
+    }
+
     /// Makes metadata durable, one stage a call, in an order that a power cut survives.
     fn settle(&self, progress: &mut Progress) -> Result<Settle>;
 

@@ -357,6 +357,10 @@ impl Image for Qcow2 {
         Ok(zeroed)
     }
 
+    fn may_write_zeroes(&self) -> bool {
+        self.shared.geometry.version < 3 && self.shared.has_backing
+    }
+
     fn settle(&self, progress: &mut Progress) -> Result<Settle> {
         self.shared.watch(Shared::settle(&self.shared, progress))
     }
