@@ -16,6 +16,7 @@
 //! connection is begun when those of the last are over, so that none is taken for another's.
 use super::super::{Completion, File, Op, Token};
 use super::blocking::{say_goodbye, socket_for};
+use super::held::Held;
 use super::request::Request;
 use super::{Remote, ended, late, lost, place, refused};
 use crate::io::{Buffer, Gather};
@@ -54,7 +55,7 @@ impl Part {
 }
 
 pub(super) struct Connection {
-    remote: Arc<Remote>,
+    remote: Held,
     stage: Stage,
     /// Absent before the first step, and where there is no socket to be had.
     socket: Option<File>,
@@ -92,7 +93,7 @@ enum Stage {
 impl Connection {
     pub fn new(remote: Arc<Remote>) -> Self {
         Self {
-            remote,
+            remote: Held::new(remote),
             stage: Stage::New,
             socket: None,
             waiting: VecDeque::new(),
@@ -112,12 +113,12 @@ impl Connection {
     }
 
     pub fn is_to(&self, remote: &Arc<Remote>) -> bool {
-        Arc::ptr_eq(&self.remote, remote)
+        self.remote.is(remote)
     }
 
     /// True where nobody can ask it anything any more.
     pub fn is_forgotten(&self) -> bool {
-        self.waiting.is_empty() && self.asked.is_empty() && Arc::strong_count(&self.remote) == 1
+        self.waiting.is_empty() && self.asked.is_empty() && self.remote.is_forgotten()
     }
 
     /// Takes in an operation.

@@ -24,6 +24,7 @@
 //! of it reads as zeroes, before the first write.
 mod blocking;
 mod connection;
+mod held;
 mod known;
 mod limits;
 mod queue;
@@ -47,7 +48,7 @@ use rustix::io::Errno;
 use rustix::net::{SocketAddrAny, SocketAddrUnix};
 use std::io;
 use std::net::ToSocketAddrs;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use unflushed::Unflushed;
@@ -82,6 +83,8 @@ pub struct Remote {
     hurried: AtomicBool,
     /// Counts what has to be known the order of: connections that were made, and first writes.
     clock: AtomicU64,
+    /// How many of those that hold it are connections to it.
+    connections: AtomicUsize,
 }
 
 /// What is behind the lock.
@@ -118,7 +121,18 @@ impl Remote {
                     let unflushed = Mutex::new(Unflushed::new(session.size));
                     let (hurried, clock) = (AtomicBool::new(false), AtomicU64::new(0));
                     let address = address.clone();
-                    return Ok(Self { address, peer, session, writable, metadata, unflushed, hurried, clock });
+                    let connections = AtomicUsize::new(0);
+                    return Ok(Self {
+                        address,
+                        peer,
+                        session,
+                        writable,
+                        metadata,
+                        unflushed,
+                        hurried,
+                        clock,
+                        connections,
+                    });
                 }
                 Err(error) => failed = error.at(address),
             }
