@@ -6,12 +6,13 @@ mod support;
 
 use serde_json::Value;
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 use support::daemon::Daemon;
 use support::images::{self, Chain, random_chain, three_layers};
 use support::nbd::{Client, Replies, Request};
 use support::random::Random;
-use support::tools::{check, content, run};
+use support::tools::{check, content, ran, run};
 use support::writer::{Habits, Writer};
 use support::{assert_same, folder};
 
@@ -197,6 +198,40 @@ fn fio_reads_back_what_it_wrote_on_four_connections() {
     run("fio", &verify);
     daemon.stop();
     check(&chain.top, chain.format);
+}
+
+/// Four jobs, each with a deep queue, verify what they wrote as they go; meanwhile their disk is moved, and moved on.
+#[test]
+fn fio_finds_what_it_wrote_while_its_disk_is_moved() {
+    let folder = folder();
+    let chain = three_layers(folder.path(), DISK_LEN, 4);
+    let mut daemon = Daemon::serve(folder.path(), &[chain.export("vda")]);
+    let uri = format!("--uri={}", daemon.uri("vda"));
+    let jobs = [
+        &["--name=moved", "--thread", "--ioengine=nbd", &uri, "--rw=randwrite", "--bsrange=512-64k", "--iodepth=16"][..],
+        &["--numjobs=4", "--size=8m", "--offset_increment=8m", "--randseed=7", "--fsync=200", "--loops=6"],
+        &["--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0", "--verify_backlog=64", "--do_verify=1"],
+        &["--output-format=terse"],
+    ];
+    let mut fio = Command::new("fio");
+    fio.args(jobs.concat());
+    let verified = std::thread::spawn(move || ran(&mut fio));
+    let mut places = Vec::new();
+    while !verified.is_finished() {
+        let format = ["raw", "qcow2"][places.len() % 2];
+        let target = folder.path().join(format!("place{}.{format}", places.len()));
+        daemon.ok("mirror", &["vda", &target.display().to_string(), "--format", format, "--wait"]);
+        daemon.pivot("vda");
+        if let Some((left, _)) = places.last() {
+            std::fs::remove_file(left).expect("nobody uses it");
+        }
+        places.push((target, format));
+    }
+    verified.join().expect("fio found what it wrote");
+    daemon.stop();
+    let (last, format) = &places[places.len() - 1];
+    assert!(places.len() > 1, "it was moved once only");
+    check(last, format);
 }
 
 #[test]

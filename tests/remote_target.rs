@@ -3,12 +3,12 @@ mod support;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use support::daemon::{Daemon, program};
 use support::images::{compare, holding, random_chain, thin_disk};
 use support::random::Random;
-use support::server::Server;
+use support::server::{Server, garbage, held, two_folders};
 use support::tools::{ran, refused};
 use support::writer::{Habits, Writer};
 use support::{assert_same, eventually, folder};
@@ -19,32 +19,6 @@ fn converting(source: &Path, format: &str, target: &str) -> Command {
     let mut command = Command::new(program());
     command.arg("convert").arg(source).arg(target).args(["--source-format", format]);
     command
-}
-
-/// What an export holds, as QEMU reads it.
-#[track_caller]
-fn held(uri: &str, folder: &Path) -> Vec<u8> {
-    let out = folder.join("held");
-    ran(Command::new("qemu-img").args(["convert", "-f", "raw", "-O", "raw", uri]).arg(&out));
-    let bytes = std::fs::read(&out).expect("what was converted");
-    std::fs::remove_file(&out).expect("removing a file of ours");
-    bytes
-}
-
-/// A file of garbage.
-fn garbage(folder: &Path, name: &str, len: usize) -> PathBuf {
-    let path = folder.join(name);
-    std::fs::write(&path, Random::new(9).bytes(len)).expect("a file of ours");
-    path
-}
-
-/// Folders of the server and of the daemon, whose sockets have the same names.
-fn two_folders(folder: &Path) -> (PathBuf, PathBuf) {
-    let (theirs, ours) = (folder.join("theirs"), folder.join("ours"));
-    for made in [&theirs, &ours] {
-        std::fs::create_dir(made).expect("a folder of ours");
-    }
-    (theirs, ours)
 }
 
 /// A server of a file that has other bytes, and a daemon that serves a disk.
@@ -278,35 +252,6 @@ fn a_pivot_that_was_asked_for_while_the_server_is_away_is_done_when_it_is_back()
     server.again();
     assert!(pivot.wait().expect("our child").success(), "{}", daemon.log());
     guest.wait(100);
-    let truth = guest.stop();
-    assert_same("what the server has", &held(&server.uri(""), folder.path()), &truth);
-}
-
-/// What the policy says of a target's errors is said of a server's too.
-#[test]
-fn a_server_that_fails_is_a_target_that_fails() {
-    let folder = folder();
-    let source = folder.path().join("disk.raw");
-    std::fs::write(&source, thin_disk(DISK_LEN)).expect("a file of ours");
-    let file = format!("file={}", garbage(folder.path(), "target", DISK_LEN).display());
-    let trigger = folder.path().join("fail");
-    let failing = format!("error-pwrite-file={}", trigger.display());
-    let words = ["--filter=error", "file", &file, "error=ENOSPC", "error-pwrite-rate=100%", &failing];
-    let server = Server::nbdkit(folder.path(), &words);
-    let ours = folder.path().join("ours");
-    std::fs::create_dir(&ours).expect("a folder of ours");
-    let daemon = Daemon::serve(&ours, &[format!("vda={},format=raw", source.display())]);
-    let guest = Writer::start(&daemon.socket(), "vda", thin_disk(DISK_LEN), Habits { seed: 7, ..Habits::default() });
-    std::fs::write(&trigger, "").expect("a file of ours");
-    daemon.ok("mirror", &["vda", &server.uri(""), "--on-target-error", "enospc"]);
-    eventually("the job pauses", || (daemon.status("vda")["paused"] == true).then_some(()));
-    let error = daemon.status("vda")["error"].to_string();
-    assert!(error.contains("target") && error.contains("No space left"), "{error}");
-    guest.wait(50);
-    std::fs::remove_file(&trigger).expect("a file of ours");
-    daemon.ok("resume", &["vda"]);
-    daemon.wait_for("vda", "ready");
-    daemon.pivot("vda");
     let truth = guest.stop();
     assert_same("what the server has", &held(&server.uri(""), folder.path()), &truth);
 }

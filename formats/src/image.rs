@@ -11,7 +11,7 @@
 //! ```
 use crate::error::{Error, Result};
 use crate::journal::Change;
-use crate::qcow2::bitmaps::Carried;
+use crate::qcow2::bitmaps::{Bits, Carried};
 use crate::range::ByteRange;
 use std::sync::Arc;
 
@@ -235,8 +235,25 @@ pub trait Image: Send + Sync {
     /// Makes a prefix of `guest` read as zeroes, or says how its caller can.
     fn zero(&self, guest: ByteRange, zeroing: Zeroing) -> Result<Zeroed>;
 
+    /// True where `zero` may ask for zeroes to be written to whole clusters: somebody below has them, and no entry
+    /// can say that they are zeroes.
+    fn may_write_zeroes(&self) -> bool {
+        false
+    }
+
     /// Makes metadata durable, one stage a call, in an order that a power cut survives.
     fn settle(&self, progress: &mut Progress) -> Result<Settle>;
+
+    /// Names of the bitmaps of what was written that can be looked at while the image is in use: the
+    /// consistent ones.
+    fn bitmap_names(&self) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+
+    /// The bits of the one of this name, where it is one of these; they go on changing.
+    fn bitmap(&self, _name: &str) -> Result<Option<Arc<Bits>>> {
+        Ok(None)
+    }
 
     /// The consistent bitmaps of what was written, as they are now. Nobody writes meanwhile.
     fn bitmaps(&self) -> Result<Vec<Carried>> {

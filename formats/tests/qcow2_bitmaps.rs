@@ -65,6 +65,27 @@ fn marked_in(folder: &Path, image: &str, bitmap: &str) -> BTreeSet<u64> {
     sectors
 }
 
+/// The sectors that a bitmap of an open image marks, asked for run by run.
+fn shown(image: &dyn Image, name: &str) -> BTreeSet<u64> {
+    let bits = image.bitmap(name).expect("readable").unwrap_or_else(|| panic!("{name} is not shown"));
+    let (mut at, mut sectors) = (0, BTreeSet::new());
+    while at < image.size() {
+        let (run, marked) = bits.run(ByteRange { start: at, end: image.size() });
+        assert!(run.start == at && !run.is_empty());
+        at = run.end;
+        sectors.extend((run.start / 512..run.end / 512).filter(|_| marked));
+    }
+    sectors
+}
+
+fn both() -> BTreeSet<String> {
+    ["kept", "live"].map(String::from).into()
+}
+
+fn names(image: &dyn Image) -> BTreeSet<String> {
+    image.bitmap_names().expect("readable").into_iter().collect()
+}
+
 /// The sectors of all pieces that `range` touches.
 fn pieces(range: ByteRange, granularity: u64, size: u64) -> std::ops::Range<u64> {
     let end = range.end.next_multiple_of(granularity).min(size);
@@ -116,9 +137,14 @@ fn what_we_write_is_marked_beside_what_was() {
                     _ => layer.write(range.start, &vec![9; range.len() as usize]),
                 }
                 expected.extend(pieces(range, granularity, size));
+                assert!(shown(&*layer.image, "live") == expected, "seed {seed}: at this moment");
             }
+            assert_eq!(shown(&*layer.image, "kept"), kept, "seed {seed}");
             layer.close();
             run(folder, "qemu-img", &["check", "-q", NAME]);
+            let reading = Layer::open(&folder.join(NAME), "qcow2", false);
+            assert_eq!(names(&*reading.image), both(), "seed {seed}");
+            assert!(shown(&*reading.image, "live") == expected && shown(&*reading.image, "kept") == kept);
             assert_eq!(marked(folder, "kept"), kept, "seed {seed}");
             assert!(marked(folder, "live") == expected, "seed {seed}");
         }
@@ -160,6 +186,11 @@ fn what_was_killed_is_inconsistent_for_good() {
     // A kill runs no destructors.
     std::mem::forget(layer);
     assert_eq!(flags(folder), in_use());
+    for writable in [false, true] {
+        let layer = Layer::open(&folder.join(NAME), "qcow2", writable);
+        assert_eq!(names(&*layer.image), ["kept".to_owned()].into(), "who asks for the other gets no answer");
+        assert!(layer.image.bitmap("live").expect("readable").is_none());
+    }
     let layer = Layer::open(&folder.join(NAME), "qcow2", true);
     layer.write(0, &[2; 512]);
     layer.close();
@@ -243,6 +274,9 @@ fn bitmaps_go_on_in_another_image() {
         target.image.adopt_bitmaps(source.image.bitmaps().expect("readable")).expect("version 3");
         source.close();
         write(&target);
+        assert!(names(&*target.image).is_superset(&both()));
+        assert_eq!(shown(&*target.image, "kept"), kept, "seed {seed}");
+        assert!(shown(&*target.image, "live") == expected, "seed {seed}");
         target.close();
         for _ in 0..2 {
             run(folder, "qemu-img", &["check", "-q", TARGET]);

@@ -56,7 +56,7 @@ pub fn run(data: &[u8]) {
     let inside = end <= u128::from(size);
     let aligned = offset % u64::from(minimum) == 0 && len % u64::from(minimum) == 0;
     let fits = len > 0 && inside && aligned;
-    let has_payload = command == 1 || (extended && flags & 32 != 0 && command < 8);
+    let has_payload = command == 1 || (extended && flags & 32 != 0);
     let payload = if has_payload { len } else { 0 };
     let filter = has_payload && command == 7;
     let own_flags = match command {

@@ -46,7 +46,10 @@ pub fn run(data: &[u8]) {
             let made = made(host, port, socket, export, tls, escaped);
             let server = if socket { Server::unix(host) } else { Server::tcp(host, port) };
             let expected = server.and_then(|server| Address::new(server, export));
-            let expected = expected.ok().map(|address| Address { tls: tls.then_some(TlsNames { certificates: None, hostname: None }), ..address });
+            let expected = expected.ok().map(|address| Address {
+                tls: tls.then_some(TlsNames { certificates: None, hostname: None }),
+                ..address
+            });
             assert_eq!(Address::parse(&made).ok(), expected, "{made:?}");
         }
     }

@@ -1,5 +1,7 @@
 //! NBD servers of somebody else's.
 use super::eventually;
+use super::random::Random;
+use super::tools::ran;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -28,6 +30,45 @@ impl Server {
         let mut command = Command::new("nbdkit");
         command.arg("-f").arg("-U").arg(folder.join("served")).arg("-P").arg(&pid_file).args(words);
         Self::start(command, folder, &pid_file)
+    }
+
+    /// A server of `disk` whose first 64 KiB are reached only once the file `gate` is there; all else at once, also
+    /// what was asked for later.
+    #[track_caller]
+    pub fn gated(folder: &Path, disk: &Path, gate: &Path) -> Self {
+        let gate = gate.display();
+        Self::eval(folder, disk, &format!("[ $4 -ge 65536 ] || until [ -e {gate} ]; do sleep 0.02; done"), "true")
+    }
+
+    /// The same, of which the first request alone is held; the file `gate.held` says that it is.
+    #[track_caller]
+    pub fn gated_once(folder: &Path, disk: &Path, gate: &Path) -> Self {
+        let (gate, held) = (gate.display(), gate.with_extension("held"));
+        let hold = format!("until [ -e {gate} ]; do sleep 0.02; done");
+        Self::eval(folder, disk, &format!("! mkdir {} 2>/dev/null || {hold}", held.display()), "true")
+    }
+
+    /// A server of `disk` whose flush fails as long as the file `trigger` is there.
+    #[track_caller]
+    pub fn failing_flush(folder: &Path, disk: &Path, trigger: &Path) -> Self {
+        let fail = format!("! [ -e {} ] || {{ echo EIO it fails >&2; exit 1; }}", trigger.display());
+        Self::eval(folder, disk, "true", &fail)
+    }
+
+    /// A server of `disk` by shell scripts, several at a time; reads and writes run `first`, with their length in `$3`
+    /// and their offset in `$4`, and a flush runs `flush`.
+    #[track_caller]
+    fn eval(folder: &Path, disk: &Path, first: &str, flush: &str) -> Self {
+        let disk = disk.display();
+        let orders = [
+            format!("get_size=stat -c %s {disk}"),
+            format!("pread={first}; dd if={disk} skip=$4 count=$3 iflag=skip_bytes,count_bytes status=none"),
+            format!("pwrite={first}; dd of={disk} seek=$4 oflag=seek_bytes conv=notrunc status=none"),
+            format!("flush={flush}; sync {disk}"),
+        ];
+        let answers = ["can_write=exit 0", "can_flush=exit 0", "can_multi_conn=exit 0", "thread_model=echo parallel"];
+        let words: Vec<&str> = ["eval"].into_iter().chain(answers).chain(orders.iter().map(String::as_str)).collect();
+        Self::nbdkit(folder, &words)
     }
 
     /// A server by this command, which makes the socket and then the file with its number.
@@ -59,6 +100,12 @@ impl Server {
     pub fn kill(&mut self) {
         self.child.kill().expect("killing our child");
         self.child.wait().expect("reaping our child");
+    }
+
+    /// Waits until it has ended by itself.
+    #[track_caller]
+    pub fn wait_for_its_end(&mut self) {
+        eventually("the server ends", || self.child.try_wait().expect("waiting for our child"));
     }
 
     /// Starts it once more, with the same words.
@@ -95,4 +142,30 @@ impl Drop for Server {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// What an export holds, as QEMU reads it.
+#[track_caller]
+pub fn held(uri: &str, folder: &Path) -> Vec<u8> {
+    let out = folder.join("held");
+    ran(Command::new("qemu-img").args(["convert", "-f", "raw", "-O", "raw", uri]).arg(&out));
+    let bytes = std::fs::read(&out).expect("what was converted");
+    std::fs::remove_file(&out).expect("removing a file of ours");
+    bytes
+}
+
+/// A file of garbage.
+pub fn garbage(folder: &Path, name: &str, len: usize) -> PathBuf {
+    let path = folder.join(name);
+    std::fs::write(&path, Random::new(9).bytes(len)).expect("a file of ours");
+    path
+}
+
+/// Folders of the server and of the daemon, whose sockets have the same names.
+pub fn two_folders(folder: &Path) -> (PathBuf, PathBuf) {
+    let (theirs, ours) = (folder.join("theirs"), folder.join("ours"));
+    for made in [&theirs, &ours] {
+        std::fs::create_dir(made).expect("a folder of ours");
+    }
+    (theirs, ours)
 }

@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// NBD connections at a time; one more is dropped.
-const SESSIONS_MAX: usize = 128;
+const SESSIONS_MAX: usize = 1024;
 /// Control connections at a time; one more is dropped.
 const CLIENTS_MAX: usize = 64;
 /// Memory for what the control thread itself reads and writes, in bytes.

@@ -3,6 +3,7 @@ use super::wait::{until_free, until_image_is_free};
 use crate::control::options::{ExportOptions, Reach};
 use crate::control::{Status, TargetFormat};
 use crate::disk::Disk;
+use crate::export::bitmaps::MIRROR;
 use crate::export::gate::{Gate, Route};
 use crate::export::roll::Member;
 use crate::export::session::Directory;
@@ -68,6 +69,7 @@ impl Export {
             }
         };
         let disk = disk.map_err(|error| error.at(format!("export {}", options.name)))?;
+        tell_of_hidden_bitmap(&options.name, &disk);
         let gate = Arc::new(Gate::new(Route { disk: Arc::new(disk), mirror: None }));
         Ok(Self { name: options.name.clone(), origin, gate, record, last: None })
     }
@@ -91,6 +93,18 @@ impl Export {
             block_sizes: BlockSizes::default(),
             bitmaps: Vec::new(),
         }
+    }
+}
+
+/// A bitmap that clients cannot ask for, for its name means another.
+fn tell_of_hidden_bitmap(export: &str, disk: &Disk) {
+    let names = disk.chain().top().image.bitmap_names().unwrap_or_default();
+    if names.iter().any(|name| name == MIRROR) {
+        tracing::warn!(
+            "export {export}: {}: its bitmap {MIRROR} is not shown to NBD clients, for whom that is what a mirror's \
+             target lacks: merge it into one of another name with `qemu-img bitmap --merge`",
+            disk.name()
+        );
     }
 }
 

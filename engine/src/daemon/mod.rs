@@ -35,6 +35,7 @@ use control_thread::ControlThread;
 use exports::{Export, Table, refuse_shared, refuse_twice};
 use formats::error::{Context, Error, Result};
 use listen::Listening;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -52,6 +53,7 @@ pub fn serve(options: &ServeOptions, ready: impl FnOnce(&str)) -> Result<()> {
             "nowhere to listen: no address was named, and none of LISTEN_FDS is for this process",
         ));
     }
+    allow_descriptors();
     let credentials = options.tls.as_ref().map(Credentials::open).transpose()?.map(Arc::new);
     let state = StateFolder::open(&state_folder(options))?;
     if is_volatile(state.path()) {
@@ -93,6 +95,18 @@ fn with_kept(named: &[ExportOptions], state: &StateFolder) -> Result<Vec<ExportO
     let kept = state.kept_exports()?.into_iter();
     let added = kept.filter(|kept| named.iter().all(|export| export.name != kept.name));
     Ok(named.iter().cloned().chain(added).collect())
+}
+
+/// As many descriptors as the system lets this process have: each connection takes a few, and what a shell
+/// gives its programs is for those that use `select(2)`.
+fn allow_descriptors() {
+    let limit = getrlimit(Resource::Nofile);
+    let all = Rlimit { current: limit.maximum, ..limit };
+    if limit.current != limit.maximum
+        && let Err(error) = setrlimit(Resource::Nofile, all)
+    {
+        tracing::warn!(%error, "the limit of open files stays at {}", limit.current.unwrap_or(0));
+    }
 }
 
 /// The named one; or one beside the control socket; or, where a reboot would empty that, one beside

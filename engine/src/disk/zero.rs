@@ -19,7 +19,7 @@ pub(super) struct Zero {
     /// Up to here it is done.
     at: u64,
     zeroing: Zeroing,
-    /// Nothing is written but at the range's ends.
+    /// Nothing long is written: only at the range's ends.
     fast: bool,
     stage: Stage,
     error: Option<Error>,
@@ -81,6 +81,10 @@ impl Zero {
     fn start<I: Io>(&mut self, disk: &Arc<Disk>, tools: &mut Tools<I>, base: Token) -> Result<bool> {
         disk.refuse_poisoned()?;
         let top = disk.chain().top();
+        if self.at == self.range.start && top.image.may_write_zeroes() {
+            // Before anything is changed: who is refused writes all of it.
+            self.refuse_slow(disk, self.range)?;
+        }
         let rest = ByteRange { start: self.at, end: self.range.end };
         match top.image.zero(rest, self.zeroing).map_err(|error| error.at(top.path.display()))? {
             Zeroed::Done(range) => {
@@ -93,11 +97,30 @@ impl Zero {
                 let file = top.file.file().clone();
                 tools.io.submit(base, Op::Zero { file, at: host, len: guest.len(), unmap });
             }
-            Zeroed::Host { guest, .. } | Zeroed::Write(guest) => self.write(disk, tools, guest)?,
+            Zeroed::Host { guest, .. } => {
+                self.refuse_slow(disk, guest)?;
+                self.write(disk, tools, guest)?;
+            }
+            Zeroed::Write(guest) => {
+                let at_an_end = guest.start == self.range.start || guest.end == self.range.end;
+                if !(at_an_end && guest.len() <= PIECE_MAX) {
+                    self.refuse_slow(disk, guest)?;
+                }
+                self.write(disk, tools, guest)?;
+            }
             Zeroed::Busy => return Ok(true),
             Zeroed::Settle => self.stage = Stage::Settling(Flush::default()),
         }
         Ok(false)
+    }
+
+    /// Of `part` all would be written, which is as fast as a write where that is short.
+    fn refuse_slow(&self, disk: &Disk, part: ByteRange) -> Result<()> {
+        if !self.fast || self.range.len() <= PIECE_MAX {
+            return Ok(());
+        }
+        let what = format!("{}: zeroing {part} faster than by writing", disk.name());
+        Err(Error::io(what, Errno::OPNOTSUPP.into()))
     }
 
     fn write<I: Io>(&mut self, disk: &Arc<Disk>, tools: &Tools<I>, range: ByteRange) -> Result<()> {
@@ -105,11 +128,6 @@ impl Zero {
             // A discard that gives nothing back is no reason to write.
             self.at = range.end;
             return Ok(());
-        }
-        let at_an_end = range.start == self.range.start || range.end == self.range.end;
-        if self.fast && !(at_an_end && range.len() <= PIECE_MAX) {
-            let what = format!("{}: zeroing {range} faster than by writing", disk.name());
-            return Err(Error::io(what, Errno::OPNOTSUPP.into()));
         }
         let piece = range.prefix(PIECE_MAX);
         let mut zeroes = scratch(tools, piece.len() as usize);

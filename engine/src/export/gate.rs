@@ -9,12 +9,11 @@
 //! opened again, and no more marks can come.
 use super::roll::Roll;
 use crate::bell::Bell;
-use crate::dirty::DirtyBitmap;
 use crate::disk::Disk;
 use crate::io::Waker;
 use crate::mirror::Mirror;
 use crate::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard, Ordering};
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, PoisonError, Weak};
 
 /// Where guest requests go.
 #[derive(Clone)]
@@ -23,21 +22,6 @@ pub struct Route {
     pub disk: Arc<Disk>,
     /// The mirror that follows it, if any.
     pub mirror: Option<Arc<Mirror>>,
-}
-
-/// The name by which clients can ask for the bitmap of a job under way.
-const MIRROR_BITMAP: &str = "mirror";
-
-impl Route {
-    /// Names of the dirty bitmaps that can be looked at.
-    pub fn bitmaps(&self) -> Vec<String> {
-        self.mirror.iter().map(|_| MIRROR_BITMAP.to_owned()).collect()
-    }
-
-    /// The dirty bitmap of this name.
-    pub fn bitmap(&self, name: &str) -> Option<&DirtyBitmap> {
-        self.mirror.as_ref().filter(|_| name == MIRROR_BITMAP).map(|mirror| &mirror.dirty)
-    }
 }
 
 /// Lets requests in, or holds them.
@@ -54,8 +38,8 @@ pub struct Gate {
 struct State {
     open: bool,
     place: Arc<Place>,
-    /// Places that were replaced and that somebody may still be on.
-    left: Vec<Arc<Place>>,
+    /// Places that were replaced: those who are on one keep it, and with them it goes.
+    left: Vec<Weak<Place>>,
 }
 
 /// One route, as long as it is in place, and who is on it.
@@ -102,7 +86,7 @@ impl Gate {
         let new = Place::new(route, &self.emptied);
         let old = std::mem::replace(&mut state.place, new);
         old.closed.store(true, Ordering::SeqCst);
-        state.left.push(old);
+        state.left.push(Arc::downgrade(&old));
         state.leaving()
     }
 
@@ -112,7 +96,7 @@ impl Gate {
         assert!(state.open, "a gate is closed once");
         state.open = false;
         state.place.closed.store(true, Ordering::SeqCst);
-        let place = Arc::clone(&state.place);
+        let place = Arc::downgrade(&state.place);
         state.left.push(place);
         state.leaving()
     }
@@ -150,8 +134,10 @@ impl Gate {
 impl State {
     /// Those of the places that were left on which somebody still is. Their counts only fall.
     fn leaving(&mut self) -> Leaving {
-        self.left.retain(|place| place.inside.load(Ordering::SeqCst) > 0);
-        Leaving(self.left.clone())
+        let mut busy: Vec<Arc<Place>> = self.left.iter().filter_map(Weak::upgrade).collect();
+        busy.retain(|place| place.inside.load(Ordering::SeqCst) > 0);
+        self.left = busy.iter().map(Arc::downgrade).collect();
+        Leaving(busy)
     }
 }
 
@@ -226,5 +212,18 @@ mod tests {
         assert!(second.is_empty(&waker) && closed.is_empty(&waker));
         gate.open(route());
         assert!(gate.enter(&waker).is_some());
+    }
+
+    /// A job that was given up while a guest's request was under way left its target open, and locked, until the next
+    /// job: the gate had it still.
+    #[test]
+    fn what_was_left_goes_with_the_last_who_was_on_it() {
+        let (first, waker) = (route(), Waker::simulated(1));
+        let disk = Arc::clone(&first.disk);
+        let gate = Gate::new(first);
+        let pass = gate.enter(&waker).expect("an open gate");
+        drop(gate.replace(route()));
+        drop(pass);
+        assert_eq!(Arc::strong_count(&disk), 1);
     }
 }

@@ -1,4 +1,5 @@
 //! What a guest sees: a name, a disk behind a gate, and the sessions that serve it.
+pub mod bitmaps;
 pub mod gate;
 pub mod request;
 pub mod roll;

@@ -113,20 +113,21 @@ pub struct Refusal {
 
 /// Whether `header` may be done under what was negotiated.
 pub fn check(negotiated: &Negotiated, header: &Header) -> Verdict {
-    let Some(command) = Command::from_wire(header.command) else {
-        // No payload is known to follow: only WRITE has one.
-        return Verdict::Refuse(Refusal { error: Errno::Inval, why: "unknown command", payload_len: 0 });
-    };
-    if command == Command::Disconnect {
+    let command = Command::from_wire(header.command);
+    if command == Some(Command::Disconnect) {
         return Verdict::Disconnect;
     }
-    // A WRITE has one whatever its flags say: QEMU's client (10.0) leaves PAYLOAD_LEN out.
+    // With 64-bit headers the flag says so, of commands that are not known here too; a WRITE has one whatever
+    // its flags say: QEMU's client (10.0) leaves PAYLOAD_LEN out.
     let flagged = negotiated.style == Style::Extended && header.flags & flag::PAYLOAD_LEN != 0;
-    let has_payload = flagged || command == Command::Write;
+    let has_payload = flagged || command == Some(Command::Write);
     let payload_len = if has_payload { header.len } else { 0 };
     if payload_len > PAYLOAD_SKIP_MAX {
         return Verdict::Hangup;
     }
+    let Some(command) = command else {
+        return Verdict::Refuse(Refusal { error: Errno::Inval, why: "unknown command", payload_len });
+    };
     let checked = match command {
         Command::BlockStatus if has_payload => filter_len(negotiated, header).map(Verdict::Filter),
         _ => action(negotiated, command, header).map(Verdict::Do),

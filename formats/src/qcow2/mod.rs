@@ -74,7 +74,7 @@ use crate::journal::{Change, Journal};
 use crate::range::ByteRange;
 use crate::raw;
 use crate::storage::Storage;
-use bitmaps::{Carried, Live};
+use bitmaps::{Bits, Carried, Live};
 use state::State;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
@@ -357,6 +357,10 @@ impl Image for Qcow2 {
         Ok(zeroed)
     }
 
+    fn may_write_zeroes(&self) -> bool {
+        self.shared.geometry.version < 3 && self.shared.has_backing
+    }
+
     fn settle(&self, progress: &mut Progress) -> Result<Settle> {
         self.shared.watch(Shared::settle(&self.shared, progress))
     }
@@ -370,6 +374,14 @@ impl Image for Qcow2 {
             Shared::store_bitmaps(&self.shared, flush)?;
         }
         self.trim_end()
+    }
+
+    fn bitmap_names(&self) -> Result<Vec<String>> {
+        self.shared.bitmaps.names(&self.header)
+    }
+
+    fn bitmap(&self, name: &str) -> Result<Option<Arc<Bits>>> {
+        self.shared.bitmaps.bits(&self.header, name)
     }
 
     fn bitmaps(&self) -> Result<Vec<Carried>> {

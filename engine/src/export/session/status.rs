@@ -2,7 +2,7 @@
 use super::reply::Run;
 use crate::chain::{Chain, Look, Source};
 use crate::export::gate::Route;
-use formats::error::{Error, Result};
+use formats::error::Result;
 use formats::nbd::Context;
 use formats::nbd::wire::state;
 use formats::range::ByteRange;
@@ -38,8 +38,7 @@ pub(super) fn extents(route: &Route, context: &Context, range: ByteRange, one: b
             Ok((guest, depth as u32))
         }),
         Context::Bitmap(name) => {
-            let bitmap = route.bitmap(name);
-            let bitmap = bitmap.ok_or_else(|| Error::invalid(format!("there is no dirty bitmap {name} any more")))?;
+            let bitmap = route.bitmap(name)?;
             gather(range, one, |rest| {
                 let (guest, marked) = bitmap.run(rest);
                 Ok((guest, marked.into()))

@@ -1,5 +1,8 @@
 //! Sessions with clients of every manner, over a queue that ends things in any order.
+mod bitmaps;
+mod table;
 mod tls;
+mod vast;
 mod world;
 
 use super::{Ending, PAYLOAD_MAX, Progress, REQUESTS_MAX};
@@ -21,6 +24,7 @@ const TRIM: u16 = 4;
 const WRITE_ZEROES: u16 = 6;
 const BLOCK_STATUS: u16 = 7;
 const SIZE: u64 = 1 << 20;
+const CONTEXTS: [&str; 3] = ["base:allocation", "qemu:allocation-depth", "qemu:dirty-bitmap:mirror"];
 
 fn request(command: u16, flags: u16, cookie: u64, offset: u64, len: u32) -> Vec<u8> {
     [&head(wire::REQUEST_MAGIC, command, flags, cookie, offset)[..], &len.to_be_bytes()].concat()
@@ -64,22 +68,26 @@ fn scene(seed: u64, size: u64, style: Style) -> Scene {
     greeted(Scene::new(seed, size), style)
 }
 
-fn greeted(mut scene: Scene, style: Style) -> Scene {
+fn greeted(scene: Scene, style: Style) -> Scene {
+    greeted_for(scene, style, &CONTEXTS)
+}
+
+/// The same, with these contexts.
+fn greeted_for(mut scene: Scene, style: Style, contexts: &[&str]) -> Scene {
     scene.say(&3_u32.to_be_bytes());
-    chosen(scene, style)
+    chosen(scene, style, contexts)
 }
 
 /// The same, where the client's flags are said already.
-fn chosen(mut scene: Scene, style: Style) -> Scene {
+fn chosen(mut scene: Scene, style: Style, contexts: &[&str]) -> Scene {
     match style {
         Style::Simple => {}
         Style::Structured => scene.say(&option(wire::opt::STRUCTURED_REPLY, b"")),
         Style::Extended => scene.say(&option(wire::opt::EXTENDED_HEADERS, b"")),
     }
     if style != Style::Simple {
-        let names = ["base:allocation", "qemu:allocation-depth", "qemu:dirty-bitmap:mirror"];
-        let mut queries = b"\0\0\0\0\0\0\0\x03".to_vec();
-        for name in names {
+        let mut queries = [[0; 4], (contexts.len() as u32).to_be_bytes()].concat();
+        for name in contexts {
             queries.extend([&(name.len() as u32).to_be_bytes(), name.as_bytes()].concat());
         }
         scene.say(&option(wire::opt::SET_META_CONTEXT, &queries));

@@ -17,6 +17,7 @@
 //! connection is begun when those of the last are over, so that none is taken for another's.
 use super::super::{Completion, File, Op, Token};
 use super::blocking::{say_at_once, say_goodbye, socket_for};
+use super::held::Held;
 use super::inside::Inside;
 use super::request::Request;
 use super::{PIECE_LEN, Remote, ended, late, lost, place, refused};
@@ -55,7 +56,7 @@ impl Part {
 }
 
 pub(super) struct Connection {
-    remote: Arc<Remote>,
+    remote: Held,
     stage: Stage,
     /// Absent before the first step, and where there is no socket to be had.
     socket: Option<File>,
@@ -95,7 +96,7 @@ enum Stage {
 impl Connection {
     pub fn new(remote: Arc<Remote>) -> Self {
         Self {
-            remote,
+            remote: Held::new(remote),
             stage: Stage::New,
             socket: None,
             waiting: VecDeque::new(),
@@ -116,12 +117,12 @@ impl Connection {
     }
 
     pub fn is_to(&self, remote: &Arc<Remote>) -> bool {
-        Arc::ptr_eq(&self.remote, remote)
+        self.remote.is(remote)
     }
 
     /// True where nobody can ask it anything any more.
     pub fn is_forgotten(&self) -> bool {
-        self.waiting.is_empty() && self.asked.is_empty() && Arc::strong_count(&self.remote) == 1
+        self.waiting.is_empty() && self.asked.is_empty() && self.remote.is_forgotten()
     }
 
     /// Takes in an operation.

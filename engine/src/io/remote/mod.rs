@@ -26,6 +26,7 @@
 //! of it reads as zeroes, before the first write.
 mod blocking;
 mod connection;
+mod held;
 mod inside;
 mod known;
 mod limits;
@@ -52,7 +53,7 @@ use rustix::net::{SocketAddrAny, SocketAddrUnix};
 use std::io;
 use std::net::ToSocketAddrs;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use unflushed::Unflushed;
@@ -91,6 +92,8 @@ pub struct Remote {
     hurried: AtomicBool,
     /// Counts what has to be known the order of: connections that were made, and first writes.
     clock: AtomicU64,
+    /// How many of those that hold it are connections to it.
+    connections: AtomicUsize,
 }
 
 /// What is behind the lock.
@@ -123,6 +126,7 @@ impl Remote {
                     let unflushed = Mutex::new(Unflushed::new(session.size));
                     let (hurried, clock) = (AtomicBool::new(false), AtomicU64::new(0));
                     let address = address.clone();
+                    let connections = AtomicUsize::new(0);
                     return Ok(Self {
                         address,
                         peer,
@@ -133,6 +137,7 @@ impl Remote {
                         unflushed,
                         hurried,
                         clock,
+                        connections,
                     });
                 }
                 Err(error) => failed = error,

@@ -14,8 +14,8 @@ const PART_BITS: u32 = 3;
 
 /// A queue that carries out operations on exports by way of another queue.
 ///
-/// A connection lives as long as somebody else has its export open. Dropped, it hangs up, and whatever the
-/// queue below still has of it comes back to nobody.
+/// A connection lives as long as somebody has its export open: where nobody has, it goes when the thread waits
+/// next. Dropped, it hangs up, and whatever the queue below still has of it comes back to nobody.
 pub struct Remotes<I: Io> {
     // Dropped first: sockets that are shut down let the queue below go sooner.
     pub(super) connections: Vec<(u64, Connection)>,
@@ -50,7 +50,6 @@ impl<I: Io> Remotes<I> {
         if let Some(number) = self.connections.iter().position(|(_, connection)| connection.is_to(remote)) {
             return number;
         }
-        self.connections.retain(|(_, connection)| !connection.is_forgotten());
         self.next += 1;
         self.connections.push((self.next, Connection::new(Arc::clone(remote))));
         self.connections.len() - 1
@@ -92,6 +91,7 @@ impl<I: Io> Io for Remotes<I> {
     }
 
     fn reap(&mut self, wait: Wait, done: &mut Vec<Completion>) -> io::Result<()> {
+        self.connections.retain(|(_, connection)| !connection.is_forgotten());
         let before = done.len();
         loop {
             done.append(&mut self.ready);

@@ -222,11 +222,10 @@ fn with_extended_headers_a_flag_says_whether_a_payload_follows() {
     n.export.size = 1 << 50;
     assert_eq!(refused(&n, header(WRITE, flag::PAYLOAD_LEN, 0, 512)), None);
     assert_eq!(refused(&n, header(WRITE, 0, 0, 512)), None, "QEMU's client leaves the flag out");
+    // Of an unknown command too: its payload was once taken for the next header.
     for command in [READ, FLUSH, TRIM, CACHE, WRITE_ZEROES, 99] {
-        let payload = if command == 99 { 0 } else { 512 };
-        assert_eq!(refused(&n, header(command, flag::PAYLOAD_LEN, 0, 512)), Some((Errno::Inval, payload)));
-        let too_long = header(command, flag::PAYLOAD_LEN, 0, PAYLOAD_SKIP_MAX + 1);
-        assert!(command == 99 || check(&n, &too_long) == Verdict::Hangup);
+        assert_eq!(refused(&n, header(command, flag::PAYLOAD_LEN, 0, 512)), Some((Errno::Inval, 512)));
+        assert_eq!(check(&n, &header(command, flag::PAYLOAD_LEN, 0, PAYLOAD_SKIP_MAX + 1)), Verdict::Hangup);
     }
     for command in [TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS] {
         assert_eq!(refused(&n, header(command, 0, 0, 1 << 49)), None, "command {command}: 64 bits of length");
@@ -234,7 +233,7 @@ fn with_extended_headers_a_flag_says_whether_a_payload_follows() {
 }
 
 #[test]
-fn unknown_commands_have_no_payload() {
+fn unknown_commands_have_no_payload_unless_a_flag_says_so() {
     let n = negotiated();
     for command in [RESIZE, 9, 255, u16::MAX] {
         assert_eq!(refused(&n, header(command, 0, 0, 4096)), Some((Errno::Inval, 0)), "command {command}");
@@ -296,7 +295,7 @@ proptest! {
         if !contexts {
             n.contexts.clear();
         }
-        let flagged = extended && flags & flag::PAYLOAD_LEN != 0 && command < 8;
+        let flagged = extended && flags & flag::PAYLOAD_LEN != 0;
         let has_payload = flagged || command == WRITE;
         let filter = command == BLOCK_STATUS && has_payload;
         let inside = len > 0 && u128::from(offset) + u128::from(len) <= u128::from(SIZE);

@@ -45,6 +45,28 @@ impl Bits {
         }
     }
 
+    /// The pieces from `range.start` on that are alike, cut to `range`, which is not empty, and whether they
+    /// are set. Nothing is past the disk's end.
+    pub fn run(&self, range: ByteRange) -> (ByteRange, bool) {
+        let (first, last) = (range.start >> self.granularity_bits, (range.end - 1) >> self.granularity_bits);
+        // Loaded once: it may change meanwhile, and the run is one piece at least.
+        let here = self.word(first / 64);
+        let set = here >> (first % 64) & 1 == 1;
+        let alike = if set { u64::MAX } else { 0 };
+        let mut other = (here ^ alike) & u64::MAX << (first % 64);
+        let mut word = first / 64;
+        while other == 0 && word < last / 64 {
+            word += 1;
+            other = self.word(word) ^ alike;
+        }
+        let end = if other == 0 { last + 1 } else { word * 64 + u64::from(other.trailing_zeros()) };
+        (ByteRange { start: range.start, end: range.end.min(end.min(last + 1) << self.granularity_bits) }, set)
+    }
+
+    fn word(&self, number: u64) -> u64 {
+        self.words.get(number as usize).map_or(0, |word| word.load(Ordering::Relaxed))
+    }
+
     /// Sets what is set in `bytes`, which are the file's from `at` on; `at` is a multiple of 8.
     pub fn add_bytes(&self, at: u64, bytes: &[u8]) {
         for (word, piece) in self.words[(at / 8) as usize..].iter().zip(bytes.chunks(8)) {
@@ -86,6 +108,27 @@ mod tests {
                     let expected = piece * 512 < range.end && range.start < (piece + 1) * 512;
                     let found = bytes[piece as usize / 8] >> (piece % 8) & 1 == 1;
                     assert_eq!(found, expected, "piece {piece} of {range}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_run_is_as_long_as_what_is_alike() {
+        let size = 300 * 512 + 1;
+        for (first, last) in [(0, 0), (1, 62), (63, 64), (5, 200), (128, 191), (299, 300), (300, 300), (0, 300)] {
+            let bits = Bits::new(size, 9);
+            bits.set(ByteRange { start: first * 512, end: (last * 512 + 1).min(size) });
+            for start in [0, 1, 512, 63 * 512 + 7, 64 * 512, 199 * 512, 300 * 512] {
+                for end in [start + 1, start + 700, 128 * 512, 192 * 512 + 3, size] {
+                    let range = ByteRange { start, end: end.min(size) };
+                    if range.is_empty() || range.end <= range.start {
+                        continue;
+                    }
+                    let is_set = |byte: u64| (first..=last).contains(&(byte / 512));
+                    let same = (range.start..range.end).take_while(|byte| is_set(*byte) == is_set(start)).count();
+                    let run = ByteRange { start, end: start + same as u64 };
+                    assert_eq!(bits.run(range), (run, is_set(start)), "{range}, set from {first} to {last}");
                 }
             }
         }

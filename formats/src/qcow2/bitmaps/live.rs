@@ -7,23 +7,24 @@
 //!
 //! Marked as in use after the first write, a power cut between the two would leave a bitmap that
 //! looks right and lacks that write. What is killed stays in use, which says that it is inconsistent.
-//! A bitmap that is disabled is no write's business: it stays as it is in the file.
+//! A bitmap that is disabled is no write's business: it stays as it is in the file, see `still`.
 //!
-//! A write sets its bits when it gets its place. It may do so before its payload is there, for nobody
-//! looks at the bits before all writes have ended, and what fails halfway is marked too.
+//! A write sets its bits when it gets its place, before its payload is there. Who looks meanwhile finds them
+//! set too early, never too late, and what fails halfway is marked too.
 use super::adopt::Carried;
 use super::bits::Bits;
-use super::directory::{ALL_ONES, Bitmap, FLAGS_AT, IN_USE, read, read_table};
-use crate::error::{Context, Error, Result};
+use super::directory::{Bitmap, FLAGS_AT, IN_USE, read};
+use super::still::Still;
+use crate::error::{Error, Result};
 use crate::qcow2::header::{Header, autoclear};
 use crate::range::ByteRange;
 use crate::storage::Storage;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-/// Memory for the bits of one image, in bytes: at 64 KiB a bit they reach 32 TiB of disk. A bitmap that does
-/// not fit is left in use.
-const BITS_MAX: u64 = 64 << 20;
+/// Memory for the bits of one image that writes set, in bytes, and as much again for those that none sets: at
+/// 64 KiB a bit they reach 32 TiB of disk. A bitmap that does not fit is left in use, or not shown.
+pub(super) const BITS_MAX: u64 = 64 << 20;
 
 /// One bitmap whose bits are in memory.
 pub struct Tracked {
@@ -41,6 +42,8 @@ pub struct Live {
     /// Nothing but this is looked at on a write where there are none.
     bits: Vec<Arc<Bits>>,
     tracked: Mutex<Vec<Tracked>>,
+    /// Those that no write changes.
+    still: Still,
     /// Taken over from another image; in the file when this one is closed.
     adopted: OnceLock<Vec<Carried>>,
     /// A bit was set since the opening.
@@ -58,7 +61,8 @@ impl Live {
         for bitmap in changing() {
             let needed = Bits::len_bytes(header.geometry.size, bitmap.granularity_bits);
             if needed <= left && bitmap.is_loadable(header) {
-                tracked.push(Tracked::load(&*storage, header, bitmap)?);
+                let (bits, table) = bitmap.load(&*storage, header)?;
+                tracked.push(Tracked { bits: Arc::new(bits), entry: bitmap.clone(), table });
                 left -= needed;
             }
         }
@@ -66,18 +70,39 @@ impl Live {
             bitmap.write_flags(&*storage, bitmap.flags | IN_USE)?;
         }
         let in_use = changing().next().is_some();
-        Ok((Self::new(storage, tracked), in_use))
+        let disabled = all.iter().filter(|bitmap| !bitmap.auto);
+        let still = Still::of(header, disabled);
+        Ok((Self::new(storage, tracked, still), in_use))
     }
 
-    /// None: for an image that is read only.
+    /// None that a write would change: for an image that is read only.
     pub fn none(storage: Arc<dyn Storage>) -> Self {
-        Self::new(storage, Vec::new())
+        Self::new(storage, Vec::new(), Still::default())
     }
 
-    fn new(storage: Arc<dyn Storage>, tracked: Vec<Tracked>) -> Self {
+    fn new(storage: Arc<dyn Storage>, tracked: Vec<Tracked>, still: Still) -> Self {
         let bits = tracked.iter().map(|one| Arc::clone(&one.bits)).collect();
         let (adopted, marked) = (OnceLock::new(), AtomicBool::new(false));
-        Self { storage, bits, tracked: Mutex::new(tracked), adopted, marked }
+        Self { storage, bits, tracked: Mutex::new(tracked), still, adopted, marked }
+    }
+
+    /// Names of those whose bits are known.
+    pub fn names(&self, header: &Header) -> Result<Vec<String>> {
+        let mut names: Vec<String> = self.tracked().iter().map(|one| one.entry.name.clone()).collect();
+        names.extend(self.still.all(&*self.storage, header)?.iter().map(|one| one.entry.name.clone()));
+        names.extend(self.adopted().iter().map(|one| one.name.clone()));
+        Ok(names)
+    }
+
+    /// The bits of the one of this name, where they are known.
+    pub fn bits(&self, header: &Header, name: &str) -> Result<Option<Arc<Bits>>> {
+        let tracked = self.tracked().iter().find(|one| one.entry.name == name).map(|one| Arc::clone(&one.bits));
+        let adopted = || self.adopted().iter().find(|one| one.name == name).map(|one| Arc::clone(&one.bits));
+        if let Some(bits) = tracked.or_else(adopted) {
+            return Ok(Some(bits));
+        }
+        let still = self.still.all(&*self.storage, header)?.iter().find(|one| one.entry.name == name);
+        still.map(|one| one.bits(&*self.storage, header)).transpose()
     }
 
     /// Guest bytes are being changed.
@@ -96,14 +121,8 @@ impl Live {
     pub fn carry(&self, header: &Header) -> Result<Vec<Carried>> {
         let mut carried: Vec<Carried> = self.tracked().iter().map(|one| Carried::of(&one.entry, &one.bits)).collect();
         carried.extend(self.adopted().iter().map(|one| Carried { bits: Arc::new(one.bits.copy()), ..one.clone() }));
-        let all = if header.autoclear & autoclear::BITMAPS == 0 { Vec::new() } else { read(&*self.storage, header)? };
-        let mut left = BITS_MAX;
-        for bitmap in all.iter().filter(|bitmap| !bitmap.auto) {
-            let needed = Bits::len_bytes(header.geometry.size, bitmap.granularity_bits);
-            if bitmap.is_loadable(header) && needed <= left {
-                left -= needed;
-                carried.push(Carried::of(bitmap, &Tracked::load(&*self.storage, header, bitmap)?.bits));
-            }
+        for one in self.still.all(&*self.storage, header)? {
+            carried.push(Carried::of(&one.entry, &*one.bits(&*self.storage, header)?));
         }
         Ok(carried)
     }
@@ -147,35 +166,7 @@ impl Drop for Live {
     }
 }
 
-impl Tracked {
-    fn load(storage: &dyn Storage, header: &Header, bitmap: &Bitmap) -> Result<Self> {
-        let (size, cluster) = (header.geometry.size, header.geometry.cluster_size());
-        let table = read_table(storage, header, bitmap)?;
-        let bits = Bits::new(size, bitmap.granularity_bits);
-        let len = Bits::len_bytes(size, bitmap.granularity_bits);
-        let mut bytes = vec![0; cluster as usize];
-        for (at, entry) in (0..).step_by(cluster as usize).zip(&table) {
-            let here = &mut bytes[..cluster.min(len - at) as usize];
-            match *entry {
-                0 => continue,
-                ALL_ONES => here.fill(0xff),
-                place => storage
-                    .read_at(place, here)
-                    .context(|| format!("bitmap {}: reading its bits at {place}", bitmap.name))?,
-            }
-            bits.add_bytes(at, here);
-        }
-        Ok(Self { bits: Arc::new(bits), entry: bitmap.clone(), table })
-    }
-}
-
 impl Bitmap {
-    /// True where its bits can be read, and are those of the whole disk.
-    fn is_loadable(&self, header: &Header) -> bool {
-        let bytes = Bits::len_bytes(header.geometry.size, self.granularity_bits);
-        self.consistent && bytes.div_ceil(header.geometry.cluster_size()) == u64::from(self.table_entries)
-    }
-
     /// Changes the flags in the file: four bytes of one sector, the old ones or the new.
     pub(super) fn write_flags(&self, storage: &dyn Storage, flags: u32) -> Result<()> {
         let written = storage.write_at(self.entry_offset + FLAGS_AT, &flags.to_be_bytes());

@@ -11,6 +11,7 @@ mod adopt;
 mod bits;
 mod directory;
 mod live;
+mod still;
 mod store;
 
 pub(super) use live::Live;

@@ -1,7 +1,7 @@
 //! Clients inside TLS, by rustls' own client: cut anywhere, turned away, lied to.
 use super::super::HANDSHAKE_MAX;
 use super::{BTreeMap, DISC, Ending, FLUSH, Progress, READ, SIZE, Scene, Style, any_client, chosen, option, replies};
-use super::{Done, Ordering, flag, reply, request, wire, write};
+use super::{CONTEXTS, Done, Ordering, flag, reply, request, wire, write};
 use crate::control::options::TlsOptions;
 use crate::io::Op;
 use crate::tls::Credentials;
@@ -70,7 +70,7 @@ fn ack() -> Vec<u8> {
 fn scene(seed: u64, style: Style) -> Scene {
     let mut scene = told(seed, credentials(seed.is_multiple_of(2), &[], None));
     assert_eq!(scene.start_tls(known()), Progress::Running);
-    chosen(scene, style)
+    chosen(scene, style, &CONTEXTS)
 }
 
 #[test]

@@ -10,6 +10,7 @@ use crate::tls::Credentials;
 use formats::error::Result;
 use formats::image::{Extent, Image, Place, Progress as Stage, Reservation, Reserve, Settle, Zeroed, Zeroing};
 use formats::nbd::{BlockSizes, ExportInfo, Exports};
+use formats::qcow2::bitmaps::Bits;
 use formats::range::ByteRange;
 use rustls::{ClientConfig, ClientConnection};
 use std::collections::{BTreeSet, VecDeque};
@@ -150,15 +151,18 @@ impl World {
             Op::Receive { buf, .. } => {
                 let len = buf.len().min(self.to_server.len());
                 let count = self.count(len);
-                for (place, byte) in buf.iter_mut().zip(self.to_server.drain(..count)) {
-                    *place = byte;
-                }
+                self.to_server.read_exact(&mut buf[..count])?;
                 Ok(count as u32)
             }
             Op::Send { .. } if self.hung_up => Err(io::ErrorKind::BrokenPipe.into()),
             Op::Send { gather, .. } => {
                 let count = self.count(gather.remaining());
-                self.to_client.extend(gather.slices().flatten().take(count));
+                let mut left = count;
+                for slice in gather.slices() {
+                    let len = slice.len().min(left);
+                    self.to_client.extend_from_slice(&slice[..len]);
+                    left -= len;
+                }
                 Ok(count as u32)
             }
             Op::Compute { from, to, work } => work.run(from, to),
@@ -235,6 +239,7 @@ fn kind_of(op: &Op) -> Option<Done> {
 struct Holey {
     size: u64,
     data: Mutex<BTreeSet<u64>>,
+    bitmaps: Vec<(&'static str, Arc<Bits>)>,
 }
 
 impl Image for Holey {
@@ -267,6 +272,14 @@ impl Image for Holey {
         Ok(Zeroed::Host { guest, host: guest.start })
     }
 
+    fn bitmap_names(&self) -> Result<Vec<String>> {
+        Ok(self.bitmaps.iter().map(|(name, _)| (*name).to_owned()).collect())
+    }
+
+    fn bitmap(&self, name: &str) -> Result<Option<Arc<Bits>>> {
+        Ok(self.bitmaps.iter().find(|(own, _)| *own == name).map(|(_, bits)| Arc::clone(bits)))
+    }
+
     fn settle(&self, progress: &mut Stage) -> Result<Settle> {
         progress.stage += 1;
         Ok(if progress.stage == 1 { Settle::Flush } else { Settle::Done })
@@ -275,10 +288,19 @@ impl Image for Holey {
 
 /// A disk on the file of this number, all of it a hole.
 pub fn disk(file: u32, size: u64) -> Arc<Disk> {
-    let image = Box::new(Holey { size, data: Mutex::default() });
+    disk_with(file, size, Vec::new())
+}
+
+/// The same, whose image keeps bitmaps: what they have set is the test's to say.
+pub fn disk_with(file: u32, size: u64, bitmaps: Vec<(&'static str, Arc<Bits>)>) -> Arc<Disk> {
+    disk_of(file, Box::new(Holey { size, data: Mutex::default(), bitmaps }), false)
+}
+
+/// A disk of one image on the file of this number.
+pub fn disk_of(file: u32, image: Box<dyn Image>, read_only: bool) -> Arc<Disk> {
     let file = DataFile::buffered(File::simulated(file));
     let layer = Layer { image, file, path: "disk".into(), format: "holey", apart: None };
-    Arc::new(Disk::new(Chain::new(vec![Arc::new(layer)]), false))
+    Arc::new(Disk::new(Chain::new(vec![Arc::new(layer)]), read_only))
 }
 
 /// One export, `vda`.
@@ -319,23 +341,27 @@ pub struct Scene {
 
 impl Scene {
     pub fn new(seed: u64, size: u64) -> Self {
-        let disk = disk(0, size);
+        Self::on(disk(0, size), seed, size)
+    }
+
+    /// The first client of `disk`, in a world whose files have so many bytes.
+    pub fn on(disk: Arc<Disk>, seed: u64, file_len: u64) -> Self {
         let gate = Arc::new(Gate::new(Route { disk: Arc::clone(&disk), mirror: None }));
-        Self::at(gate, disk, seed)
+        Self::at(gate, disk, seed, file_len)
     }
 
     /// Another client of the same export, in a world of its own.
     pub fn beside(&self) -> Self {
-        Self::at(Arc::clone(&self.gate), Arc::clone(&self.disk), 1)
+        Self::at(Arc::clone(&self.gate), Arc::clone(&self.disk), 1, self.disk.size())
     }
 
-    fn at(gate: Arc<Gate>, disk: Arc<Disk>, seed: u64) -> Self {
+    fn at(gate: Arc<Gate>, disk: Arc<Disk>, seed: u64, file_len: u64) -> Self {
         let size = disk.size();
         let info = ExportInfo {
             name: "vda".into(),
             description: String::new(),
             size,
-            read_only: false,
+            read_only: disk.read_only(),
             multi_conn: true,
             fast_zero: true,
             block_sizes: BlockSizes::default(),
@@ -346,7 +372,7 @@ impl Scene {
         let arena = Arena::new(1 << 20);
         let (ours, theirs) = UnixStream::pair().expect("a socket pair");
         let session = Session::new(File::new(ours), directory, arena, Waker::simulated(0), Token(1 << 40));
-        let files = vec![vec![0; size as usize], vec![0; size as usize]];
+        let files = (0..2).map(|_| vec![0; file_len as usize]).collect();
         Self { world: World::new(seed, files), session, gate, disk, theirs: Some(theirs), tls: None, done: Vec::new() }
     }
 
