@@ -123,7 +123,7 @@ fn a_snapshot_that_cannot_be_is_refused_and_leaves_nothing_behind() {
         (vec!["vda".to_owned(), path("full.qcow2")], "not empty"),
         (vec!["vda".to_owned(), path("full.qcow2"), "--reuse-external".to_owned()], "contents at"),
         (vec!["vda".to_owned(), path("small.qcow2"), "--reuse-external".to_owned()], "bytes"),
-        (vec!["vda".to_owned(), path("none/s.qcow2")], "none/s.qcow2"),
+        (vec!["vda".to_owned(), path("none/s.qcow2")], "folder: No such file"),
         (vec!["vdz".to_owned(), path("s.qcow2")], "no export vdz"),
     ] {
         let args: Vec<&str> = args.iter().map(String::as_str).collect();

@@ -136,7 +136,7 @@ fn events() -> Vec<Event> {
             auto_dismiss: true,
             at: Box::new(status(phase)),
         };
-        Event::Job { job: Box::new(job), path: vec![JobStatus::Ready] }
+        Event::Job { job: Box::new(job), path: vec![JobStatus::Running, JobStatus::Ready] }
     };
     let error = Event::IoError {
         export: "vda".into(),

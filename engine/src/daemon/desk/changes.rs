@@ -77,7 +77,7 @@ impl Desk {
         let gate = Arc::clone(&self.exports[&number].gate);
         let connected = gate.roll.count();
         if connected > 0 && !force {
-            let message = format!("export {name} has {connected} connections: end them first, or remove it with force");
+            let message = format!("export {name} has {connected} connections: end them first, or use --force");
             return Err(refuse(Code::OperationInvalid, message));
         }
         let mut kept = self.state.kept_exports()?;
