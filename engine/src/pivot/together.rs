@@ -114,7 +114,7 @@ impl Member {
     /// The leader's word.
     pub(super) fn decide(&self, outcome: &Result<()>) {
         let told = |error: &Error| format!("export {}: {}", self.export, error.one_line());
-        self.together.end(&mut self.together.state(), outcome.as_ref().map(|()| ()).map_err(told));
+        self.together.end(&mut self.together.state(), outcome.as_ref().copied().map_err(told));
     }
 }
 
