@@ -25,7 +25,7 @@ fn make(folder: &Path) -> PathBuf {
     run("qemu-img", &["create", "-q", "-f", "qcow2", &name, &DISK_LEN.to_string()]);
     for (at, (bitmap, granularity)) in BITMAPS.iter().enumerate() {
         run("qemu-img", &["bitmap", "--add", "-g", &granularity.to_string(), &name, bitmap]);
-        order(&format!("write -P 1 {} 100K", at * 3 << 20), "qcow2", &name);
+        order(&format!("write -P 1 {} 100K", at * (3 << 20)), "qcow2", &name);
     }
     run("qemu-img", &["bitmap", "--disable", &name, "old"]);
     order("write -P 2 7M 4608", "qcow2", &name);
