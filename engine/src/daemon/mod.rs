@@ -19,6 +19,7 @@ mod jobs;
 mod listen;
 mod map;
 mod pool;
+mod resume;
 mod threads;
 mod wait;
 

@@ -1,6 +1,6 @@
 //! How a job ends: what was wished for, when that is taken up, and what comes of it.
 use super::{Happened, Job, Phase, Stage};
-use crate::disk::{Task, Tools};
+use crate::disk::Tools;
 use crate::export::gate::Route;
 use crate::fault::{self, planted};
 use crate::io::Io;
@@ -60,6 +60,10 @@ impl Job {
         match self.wish.take() {
             None => return false,
             Some(Wish::GiveUp) => self.detach(),
+            Some(wish) if self.syncs.is_under_way() => {
+                self.wish = Some(wish);
+                return false;
+            }
             // It fell behind meanwhile: carried out when it has caught up.
             Some(wish) if self.phase != Phase::Ready => {
                 self.wish = Some(wish);
@@ -68,7 +72,7 @@ impl Job {
             // What was copied since may be much: made durable now, it does not keep the guest waiting.
             Some(wish) if !self.flushed && !planted(fault::Fault::RecordBeforeFlush) => {
                 self.wish = Some(wish);
-                self.stage = Stage::Settling(Box::new(Task::flush(Arc::clone(&self.parts.mirror.target))));
+                self.stage = Stage::Settling(Box::new(self.parts.mirror.begin_settle()));
             }
             Some(Wish::Pivot(wish)) => self.begin_end(wish.0, Some(wish.1), tools.io.now()),
             Some(Wish::Finish) => self.begin_end(End::Stay, None, tools.io.now()),
@@ -119,7 +123,7 @@ impl Job {
     /// Waits for the copiers to end what they have.
     pub(super) fn rest<I: Io>(&mut self, tools: &Tools<I>) -> bool {
         self.parts.mirror.progress.listen(tools.waker);
-        if !self.parts.mirror.is_idle() {
+        if !self.parts.mirror.is_idle() || self.syncs.is_under_way() {
             return false;
         }
         self.stage = Stage::Over;
