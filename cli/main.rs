@@ -54,6 +54,7 @@ fn run(verb: Verb) -> Result<(), Failure> {
         Verb::Info(info) => verbs::info::run(&info),
         Verb::Check(check) => verbs::check::run(&check),
         Verb::Map(map) => verbs::map::run(&map),
+        Verb::Journal(journal) => verbs::journal::run(&journal),
         Verb::Quit(daemon) => verbs::job::quit(&daemon),
     }
 }

@@ -4,6 +4,7 @@ pub mod compare;
 pub mod convert;
 pub mod info;
 pub mod job;
+pub mod journal;
 pub mod map;
 pub mod mirror;
 pub mod serve;
