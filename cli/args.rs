@@ -65,6 +65,8 @@ pub enum Verb {
     Check(Check),
     /// Say where a disk's bytes live, run by run
     Map(Map),
+    /// Say what a state folder keeps through a kill
+    Journal(Journal),
     /// Move a disk under a guest, with nothing but this program, and prove that nothing was lost
     Demo(Demo),
     /// Write a completion script for a shell to stdout
@@ -94,6 +96,7 @@ impl Verb {
             | Self::Info(Info { form, .. })
             | Self::Check(Check { form, .. })
             | Self::Map(Map { form, .. }) => form.json,
+            Self::Journal(Journal { verb: JournalVerb::Show(show) }) => show.json,
             Self::Serve(_) | Self::Demo(_) | Self::Completions(_) | Self::Man(_) => false,
         }
     }
@@ -195,6 +198,29 @@ pub struct TlsArgs {
     /// times. Without, every client that can show a certificate
     #[arg(long = "tls-allow", value_name = "NAME", requires = "certificates")]
     pub allow: Vec<String>,
+}
+
+/// What is done with a state folder.
+#[derive(Debug, Arguments)]
+pub struct Journal {
+    #[command(subcommand)]
+    pub verb: JournalVerb,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum JournalVerb {
+    /// Say which image is the truth of each export, which jobs were under way and what their targets lack
+    Show(ShowJournal),
+}
+
+#[derive(Debug, Arguments)]
+pub struct ShowJournal {
+    /// The state folder; a daemon may be using it
+    #[arg(value_name = "DIR")]
+    pub folder: PathBuf,
+    /// Say it as JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Debug, Arguments)]

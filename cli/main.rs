@@ -61,6 +61,7 @@ fn run(verb: Verb) -> Result<(), Failure> {
         Verb::Info(info) => verbs::info::run(&info),
         Verb::Check(check) => verbs::check::run(&check),
         Verb::Map(map) => verbs::map::run(&map),
+        Verb::Journal(journal) => verbs::journal::run(&journal),
         Verb::Quit(quit) => verbs::job::quit(&quit),
         Verb::Completions(completions) => verbs::manual::completions(&completions),
         Verb::Man(man) => verbs::manual::man(&man),

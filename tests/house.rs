@@ -7,13 +7,14 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 /// The engine's modules, top to bottom: each may use those on lower floors, not its neighbours, not upwards.
-const FLOORS: [&[&str]; 11] = [
+const FLOORS: [&[&str]; 12] = [
     &["daemon"],
     &["job", "target"],
     &["state"],
     &["pivot"],
     &["export", "copier", "seed", "open"],
     &["mirror"],
+    &["planes"],
     &["dirty"],
     &["disk"],
     &["chain"],

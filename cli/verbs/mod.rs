@@ -6,6 +6,7 @@ pub mod events;
 pub mod export;
 pub mod info;
 pub mod job;
+pub mod journal;
 pub mod manual;
 pub mod map;
 pub mod mirror;

@@ -8,17 +8,22 @@
 //!                    any error: mark again, tell the job ───────────┴─► put (release)
 //! ```
 //!
+//! Where source and target are compared (`Mirror::compares`), what was read is held against the target between
+//! the read and the runs.
+//!
 //! A copier never takes a lock across its I/O: a guest write that changes what was just looked at
 //! marks the chunk after it, so it is copied again.
+mod runs;
+
 use crate::chain::{Look, Source};
 use crate::dirty::Claim;
 use crate::disk::{Status, Task, Tools};
 use crate::fault::{Fault, planted};
 use crate::io::{Buffer, Completion, Io, Loan, Token};
 use crate::mirror::Mirror;
-use crate::zero::runs;
 use formats::error::{Error, Result};
 use formats::range::ByteRange;
+use runs::{Run, differences, runs};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -80,12 +85,16 @@ struct Slot {
     /// Up to here it is brought over.
     at: u64,
     stage: Stage,
+    /// The target was changed.
+    brought: bool,
     failed: bool,
 }
 
 enum Stage {
     Look,
     Read(Task, ByteRange),
+    /// What was read, and the target's to hold it against.
+    Compare(Buffer, Task),
     Zero(Task, ByteRange),
     /// What was read goes to the target, run by run.
     Place(Placing),
@@ -93,8 +102,10 @@ enum Stage {
 
 struct Placing {
     loan: Loan,
-    runs: VecDeque<(bool, usize)>,
+    runs: VecDeque<(Run, usize)>,
     task: Option<(Task, u64)>,
+    /// Bytes that need no task: the target has them.
+    same: u64,
 }
 
 impl Copier {
@@ -164,7 +175,7 @@ impl Copier {
             if planted(Fault::ClearAfterCopy) {
                 self.mirror.dirty.mark(range);
             }
-            self.slots[number] = Some(Slot { claim, range, at: range.start, stage: Stage::Look, failed: false });
+            self.slots[number] = Some(Slot::new(claim, range));
         }
         Ok(())
     }
@@ -184,6 +195,10 @@ impl Copier {
 }
 
 impl Slot {
+    fn new(claim: Claim, range: ByteRange) -> Self {
+        Self { claim, range, at: range.start, stage: Stage::Look, brought: false, failed: false }
+    }
+
     fn step<I: Io>(&mut self, mirror: &Mirror, tools: &mut Tools<I>, base: Token) -> Status {
         loop {
             let status = match &mut self.stage {
@@ -194,19 +209,21 @@ impl Slot {
                     }
                     continue;
                 }
-                Stage::Read(task, _) | Stage::Zero(task, _) => task.step(tools, base),
+                Stage::Read(task, _) | Stage::Compare(_, task) | Stage::Zero(task, _) => task.step(tools, base),
                 Stage::Place(placing) => placing.step(mirror, self.at, tools, base),
             };
             if status != Status::Done {
                 return status;
             }
-            self.advance(mirror);
+            self.advance(mirror, tools);
         }
     }
 
     fn complete<I: Io>(&mut self, tools: &mut Tools<I>, base: Token, done: Completion) {
         match &mut self.stage {
-            Stage::Read(task, _) | Stage::Zero(task, _) => task.complete(tools, base, done),
+            Stage::Read(task, _) | Stage::Compare(_, task) | Stage::Zero(task, _) => {
+                task.complete(tools, base, done);
+            }
             Stage::Place(Placing { task: Some((task, _)), .. }) => task.complete(tools, base, done),
             Stage::Look | Stage::Place(_) => unreachable!("nothing is under way"),
         }
@@ -255,26 +272,40 @@ impl Slot {
     }
 
     /// What follows a stage that is done.
-    fn advance(&mut self, mirror: &Mirror) {
+    fn advance<I: Io>(&mut self, mirror: &Mirror, tools: &Tools<I>) {
         match std::mem::replace(&mut self.stage, Stage::Look) {
             Stage::Look => {}
             Stage::Read(task, range) => match task.end() {
+                (Ok(()), Some(bytes)) if mirror.compares() => {
+                    let buf = tools.arena.take(bytes.len()).unwrap_or_else(|| Buffer::alone(bytes.len()));
+                    self.stage = Stage::Compare(bytes, Task::read(Arc::clone(&mirror.target), range, buf));
+                }
                 (Ok(()), Some(bytes)) => {
                     debug_assert!(range.start == self.at);
                     let granule = mirror.compress.map_or(ZERO_RUN_MIN, |len| len as usize);
                     let runs = runs(&bytes, granule).collect();
-                    self.stage = Stage::Place(Placing { loan: Loan::new(bytes), runs, task: None });
+                    self.stage = Stage::Place(Placing::new(bytes, runs));
                 }
                 (Err(error), _) => self.fail(mirror, false, error),
                 (Ok(()), None) => self.fail(mirror, false, Error::invalid("a read without its buffer")),
             },
+            Stage::Compare(bytes, task) => match task.end() {
+                (Ok(()), Some(there)) => {
+                    let runs = differences(&bytes, &there, ZERO_RUN_MIN).collect();
+                    self.stage = Stage::Place(Placing::new(bytes, runs));
+                }
+                (Err(error), _) => self.fail(mirror, true, error),
+                (Ok(()), None) => self.fail(mirror, true, Error::invalid("a read without its buffer")),
+            },
             Stage::Zero(task, range) => match task.end().0 {
-                Ok(()) => self.at = range.end,
+                Ok(()) => (self.at, self.brought) = (range.end, true),
                 Err(error) => self.fail(mirror, true, error),
             },
             Stage::Place(mut placing) => match placing.take_outcome() {
                 Ok((written, len)) => {
                     self.at += len;
+                    self.brought |= placing.same == 0;
+                    placing.same = 0;
                     mirror.stats.written.fetch_add(written, Ordering::Relaxed);
                     if !placing.runs.is_empty() {
                         self.stage = Stage::Place(placing);
@@ -300,30 +331,38 @@ impl Slot {
         } else {
             mirror.stats.copied.fetch_add(self.range.len(), Ordering::Relaxed);
         }
-        mirror.put(self.claim);
+        mirror.put(self.claim, self.brought);
         if planted(Fault::ClearAfterCopy) {
             while let Some(claim) = mirror.take(self.range, 1) {
-                mirror.put(claim);
+                mirror.put(claim, false);
             }
         }
     }
 }
 
 impl Placing {
+    fn new(bytes: Buffer, runs: VecDeque<(Run, usize)>) -> Self {
+        Self { loan: Loan::new(bytes), runs, task: None, same: 0 }
+    }
+
     fn step<I: Io>(&mut self, mirror: &Mirror, at: u64, tools: &mut Tools<I>, base: Token) -> Status {
         if self.task.is_none() {
-            let Some((zero, len)) = self.runs.pop_front() else { return Status::Done };
+            let Some((run, len)) = self.runs.pop_front() else { return Status::Done };
             let range = ByteRange { start: at, end: at + len as u64 };
             let piece = self.loan.lend(len);
             let target = Arc::clone(&mirror.target);
-            let task = if zero {
-                self.loan.give_back(piece);
-                Task::zero(target, range, mirror.zeroing)
-            } else {
-                match mirror.compress {
-                    None => Task::write(target, range, piece),
-                    Some(cluster) => Task::compress(target, range, piece, cluster),
+            let task = match (run, mirror.compress) {
+                (Run::Same, _) => {
+                    self.loan.give_back(piece);
+                    self.same = range.len();
+                    return Status::Done;
                 }
+                (Run::Zero, _) => {
+                    self.loan.give_back(piece);
+                    Task::zero(target, range, mirror.zeroing)
+                }
+                (Run::Data, None) => Task::write(target, range, piece),
+                (Run::Data, Some(cluster)) => Task::compress(target, range, piece, cluster),
             };
             self.task = Some((task, len as u64));
         }
@@ -332,7 +371,7 @@ impl Placing {
 
     /// How many bytes the run that is done wrote as data, and how long it was.
     fn take_outcome(&mut self) -> Result<(u64, u64)> {
-        let Some((task, len)) = self.task.take() else { return Ok((0, 0)) };
+        let Some((task, len)) = self.task.take() else { return Ok((0, self.same)) };
         let (outcome, piece) = task.end();
         let written = piece.as_ref().map_or(0, |piece| piece.len() as u64);
         if let Some(piece) = piece {
@@ -342,14 +381,18 @@ impl Placing {
     }
 }
 
-/// In a shallow copy, a prefix of `range` that the source's top layer does not have: the target
-/// reads it from the same layers below.
+/// In a shallow copy, a prefix of `range` that neither top layer has: both read it from the same layers below.
+/// The source's may have lost what the target's was given, by a power cut or by a discard.
 fn below_both(mirror: &Mirror, range: ByteRange) -> Result<Option<ByteRange>> {
     if !mirror.shallow {
         return Ok(None);
     }
-    let (prefix, in_top) = mirror.source.chain().map_top(range.start, range.len())?;
-    Ok((!in_top).then_some(prefix))
+    let (prefix, in_source) = mirror.source.chain().map_top(range.start, range.len())?;
+    if in_source {
+        return Ok(None);
+    }
+    let (prefix, in_target) = mirror.target.chain().map_top(prefix.start, prefix.len())?;
+    Ok((!in_target).then_some(prefix))
 }
 
 /// True where all of `range` is a hole of the target already. The claim keeps it so.

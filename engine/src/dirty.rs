@@ -14,8 +14,9 @@
 //!
 //! A chunk is one bit in a word of marks and one in a word of claims; a bit of the summary says that
 //! a word of marks may have some, so that a scan of a nearly clean map is short. A third bit says that it
-//! was ever marked: nothing depends on it but what people are shown.
-use crate::io::Words;
+//! was ever marked: nothing depends on it but what people are shown. Marks and claims may lie in memory that outlives
+//! the process (`planes`); by the orders above, at each instant a chunk that the target lacks is in one of the two.
+use crate::io::View;
 use crate::sync::{AtomicU64, Ordering};
 use formats::range::ByteRange;
 
@@ -51,12 +52,12 @@ pub struct Cell {
 pub struct DirtyBitmap {
     size: u64,
     chunk_bits: u32,
-    marks: Words,
-    claims: Words,
-    summary: Words,
+    marks: View,
+    claims: View,
+    summary: View,
     marked: AtomicU64,
     /// What was ever marked.
-    touched: Words,
+    touched: View,
 }
 
 impl DirtyBitmap {
@@ -66,15 +67,22 @@ impl DirtyBitmap {
     pub fn new(size: u64, chunk_bits: u32) -> Self {
         assert!((9..=26).contains(&chunk_bits), "chunks of 512 bytes to 64 MiB");
         let words = size.div_ceil(1 << chunk_bits).div_ceil(64) as usize;
-        Self {
-            size,
-            chunk_bits,
-            marks: Words::in_memory(words),
-            claims: Words::in_memory(words),
-            summary: Words::in_memory(words.div_ceil(64)),
-            marked: AtomicU64::new(0),
-            touched: Words::in_memory(words),
+        Self::on(size, chunk_bits, View::in_memory(words), View::in_memory(words))
+    }
+
+    /// One whose marks are there already, and whose claims nobody has.
+    pub fn on(size: u64, chunk_bits: u32, marks: View, claims: View) -> Self {
+        let (summary, touched) = (View::in_memory(marks.count().div_ceil(64)), View::in_memory(marks.count()));
+        let mut marked = 0;
+        for word in 0..marks.count() {
+            let count = marks.load(word).count_ones();
+            if count > 0 {
+                marked += u64::from(count);
+                summary.set(word / 64, 1 << (word % 64));
+                touched.set(word, marks.load(word));
+            }
         }
+        Self { size, chunk_bits, marks, claims, summary, marked: AtomicU64::new(marked), touched }
     }
 
     /// Bytes a chunk.
@@ -88,13 +96,13 @@ impl DirtyBitmap {
         let (first, end) = self.chunks(range);
         let mut chunks = 0;
         for (word, bits) in words(first, end) {
-            let before = self.marks[word].fetch_or(bits, Ordering::AcqRel);
+            let before = self.marks.set(word, bits);
             let new = (bits & !before).count_ones();
             if new > 0 {
                 self.marked.fetch_add(u64::from(new), Ordering::AcqRel);
                 // After the mark: who clears the summary's bit looks at the marks again.
-                self.summary[word / 64].fetch_or(1 << (word % 64), Ordering::AcqRel);
-                self.touched[word].fetch_or(bits, Ordering::Relaxed);
+                self.summary.set(word / 64, 1 << (word % 64));
+                self.touched.set(word, bits);
                 chunks += u64::from(new);
             }
         }
@@ -123,9 +131,9 @@ impl DirtyBitmap {
     pub fn claim(&self, range: ByteRange) -> Option<Claim> {
         let (first, end) = self.chunks(range);
         for (word, bits) in words(first, end) {
-            let before = self.claims[word].fetch_or(bits, Ordering::AcqRel);
+            let before = self.claims.set(word, bits);
             if before & bits != 0 {
-                self.claims[word].fetch_and(!(bits & !before), Ordering::AcqRel);
+                self.claims.clear(word, bits & !before);
                 self.release(Claim { first, end: first.max(word as u64 * 64) });
                 return None;
             }
@@ -136,7 +144,7 @@ impl DirtyBitmap {
     /// Ends a claim.
     pub fn release(&self, claim: Claim) {
         for (word, bits) in words(claim.first, claim.end) {
-            let before = self.claims[word].fetch_and(!bits, Ordering::AcqRel);
+            let before = self.claims.clear(word, bits);
             assert!(before & bits == bits, "a claim that was held");
         }
     }
@@ -144,7 +152,7 @@ impl DirtyBitmap {
     /// True where a chunk that `range` touches is marked.
     pub fn is_marked(&self, range: ByteRange) -> bool {
         let (first, end) = self.chunks(range);
-        words(first, end).any(|(word, bits)| self.marks[word].load(Ordering::Acquire) & bits != 0)
+        words(first, end).any(|(word, bits)| self.marks.load(word) & bits != 0)
     }
 
     /// The longest run from `range.start` on, inside `range`, of chunks that are all marked or all not, as
@@ -154,7 +162,7 @@ impl DirtyBitmap {
         let marked = self.is_marked(self.bytes(first, first + 1));
         let mut chunk = first;
         for (word, bits) in words(first, end).take(RUN_WORDS_MAX) {
-            let marks = self.marks[word].load(Ordering::Acquire);
+            let marks = self.marks.load(word);
             let other = if marked { !marks & bits } else { marks & bits };
             if other != 0 {
                 chunk = word as u64 * 64 + u64::from(other.trailing_zeros());
@@ -210,8 +218,7 @@ impl DirtyBitmap {
 
     /// `cell`, and what the chunks `bits` of one word add to it.
     fn look(&self, cell: Cell, word: usize, bits: u64) -> Cell {
-        let [marks, claims, touched] =
-            [&self.marks, &self.claims, &self.touched].map(|words| words[word].load(Ordering::Relaxed) & bits);
+        let [marks, claims, touched] = [&self.marks, &self.claims, &self.touched].map(|view| view.load(word) & bits);
         let count = |bits: u64| u64::from(bits.count_ones());
         Cell {
             chunks: cell.chunks + count(bits),
@@ -231,7 +238,7 @@ impl DirtyBitmap {
         let mut chunk = from;
         while chunk < last {
             let word = (chunk / 64) as usize;
-            let bits = self.marks[word].load(Ordering::Acquire) >> (chunk % 64);
+            let bits = self.marks.load(word) >> (chunk % 64);
             if bits != 0 {
                 return Some(chunk + u64::from(bits.trailing_zeros())).filter(|found| *found < last);
             }
@@ -246,8 +253,8 @@ impl DirtyBitmap {
     /// The first word from `word` on whose bit of the summary is set.
     fn next_word(&self, word: usize) -> Option<u64> {
         let mut at = word;
-        while at / 64 < self.summary.len() {
-            let bits = self.summary[at / 64].load(Ordering::Acquire) >> (at % 64);
+        while at / 64 < self.summary.count() {
+            let bits = self.summary.load(at / 64) >> (at % 64);
             if bits != 0 {
                 return Some(at as u64 + u64::from(bits.trailing_zeros()));
             }
@@ -259,24 +266,23 @@ impl DirtyBitmap {
     /// The word was seen without marks: its bit of the summary goes, unless a mark came meanwhile.
     fn note_empty(&self, word: usize) {
         let bit = 1 << (word % 64);
-        let summary = &self.summary[word / 64];
-        if summary.load(Ordering::Relaxed) & bit != 0 {
-            summary.fetch_and(!bit, Ordering::AcqRel);
-            if self.marks[word].load(Ordering::Acquire) != 0 {
-                summary.fetch_or(bit, Ordering::AcqRel);
+        if self.summary.load(word / 64) & bit != 0 {
+            self.summary.clear(word / 64, bit);
+            if self.marks.load(word) != 0 {
+                self.summary.set(word / 64, bit);
             }
         }
     }
 
     fn try_take(&self, chunk: u64) -> bool {
         let (word, bit) = ((chunk / 64) as usize, 1 << (chunk % 64));
-        if self.marks[word].load(Ordering::Acquire) & bit == 0 {
+        if self.marks.load(word) & bit == 0 {
             return false;
         }
-        if self.claims[word].fetch_or(bit, Ordering::AcqRel) & bit != 0 {
+        if self.claims.set(word, bit) & bit != 0 {
             return false;
         }
-        if self.marks[word].fetch_and(!bit, Ordering::AcqRel) & bit == 0 {
+        if self.marks.clear(word, bit) & bit == 0 {
             // Somebody else took it and is done with it already.
             self.release(Claim { first: chunk, end: chunk + 1 });
             return false;
@@ -300,7 +306,7 @@ impl DirtyBitmap {
 }
 
 /// The words that chunks `first..end` are in, each with their bits.
-fn words(first: u64, end: u64) -> impl Iterator<Item = (usize, u64)> {
+pub fn words(first: u64, end: u64) -> impl Iterator<Item = (usize, u64)> {
     let mut chunk = first;
     std::iter::from_fn(move || {
         if chunk >= end {

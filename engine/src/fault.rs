@@ -38,8 +38,63 @@ pub enum Fault {
     ForgetInKill,
     /// 9: the gate opens on the source after the record.
     SourceAfterRecord,
+    /// 10: a guest write is not noted before the source is touched.
+    NoFlight,
+    /// 10: the note of a guest write is taken away before its mark is there.
+    LandBeforeMark,
+    /// 10: a claim is released before its chunks are noted as unsettled.
+    ReleaseBeforeUnsettled,
+    /// 10: what is not settled is forgotten before the settle is over.
+    ForgetBeforeSettled,
+    /// 10: a settle that is over forgets what was copied since it began.
+    ForgetTheWrongGeneration,
+    /// 10: the seeder's progress is noted ahead of its marks.
+    SeenBeforeMarks,
     /// 12: a server that said ACK to STARTTLS is spoken to in plain.
     PlainBehindStartTls,
+}
+
+#[cfg(all(test, not(loom)))]
+pub use kill::{Killed, kill_at_store, stored};
+
+/// For the simulator's kills: nothing.
+#[cfg(any(not(test), loom))]
+#[inline(always)]
+pub fn stored(_: &std::sync::Arc<crate::io::Words>) {}
+
+/// Kills in the middle of a step: a panic without a word, at a store to words that outlive the process.
+#[cfg(all(test, not(loom)))]
+mod kill {
+    use crate::io::Words;
+    use std::cell::RefCell;
+    use std::panic::resume_unwind;
+    use std::sync::Arc;
+
+    /// What the panic carries.
+    pub struct Killed;
+
+    thread_local! {
+        /// The words, and how many stores to them are made yet.
+        static KILL: RefCell<Option<(Arc<Words>, u64)>> = const { RefCell::new(None) };
+    }
+
+    /// This thread is killed after so many more stores to `words`; `None` lets it live.
+    pub fn kill_at_store(kill: Option<(Arc<Words>, u64)>) {
+        KILL.set(kill);
+    }
+
+    /// Something was stored to `words`.
+    pub fn stored(words: &Arc<Words>) {
+        let killed = KILL.with_borrow_mut(|kill| {
+            let Some((_, stores)) = kill.as_mut().filter(|(of, _)| Arc::ptr_eq(of, words)) else { return false };
+            *stores = stores.saturating_sub(1);
+            *stores == 0
+        });
+        if killed {
+            KILL.set(None);
+            resume_unwind(Box::new(Killed));
+        }
+    }
 }
 
 #[cfg(test)]

@@ -108,7 +108,7 @@ fn a_mirror_is_not_settled_while_a_copy_may_fail() {
             loom::thread::spawn(move || {
                 if let Some(claim) = mirror.take(CHUNK, 1) {
                     mirror.dirty.mark(CHUNK);
-                    mirror.put(claim);
+                    mirror.put(claim, false);
                 }
             })
         };

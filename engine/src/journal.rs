@@ -59,6 +59,11 @@ impl WordJournal {
         (load(words, OWNER), load(words, OWNER + 1))
     }
 
+    /// The run of the system in which `words` was written.
+    pub fn boot(words: &Words) -> BootId {
+        [load(words, 1), load(words, 2)]
+    }
+
     /// An empty journal in `words`, of the file `owner`. What was left there has to be in the image for
     /// good.
     pub fn new(words: Arc<Words>, boot: BootId, owner: Owner) -> Self {

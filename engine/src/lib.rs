@@ -17,6 +17,7 @@ pub mod journal;
 pub mod mirror;
 pub mod open;
 pub mod pivot;
+pub mod planes;
 pub mod rate;
 pub mod seed;
 #[cfg(test)]

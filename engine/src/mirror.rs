@@ -1,10 +1,12 @@
 //! What sessions and copiers of one job share: the two disks, the bitmap, the limits.
 use crate::bell::Bell;
 use crate::dirty::{Claim, DirtyBitmap};
-use crate::disk::Disk;
+use crate::disk::{Disk, Task};
+use crate::fault::{self, planted};
+use crate::planes::Planes;
 use crate::rate::Rate;
 use crate::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard, Ordering};
-use formats::error::Error;
+use formats::error::{Error, Result};
 use formats::image::Zeroing;
 use formats::range::ByteRange;
 use std::sync::{Arc, PoisonError};
@@ -17,6 +19,8 @@ pub struct Mirror {
     pub target: Arc<Disk>,
     /// What the target lacks.
     pub dirty: DirtyBitmap,
+    /// What a kill must not make it forget beside that.
+    pub planes: Planes,
     /// Only what the source's top layer holds is copied; the target has the rest below it.
     pub shallow: bool,
     /// What becomes of the target's space where the source reads as zeroes.
@@ -34,6 +38,7 @@ pub struct Mirror {
     /// Wakes guest requests that wait for a claim.
     released: Bell,
     write_both: AtomicBool,
+    compare: AtomicBool,
     held: AtomicBool,
     /// Claims that copiers took so far, and those that they hold.
     taken: AtomicU64,
@@ -78,10 +83,16 @@ impl Mirror {
     /// A mirror whose bitmap is clean, in background mode; zeroes become holes.
     pub fn new(source: Arc<Disk>, target: Arc<Disk>, chunk_bits: u32, shallow: bool) -> Self {
         let dirty = DirtyBitmap::new(source.size(), chunk_bits);
+        Self::on((dirty, Planes::default()), source, target, shallow)
+    }
+
+    /// A mirror whose bitmap is there already.
+    pub fn on((dirty, planes): (DirtyBitmap, Planes), source: Arc<Disk>, target: Arc<Disk>, shallow: bool) -> Self {
         Self {
             source,
             target,
             dirty,
+            planes,
             shallow,
             zeroing: Zeroing::Unmap,
             compress: None,
@@ -91,6 +102,7 @@ impl Mirror {
             progress: Bell::default(),
             released: Bell::default(),
             write_both: AtomicBool::new(false),
+            compare: AtomicBool::new(false),
             held: AtomicBool::new(false),
             taken: AtomicU64::new(0),
             claims: AtomicU64::new(0),
@@ -131,6 +143,30 @@ impl Mirror {
         self.dirty.marked_bytes() + self.stats.underway.load(Ordering::Relaxed)
     }
 
+    /// Begins to settle the target; `end_settle` hears what came of it.
+    pub fn begin_settle(&self) -> Task {
+        self.planes.turn();
+        if planted(fault::Fault::ForgetBeforeSettled) {
+            self.planes.settled();
+        }
+        Task::flush(Arc::clone(&self.target))
+    }
+
+    /// A settle of the target is over. True where some of what was written is in doubt all the same, and is marked.
+    pub fn end_settle(&self, outcome: Result<()>) -> Result<bool> {
+        outcome?;
+        let doubt = self.mark_doubtful();
+        self.planes.settled();
+        Ok(doubt)
+    }
+
+    /// Leaves in order: both sides are durable, and nobody writes to them any more. True where the planes are to be
+    /// made durable now.
+    pub fn leave(&self) -> bool {
+        self.mark_doubtful();
+        self.planes.leave()
+    }
+
     /// Marks what the target may have lost before its flush that is just over. True where there is any.
     pub fn mark_doubtful(&self) -> bool {
         let disk = ByteRange { start: 0, end: self.source.size() };
@@ -148,6 +184,19 @@ impl Mirror {
     /// Changes that for requests that come from now on.
     pub fn set_write_both(&self, on: bool) {
         self.write_both.store(on, Ordering::Release);
+    }
+
+    /// Whether copies look at the target first and write only what differs.
+    pub fn compares(&self) -> bool {
+        self.compare.load(Ordering::Acquire)
+    }
+
+    /// From now on they do, or not any more.
+    pub fn set_compare(&self, on: bool) {
+        self.compare.store(on, Ordering::Release);
+        if !on {
+            self.planes.compared();
+        }
     }
 
     /// Copiers start nothing new while this is set; what is under way ends.
@@ -192,19 +241,34 @@ impl Mirror {
         claim
     }
 
-    /// A copier is done with a claim, and has marked again what failed.
-    pub fn put(&self, claim: Claim) {
-        self.stats.underway.fetch_sub(self.dirty.claimed(&claim).len(), Ordering::Relaxed);
-        self.dirty.release(claim);
+    /// A copier is done with a claim, and has marked again what failed; `brought` where the target was changed.
+    pub fn put(&self, claim: Claim, brought: bool) {
+        let range = self.dirty.claimed(&claim);
+        self.stats.underway.fetch_sub(range.len(), Ordering::Relaxed);
+        self.release_brought(claim, brought.then_some(range));
         self.claims.fetch_sub(1, Ordering::SeqCst);
         self.released.ring();
         self.progress.ring();
     }
 
-    /// A guest's write to both sides is done.
-    pub fn release(&self, claim: Claim) {
-        self.dirty.release(claim);
+    /// A guest's write to both sides is done; what the target got of it.
+    pub fn release(&self, claim: Claim, brought: Option<ByteRange>) {
+        self.release_brought(claim, brought);
         self.released.ring();
+    }
+
+    /// Not the other way round: see `planes`.
+    fn release_brought(&self, claim: Claim, brought: Option<ByteRange>) {
+        match brought {
+            Some(range) if planted(fault::Fault::ReleaseBeforeUnsettled) => {
+                self.dirty.release(claim);
+                self.planes.brought(range);
+            }
+            brought => {
+                brought.into_iter().for_each(|range| self.planes.brought(range));
+                self.dirty.release(claim);
+            }
+        }
     }
 
     /// Wakes who waits for claims to be released.

@@ -3,6 +3,7 @@
 //! Runs when tracking is on and every guest write that began before it has ended: a write to a place
 //! that is not allocated yet, behind the walk, has to mark itself.
 use crate::chain::{Look, Source};
+use crate::fault::{Fault, planted};
 use crate::mirror::Mirror;
 use formats::error::Result;
 use formats::range::ByteRange;
@@ -14,14 +15,20 @@ const LOOK_MAX: u64 = 1 << 30;
 #[derive(Debug)]
 pub struct Seeder {
     at: u64,
-    /// The target reads as zeroes everywhere: zeroes of the source need not be brought.
+    /// From `at` on the target reads as zeroes but for what is marked or was copied: zeroes of the source need not
+    /// be brought.
     target_is_zero: bool,
 }
 
 impl Seeder {
     /// A walk from the start of the disk.
     pub fn new(target_is_zero: bool) -> Self {
-        Self { at: 0, target_is_zero }
+        Self::from(0, target_is_zero)
+    }
+
+    /// A walk that goes on where another one stopped.
+    pub fn from(at: u64, target_is_zero: bool) -> Self {
+        Self { at, target_is_zero }
     }
 
     /// Looks at up to `looks` runs. True where the walk is over.
@@ -32,10 +39,14 @@ impl Seeder {
                 return Ok(true);
             }
             let (range, wanted) = self.look(mirror, size)?;
+            if planted(Fault::SeenBeforeMarks) {
+                mirror.planes.seen(range.end);
+            }
             if wanted {
                 mirror.seed(range);
             }
             self.at = range.end;
+            mirror.planes.seen(self.at);
         }
         Ok(self.at >= size)
     }

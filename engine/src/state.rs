@@ -3,21 +3,27 @@
 //! ```text
 //! DIR/lock                one daemon at a time
 //! DIR/NAME.record         which image is the truth of export NAME: two slots
-//! DIR/group.record        the same of several exports that were pivoted at one instant, until their own records say it
+//! DIR/together.group      the same of several exports that were pivoted at one instant, until their own records say it
 //! DIR/exports.json        the exports that were added to a running daemon
 //! DIR/NAME.job            the copy request of export NAME's job, while it is under way
+//! DIR/NAME.planes         what that job's target lacks, at each instant (`planes`)
 //! DIR/FILE-CRC.journal    mappings of the image FILE that are only in memory; CRC is of its path
 //! ```
 mod exports;
 mod group;
+mod planes;
+mod show;
+
+pub use show::{Entry, What, show};
 
 use crate::control::MirrorRequest;
 use crate::io::{File, Words};
 use crate::journal::{BootId, Owner, WORDS, WordJournal};
-use crate::open::{Identity, sync_folder};
+use crate::open::{Identity, export_named, sync_folder};
 use crate::pivot::RecordFile;
 use formats::error::{Context, Error, Result};
 use formats::journal::Change;
+use formats::nbd::Address;
 use formats::record::{Record, SLOT_LEN};
 use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
@@ -56,6 +62,11 @@ impl StateFolder {
     /// The folder.
     pub fn path(&self) -> &Path {
         &self.folder
+    }
+
+    /// Which run of the system this is.
+    pub fn boot(&self) -> BootId {
+        self.boot
     }
 
     /// The record of an export; made, with two blank slots, where there is none.
@@ -108,22 +119,40 @@ impl StateFolder {
             text => text.context(named)?,
         };
         let job = serde_json::from_slice(&text).map_err(std::io::Error::from);
-        job.map(Some)
-            .context(|| format!("{}: not a job's request; remove the file to go on without it", path.display()))
+        job.map(Some).context(|| {
+            format!("{}: not a job's request: it is kept as *.job.refused, and the job does not go on", path.display())
+        })
     }
 
     /// The job is over: it is not to go on after a kill.
     pub fn forget_job(&self, export: &str) -> Result<()> {
-        let path = self.job_path(export);
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(Error::io(format!("{}: removing the job's request", path.display()), error))
+        // The request first: without it nobody looks at the planes.
+        for path in [self.job_path(export), self.planes_path(export)] {
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(Error::io(format!("{}: forgetting a job that is over", path.display()), error));
+                }
+                _ => self.sync()?,
             }
-            _ => self.sync(),
         }
+        Ok(())
     }
 
-    fn job_path(&self, export: &str) -> PathBuf {
+    /// A job's request that nobody understands is kept by another name, and its planes with it.
+    pub fn set_job_aside(&self, export: &str) -> Result<()> {
+        for path in [self.job_path(export), self.planes_path(export)] {
+            let mut aside = path.clone().into_os_string();
+            aside.push(".refused");
+            match fs::rename(&path, &aside) {
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                moved => moved.context(|| format!("{}: moving it aside", path.display()))?,
+            }
+        }
+        self.sync()
+    }
+
+    /// Where the request of an export's job is.
+    pub fn job_path(&self, export: &str) -> PathBuf {
         self.folder.join(format!("{}.job", file_name(export)))
     }
 
@@ -166,6 +195,9 @@ pub struct KeptJob {
     pub source: String,
     /// Device and inode of the target, or its address.
     pub target_identity: Identity,
+    /// Ties the planes to it; none where they count no more, for the source was served without the job.
+    #[serde(default)]
+    pub planes: Option<u64>,
     /// What was asked for; its target is there already.
     pub request: MirrorRequest,
 }
@@ -207,7 +239,12 @@ impl JournalFile {
 }
 
 /// What a file keeps as long as it is there, also through a new mount: its number and when it was made.
-fn owner(image: &Path) -> Result<Owner> {
+pub fn owner(image: &Path) -> Result<Owner> {
+    if let Some(address) = export_named(image) {
+        // However it is protected on its way.
+        let address = Address { tls: None, ..address };
+        return Ok((u64::MAX - 1, u64::from(crc32c::crc32c(address.to_string().as_bytes()))));
+    }
     let metadata = fs::metadata(image).context(|| format!("{}: stat", image.display()))?;
     if metadata.file_type().is_block_device() {
         return Ok((u64::MAX, metadata.rdev()));

@@ -12,6 +12,7 @@
 //! backing   the names of images below
 //! nbd       the wire: handshake, requests, replies
 //! record    which disk is the truth
+//! planes    what a job's target lacks, in memory that outlives the daemon
 //! storage   the bytes that metadata is read from and written to
 //! journal   keeps metadata that is only in memory through a kill of the process
 //! error, range   leaves that anyone may use
@@ -27,6 +28,7 @@ pub mod error;
 pub mod image;
 pub mod journal;
 pub mod nbd;
+pub mod planes;
 pub mod probe;
 pub mod qcow2;
 pub mod range;

@@ -1,36 +1,43 @@
 //! A job with its threads: how it is started, how it stands, and what is tidied when it is over.
 use super::exports::Export;
 use super::pace::{Counters, Eta, Pace};
+use super::resume::{self, Begin};
 use super::threads::Worker;
 use super::wait::until_image_is_free;
 use crate::control::creation::{CreateOptions, Preallocation};
 use crate::control::jobs::{JobInfo, JobStatus};
 use crate::control::options::Reach;
-use crate::control::{Code, MirrorMap, MirrorRequest, Refusal, Started, Status};
+use crate::control::{Code, MirrorMap, MirrorRequest, Refusal, Started, Status, TargetFormat};
 use crate::copier::Depth;
 use crate::dirty::Cell;
 use crate::disk::Disk;
 use crate::job::{Goal, Job, Parts, Phase, path};
 use crate::journal::WordJournal;
 use crate::mirror::Mirror;
-use crate::open::{identity, same_image};
+use crate::open::identity;
 use crate::pivot::{End, Member};
-use crate::state::{KeptJob, StateFolder};
-use crate::target::plan;
-use formats::error::Context;
+use crate::planes::Planes;
+use crate::state::{KeptJob, StateFolder, owner};
+use crate::target::{Plan, plan};
+use formats::error::{Context, Error};
 use formats::journal::Journal;
+use formats::planes::Header;
 use formats::record::Record;
 use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 /// What one copy thread has under way. Runs of 1 MiB took a seventh longer with direct I/O, and four times
 /// the memory; runs of 64 KiB took as long as these and more of the processor.
 pub(super) const DEPTH: Depth = Depth { slots: 16, run_len: 256 << 10, beside: 256 << 10 };
 /// How long a pivot may keep the guest waiting for its last pass.
 const PAUSE_MAX: Duration = Duration::from_secs(5);
+/// Guest writes that can be under way on a mirrored disk: as many as all connections together may send.
+const FLIGHTS: u32 = 8192;
+/// How long lies between two settles of a target at least.
+const SYNC_REST: Duration = Duration::from_secs(1);
 
 /// A job under way.
 pub(super) struct Active {
@@ -65,6 +72,17 @@ impl Active {
         state: &StateFolder,
         check: &dyn Fn(&MirrorRequest) -> Result<(), Refusal>,
     ) -> Result<(Started, Option<Self>), Refusal> {
+        Self::begin(request, Begin::New, export, reach, state, check)
+    }
+
+    fn begin(
+        request: &MirrorRequest,
+        begin: Begin,
+        export: &Export,
+        reach: &Reach,
+        state: &StateFolder,
+        check: &dyn Fn(&MirrorRequest) -> Result<(), Refusal>,
+    ) -> Result<(Started, Option<Self>), Refusal> {
         check(request)?;
         let source = export.gate.route().disk;
         if source.read_only() {
@@ -81,7 +99,7 @@ impl Active {
                            make the target first and use --reuse-external";
             return Err(Refusal::new(Code::OperationUnsupported, message));
         }
-        let plan = plan(request, &source, reach)?;
+        let mut plan = plan(request, &source, reach)?;
         plan.refuse_following(request)?;
         let id = request.job_id.clone().unwrap_or_else(|| export.name.clone());
         let started = Started { job: id.clone(), notes: plan.notes.clone() };
@@ -95,34 +113,66 @@ impl Active {
             Ok(Arc::clone(journal.get_or_init(|| asleep)) as Arc<dyn Journal>)
         })?;
         let journal = journal.into_inner();
-        let target_path = target.disk.chain().top().path.clone();
-        let mut mirror = Mirror::new(source, Arc::new(target.disk), plan.chunk_bits, plan.shallow);
+        let path = target.disk.chain().top().path.clone();
+        let is_new = matches!(begin, Begin::New);
+        let header = |job, target_is_zero| -> Result<Header, Error> {
+            Ok(Header {
+                boot: state.boot(),
+                job,
+                size: source.size(),
+                chunk_bits: plan.chunk_bits,
+                flights: FLIGHTS,
+                source: owner(&source.chain().top().path)?,
+                target: owner(&path)?,
+                target_is_zero,
+            })
+        };
+        let (number, target_is_zero) = match &begin {
+            Begin::New => (job_number(), target.is_zero),
+            Begin::Taken { taken, job, .. } => (*job, taken.target_is_zero),
+            Begin::Compare(_) => (job_number(), false),
+        };
+        let planes = header(number, target_is_zero).and_then(|header| {
+            let taken = begin.taken_up(&header);
+            let words = state.new_planes(&export.name, &header, &taken)?;
+            Ok((words, header, taken))
+        });
+        let (words, header, taken) = planes.inspect_err(|_| unbegin(is_new, &plan, export, state))?;
+        plan.notes.extend(taken.note(&header));
+        let target = Arc::new(target.disk);
+        let settles = target.is_remote() || plan.format != TargetFormat::Raw;
+        let mut mirror = Mirror::on(Planes::on(&words, &header, settles), source, target, plan.shallow);
         mirror.zeroing = plan.zeroing();
         let mirror = Arc::new(mirror);
         mirror.rate.set(request.speed);
+        mirror.set_compare(taken.compare);
         let kept = MirrorRequest {
-            target: target_path.display().to_string(),
+            target: path.display().to_string(),
             shallow: plan.shallow,
             reuse_external: true,
             format: Some(plan.format),
             job_id: Some(id.clone()),
             options: CreateOptions::default(),
+            relative_backing: false,
             ..request.clone()
         };
-        let keep = |target_identity| KeptJob { source: mirror.source.name(), target_identity, request: kept };
-        let threads = identity(&target_path)
+        let keep = |target_identity| KeptJob {
+            source: mirror.source.name(),
+            target_identity,
+            planes: Some(number),
+            request: kept,
+        };
+        let threads = identity(&path)
             .and_then(|identity| state.keep_job(&keep(identity)))
             .and_then(|()| copiers(&mirror).context(|| format!("starting the copy threads of export {}", export.name)));
-        let threads = threads.inspect_err(|_| {
-            // Nothing was started, so nothing is left behind.
-            let _ = state.forget_job(&export.name);
-            plan.unmake();
-        })?;
+        let threads = threads.inspect_err(|_| unbegin(is_new, &plan, export, state))?;
         let job = Job::start(Parts {
             id,
             mirror,
             gate: Arc::clone(&export.gate),
-            target_is_zero: target.is_zero,
+            target_is_zero: taken.target_is_zero,
+            seen: taken.seen,
+            sync_rest: SYNC_REST,
             mode: request.mode,
             on_target_error: request.on_target_error,
             pause_max: PAUSE_MAX,
@@ -131,7 +181,7 @@ impl Active {
         let active = Self {
             job,
             threads,
-            target: target_path,
+            target: path,
             journal,
             notes: plan.notes,
             auto_finalize: request.auto_finalize,
@@ -143,43 +193,21 @@ impl Active {
         Ok((started, Some(active)))
     }
 
-    /// Goes on with the job that a kill interrupted, if there is one: from its start, onto the target
-    /// that it has. An error is what its status says from then on.
+    /// Goes on with the job that a kill or a stop interrupted, if there is one. An error is what its status says
+    /// from then on.
     pub fn resume(
         export: &Export,
         reach: &Reach,
         state: &StateFolder,
         check: &dyn Fn(&MirrorRequest) -> Result<(), Refusal>,
     ) -> Result<Option<Self>, Box<(MirrorRequest, Refusal)>> {
-        let KeptJob { source, target_identity, request } = match state.kept_job(&export.name) {
-            Ok(Some(kept)) => kept,
-            Ok(None) => return Ok(None),
-            Err(error) => return Err(Box::new((MirrorRequest::default(), error.into()))),
-        };
-        let is_served = |name: &str| same_image(Path::new(name), Path::new(&export.serving()));
-        if is_served(&request.target) {
-            // Killed between the record and the end of the job: the pivot happened.
-            return Ok(None);
-        }
-        let same = is_served(&source) && identity(Path::new(&request.target)).ok() == Some(target_identity);
-        if !same {
-            let message = format!(
-                "the job that was interrupted copied {source} to {}, and one of them is another file now: it does not \
-                 go on",
-                request.target
-            );
-            return Err(Box::new((request, Refusal::new(Code::OperationInvalid, message))));
-        }
+        let Some((request, begin)) = resume::find(export, state)? else { return Ok(None) };
         let resumed = until_image_is_free(Path::new(&request.target), request.format)
             .map_err(Refusal::from)
-            .and_then(|()| Self::start(&request, export, reach, state, check));
+            .and_then(|()| Self::begin(&request, begin, export, reach, state, check));
         match resumed {
-            Ok((_, Some(mut active))) => {
-                active.notes.push("resumed after a restart: everything is copied once more".to_owned());
-                Ok(Some(active))
-            }
-            Ok((_, None)) => Ok(None),
-            Err(refusal) => Err(Box::new((request, refusal))),
+            Ok((_, active)) => Ok(active),
+            Err(refusal) => Err(resume::refused(export, state, request, refusal)),
         }
     }
 
@@ -314,22 +342,40 @@ impl Active {
     }
 
     /// Ends the threads of a job that is over, or that nobody will see the end of, and leaves the
-    /// disk that is served no more as tidy as it can be.
-    pub fn close(self) {
-        self.job.mirror().hold(true);
-        self.job.mirror().target.hurry(self.job.phase() != Phase::Pivoted);
+    /// disk that is served no more as tidy as it can be. What is shared of a job that can go on.
+    pub fn close(self) -> Option<Arc<Mirror>> {
+        let (mirror, phase) = (Arc::clone(self.job.mirror()), self.job.phase());
+        mirror.hold(true);
+        mirror.target.hurry(phase != Phase::Pivoted);
         self.threads.into_iter().for_each(Worker::end);
-        let mirror = self.job.mirror();
-        let left: &Disk = if self.job.phase() == Phase::Pivoted { &mirror.source } else { &mirror.target };
-        if let Err(error) = left.chain().top().close() {
+        // A settle of its own may be under way, and would keep another one waiting.
+        drop(self.job);
+        let left: &Disk = if phase == Phase::Pivoted { &mirror.source } else { &mirror.target };
+        let closed = left.chain().top().close();
+        if let Err(error) = &closed {
             tracing::warn!("closing an image that is served no more: {}", error.one_line());
         }
+        (closed.is_ok() && !phase.is_over() && !left.is_poisoned()).then_some(mirror)
     }
 }
 
 /// To three digits behind the point.
 fn thousandths(number: f64) -> f64 {
     (number * 1000.0).round() / 1000.0
+}
+
+/// Nothing was started, so nothing is left behind of a job that was to begin; one that was to go on keeps what it has.
+fn unbegin(is_new: bool, plan: &Plan, export: &Export, state: &StateFolder) {
+    if is_new {
+        let _ = state.forget_job(&export.name);
+        plan.unmake();
+    }
+}
+
+/// A number that no other job has had.
+fn job_number() -> u64 {
+    let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
+    (now.as_nanos() as u64) ^ u64::from(std::process::id()) << 48
 }
 
 /// As many copy threads as pay: direct I/O does not need this thread's processor, the page cache does.

@@ -20,6 +20,7 @@ mod listen;
 mod map;
 mod pace;
 mod pool;
+mod resume;
 mod threads;
 mod wait;
 

@@ -13,6 +13,7 @@ use crate::disk::{Status, Task, Tools};
 use crate::fault::{Fault, planted};
 use crate::io::{Buffer, Completion, Io, Loan, Token};
 use crate::mirror::Mirror;
+use crate::planes::Flight;
 use formats::error::{Error, Result};
 use formats::image::Zeroing;
 use formats::range::ByteRange;
@@ -45,6 +46,8 @@ pub struct GuestRequest {
     range: ByteRange,
     stage: Stage,
     pass: Option<Pass>,
+    /// Its note through a kill, where the disk is mirrored.
+    flight: Option<Flight>,
     /// It has to be durable before the answer.
     fua: bool,
     /// It changes the disk.
@@ -79,6 +82,7 @@ impl GuestRequest {
             changes: matches!(action, Action::Write(_) | Action::Zero { .. }),
             stage: Stage::Waiting(action),
             pass: None,
+            flight: None,
             fua,
             zeroing,
             both: Vec::new(),
@@ -137,7 +141,7 @@ impl GuestRequest {
             return self.refuse(Error::invalid(format!("{}: the export is read-only", disk.name())));
         }
         if let Some(mirror) = pass.route().mirror.clone().filter(|_| self.changes) {
-            if !self.claim(&mirror, tools) {
+            if !self.claim(&mirror, tools) || !self.depart(&mirror, tools) {
                 self.begin_delay(tools);
                 return false;
             }
@@ -168,6 +172,22 @@ impl GuestRequest {
         if let (Some(since), Some(mirror)) = (self.delayed_since.take(), self.mirror()) {
             let delay = tools.io.now().saturating_sub(since);
             mirror.stats.delay_ns.fetch_add(u64::try_from(delay.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        }
+    }
+
+    /// Notes that it is under way. Last of all, so that whoever has a place does not wait for anything.
+    fn depart<I: Io>(&mut self, mirror: &Mirror, tools: &Tools<I>) -> bool {
+        self.flight = mirror.planes.depart(self.range).or_else(|| {
+            mirror.planes.landed().listen(tools.waker);
+            mirror.planes.depart(self.range)
+        });
+        self.flight.is_some()
+    }
+
+    /// It is over for the mirror: marked, or on both sides.
+    fn land(&mut self) {
+        if let (Some(flight), Some(mirror)) = (self.flight.take(), self.mirror()) {
+            mirror.planes.land(flight);
         }
     }
 
@@ -236,6 +256,7 @@ impl GuestRequest {
             Stage::Waiting(_) | Stage::Done => {}
         }
         if matches!(self.stage, Stage::Done) {
+            self.land();
             self.pass = None;
         }
     }
@@ -243,6 +264,9 @@ impl GuestRequest {
     /// The source has the write, or failed at it: mark what the target does not get now.
     fn source_done(&mut self) {
         let Some(mirror) = self.mirror() else { return };
+        if planted(Fault::LandBeforeMark) {
+            self.land();
+        }
         if !self.changes || planted(Fault::MarkBeforeWrite) {
             return;
         }
@@ -256,7 +280,7 @@ impl GuestRequest {
             if !planted(Fault::NoMarkOnFailure) {
                 mirror.written(self.range);
             }
-            self.both.drain(..).for_each(|(_, claim)| mirror.release(claim));
+            self.both.drain(..).for_each(|(_, claim)| mirror.release(claim, None));
             return;
         }
         if self.both.is_empty() {
@@ -308,16 +332,18 @@ impl GuestRequest {
             loan.give_back(piece);
         }
         let (Some(mirror), Some((run, claim))) = (self.mirror(), self.both.pop()) else { return };
-        match outcome {
+        let brought = match outcome {
             Ok(()) => {
                 mirror.stats.written_both.fetch_add(run.len(), Ordering::Relaxed);
+                Some(run)
             }
             Err(error) => {
                 mirror.written(run);
                 mirror.fail(true, error);
+                None
             }
-        }
-        mirror.release(claim);
+        };
+        mirror.release(claim, brought);
         self.next_target(loan);
     }
 

@@ -24,7 +24,7 @@ pub use memory::is_in_memory;
 pub use pool::{Pool, Turn, Work};
 pub use ring::Ring;
 pub use storage::FileStorage;
-pub use words::Words;
+pub use words::{View, Words};
 
 use rustix::net::SocketAddrAny;
 use std::io;

@@ -4,12 +4,14 @@
 //! process finds it there. It needs no flush; a power cut loses it.
 // UNSAFETY: mapping a file, and seeing its bytes as atomic words.
 #![cfg_attr(not(loom), expect(unsafe_code))]
-use crate::sync::AtomicU64;
+use crate::fault;
+use crate::sync::{AtomicU64, Ordering};
 #[cfg(not(loom))]
 use memmap2::MmapMut;
 #[cfg(not(loom))]
 use std::io;
-use std::ops::Deref;
+use std::ops::{Deref, Range};
+use std::sync::Arc;
 
 /// A fixed number of atomic words, all zero at first.
 #[derive(Debug)]
@@ -64,6 +66,73 @@ impl Deref for Words {
             // words long, and is only ever seen as atomic words, whose every bit pattern is valid.
             Inner::File(map) => unsafe { std::slice::from_raw_parts(map.as_ptr().cast::<AtomicU64>(), map.len() / 8) },
         }
+    }
+}
+
+/// Some of the words of a `Words`, which lives as long as its last view.
+///
+/// Whoever sees a change sees what its thread did before it, also who finds the words after a kill.
+#[derive(Clone, Debug)]
+pub struct View {
+    words: Arc<Words>,
+    range: Range<usize>,
+}
+
+impl View {
+    /// The words of `range`.
+    pub fn new(words: &Arc<Words>, range: Range<usize>) -> Self {
+        assert!(range.start <= range.end && range.end <= words.len(), "words that are there");
+        Self { words: Arc::clone(words), range }
+    }
+
+    /// Words of its own, in the process's memory.
+    pub fn in_memory(count: usize) -> Self {
+        Self { words: Arc::new(Words::in_memory(count)), range: 0..count }
+    }
+
+    /// How many words.
+    pub fn count(&self) -> usize {
+        self.range.len()
+    }
+
+    /// What a word holds.
+    #[inline]
+    pub fn load(&self, word: usize) -> u64 {
+        self.at(word).load(Ordering::Acquire)
+    }
+
+    /// Gives a word a value.
+    pub fn store(&self, word: usize, value: u64) {
+        self.at(word).store(value, Ordering::Release);
+        fault::stored(&self.words);
+    }
+
+    /// Sets bits of a word; says what it held.
+    #[inline]
+    pub fn set(&self, word: usize, bits: u64) -> u64 {
+        let before = self.at(word).fetch_or(bits, Ordering::AcqRel);
+        fault::stored(&self.words);
+        before
+    }
+
+    /// Clears bits of a word; says what it held.
+    #[inline]
+    pub fn clear(&self, word: usize, bits: u64) -> u64 {
+        let before = self.at(word).fetch_and(!bits, Ordering::AcqRel);
+        fault::stored(&self.words);
+        before
+    }
+
+    /// Gives a word that holds `from` the value `to`. False where it holds another.
+    pub fn exchange(&self, word: usize, from: u64, to: u64) -> bool {
+        let done = self.at(word).compare_exchange(from, to, Ordering::AcqRel, Ordering::Relaxed).is_ok();
+        fault::stored(&self.words);
+        done
+    }
+
+    #[inline]
+    fn at(&self, word: usize) -> &AtomicU64 {
+        &self.words[self.range.clone()][word]
     }
 }
 

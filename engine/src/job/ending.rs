@@ -4,7 +4,7 @@
 //! finalize. Nothing of the end itself happens before: the gate is open, guests write, the target follows them, and
 //! the source is the truth. `finalize` then does all that an end does.
 use super::{Happened, Job, Phase, Stage};
-use crate::disk::{Task, Tools};
+use crate::disk::Tools;
 use crate::export::gate::Route;
 use crate::fault::{self, planted};
 use crate::io::Io;
@@ -121,6 +121,10 @@ impl Job {
         match self.wish.take() {
             None => return false,
             Some(Wish::GiveUp) => self.detach(),
+            Some(wish) if self.syncs.is_under_way() => {
+                self.wish = Some(wish);
+                return false;
+            }
             // It fell behind meanwhile: carried out when it has caught up.
             Some(wish) if self.phase != Phase::Ready => {
                 self.wish = Some(wish);
@@ -133,7 +137,7 @@ impl Job {
             // What was copied since may be much: made durable now, it does not keep the guest waiting.
             Some(wish) if !self.flushed && !planted(fault::Fault::RecordBeforeFlush) => {
                 self.wish = Some(wish);
-                self.stage = Stage::Settling(Box::new(Task::flush(Arc::clone(&self.parts.mirror.target))));
+                self.stage = Stage::Settling(Box::new(self.parts.mirror.begin_settle()));
             }
             Some(wish) if self.held => {
                 self.wish = Some(wish);
@@ -206,7 +210,7 @@ impl Job {
     /// Waits for the copiers to end what they have.
     pub(super) fn rest<I: Io>(&mut self, tools: &Tools<I>) -> bool {
         self.parts.mirror.progress.listen(tools.waker);
-        if !self.parts.mirror.is_idle() {
+        if !self.parts.mirror.is_idle() || self.syncs.is_under_way() {
             return false;
         }
         self.stage = Stage::Over;

@@ -5,6 +5,7 @@
 mod ending;
 mod life;
 mod phase;
+mod sync;
 
 pub use ending::Goal;
 pub use life::path;
@@ -24,6 +25,7 @@ use rustix::io::Errno;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
+use sync::Syncs;
 
 /// A backlog that is copied within a pause, in bytes.
 const BACKLOG_READY: u64 = 8 << 20;
@@ -42,8 +44,12 @@ pub struct Parts {
     pub mirror: Arc<Mirror>,
     /// The guest's way.
     pub gate: Arc<Gate>,
-    /// The target is new and reads as zeroes.
+    /// The target reads as zeroes where the seeder has not been.
     pub target_is_zero: bool,
+    /// Up to here the seeder has been, in an earlier life of the daemon.
+    pub seen: u64,
+    /// How much time lies between two settles of the target at least.
+    pub sync_rest: Duration,
     /// How guest writes are handled.
     pub mode: Mode,
     /// What to do when the target fails.
@@ -67,6 +73,7 @@ pub struct Job {
     parts: Parts,
     phase: Phase,
     stage: Stage,
+    syncs: Syncs,
     wish: Option<Wish>,
     /// The wish waits for `finalize`.
     held: bool,
@@ -120,6 +127,7 @@ impl Job {
         parts.mirror.hold(!planted(fault::Fault::CopyBeforeOldWritesEnd));
         let stage = Stage::Attaching(parts.gate.replace(route));
         Self {
+            syncs: Syncs::new(parts.sync_rest),
             parts,
             phase: Phase::Seeding,
             stage,
@@ -194,7 +202,7 @@ impl Job {
     /// Bytes that are left: never 0 before it is ready.
     pub fn remaining(&self) -> u64 {
         let unseen = match &self.stage {
-            Stage::Attaching(_) | Stage::Reaching(_) => self.parts.mirror.source.size(),
+            Stage::Attaching(_) | Stage::Reaching(_) => self.parts.mirror.source.size() - self.parts.seen,
             Stage::Seeding(seeder) => self.parts.mirror.source.size() - seeder.seen(),
             _ => 0,
         };
@@ -230,6 +238,7 @@ impl Job {
 
     /// Takes in what became of one of its operations; a step follows.
     pub fn complete<I: Io>(&mut self, tools: &mut Tools<I>, base: Token, done: Completion) {
+        let Some(done) = self.syncs.complete(tools, base, done) else { return };
         match &mut self.stage {
             Stage::Settling(task) | Stage::Reaching(task) => task.complete(tools, base, done),
             Stage::Ending(pivot) => {
@@ -248,6 +257,8 @@ impl Job {
             // What is under way has to end first.
             self.parts.mirror.target.hurry(true);
         }
+        let copying = matches!(self.stage, Stage::Seeding(_) | Stage::Copying) && self.wish.is_none();
+        self.syncs.step(&self.parts.mirror, tools, base, copying && !self.parts.mirror.has_fault());
         match &mut self.stage {
             Stage::Attaching(leaving) => {
                 if leaving.is_empty(tools.waker) || planted(fault::Fault::LookBeforeOldWritesEnd) {
@@ -293,11 +304,11 @@ impl Job {
             Stage::Settling(task) => {
                 if task.step(tools, base) == Status::Done {
                     let Stage::Settling(task) = std::mem::replace(&mut self.stage, Stage::Copying) else { return true };
-                    match task.end().0 {
+                    match self.parts.mirror.end_settle(task.end().0) {
                         // What is doubtful is copied again, and flushed again.
-                        Ok(()) if self.parts.mirror.mark_doubtful() => {}
-                        Ok(()) if self.phase == Phase::Ready => self.flushed = true,
-                        Ok(()) => self.happened(Happened::CaughtUp),
+                        Ok(true) => {}
+                        Ok(false) if self.phase == Phase::Ready => self.flushed = true,
+                        Ok(false) => self.happened(Happened::CaughtUp),
                         Err(error) => self.parts.mirror.fail(true, error),
                     }
                     return true;
@@ -325,7 +336,7 @@ impl Job {
 
     /// Lets the seeder look, and the copiers at the target.
     fn begin_seeding(&mut self) {
-        self.stage = Stage::Seeding(Seeder::new(self.parts.target_is_zero));
+        self.stage = Stage::Seeding(Seeder::from(self.parts.seen, self.parts.target_is_zero));
         self.parts.mirror.hold(self.paused);
         self.choose_mode();
     }
@@ -341,9 +352,9 @@ impl Job {
             Phase::Seeding if settled || mirror.stats.copied.load(Ordering::Relaxed) >= self.seeded => {
                 self.happened(Happened::SeedDone);
             }
-            Phase::Converging if self.paused || mirror.has_fault() => {}
+            Phase::Converging if self.paused || mirror.has_fault() || self.syncs.is_under_way() => {}
             Phase::Converging if settled || (!mirror.write_both() && backlog <= BACKLOG_READY) => {
-                self.stage = Stage::Settling(Box::new(Task::flush(Arc::clone(&mirror.target))));
+                self.stage = Stage::Settling(Box::new(mirror.begin_settle()));
             }
             Phase::Ready if backlog > 4 * BACKLOG_READY => self.happened(Happened::FellBehind),
             _ => {}
@@ -423,6 +434,10 @@ impl Job {
         match self.phase.on(happened) {
             Some(phase) => {
                 self.was_ready |= phase == Phase::Ready;
+                if happened == Happened::SeedDone {
+                    // Everything was looked at once, or is about to be copied for another reason.
+                    self.parts.mirror.set_compare(false);
+                }
                 self.phase = phase;
             }
             None => unreachable!("{happened:?} in {:?}", self.phase),

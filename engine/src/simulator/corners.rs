@@ -61,6 +61,8 @@ impl Stage {
             mirror: Arc::clone(&self.mirror),
             gate: Arc::clone(&self.gate),
             target_is_zero: true,
+            seen: 0,
+            sync_rest: Duration::from_secs(1),
             mode: Mode::Background,
             on_target_error,
             pause_max: Duration::from_secs(1),
@@ -250,7 +252,7 @@ fn a_request_that_waits_for_a_claim_does_not_wake_itself() {
         assert_eq!(request.step(&stage.gate, &mut tools, Token(0)), Status::Blocked);
         assert!(!stage.waker.was_woken(), "it would be stepped again and again for nothing");
     }
-    stage.mirror.release(elsewhere);
+    stage.mirror.release(elsewhere, None);
     assert!(stage.waker.was_woken());
     assert_eq!(request.step(&stage.gate, &mut tools, Token(0)), Status::Busy);
     std::mem::forget(request);

@@ -171,6 +171,8 @@ impl Actor {
             mode: Mode::Background,
             on_target_error: OnError::Report,
             pause_max: Duration::from_secs(60),
+            seen: 0,
+            sync_rest: Duration::from_secs(1),
         });
         let copier = Copier::new(mirror, Depth { slots: 2, run_len: 16 << 10, beside: 16 << 10 }, 0);
         let io = SimIo::new(files, seed ^ number as u64, 0);

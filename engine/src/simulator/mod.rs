@@ -1,6 +1,7 @@
 //! The real stepped code in a world where everything happens in an order that one seed decides:
 //! guests, copiers, the job, errors, kills and power cuts.
 //!
+//! A job that was under way goes on in the next life from its planes, which a kill may find in the middle of a step.
 //! What is checked: a guest never reads what a later write replaced; at a pivot both sides read
 //! alike; after a kill the side that the record names has every write that was answered, after a
 //! power cut every one that was also flushed. For each order that must not change a fault is
@@ -13,6 +14,7 @@ mod files;
 mod group;
 mod guest;
 mod history;
+mod kept;
 mod world;
 
 use crate::control::Mode;
@@ -211,6 +213,52 @@ fn crash_at_every_step(plan: Plan) -> u64 {
 #[test]
 fn a_source_that_is_served_after_the_record_is_caught() {
     assert_caught(Fault::SourceAfterRecord, crashing_after_the_record);
+}
+
+/// Promise 10. The planes of a job at any instant of a kill cover what its target may lack.
+#[test]
+fn a_write_that_is_not_noted_in_flight_is_caught() {
+    assert_caught(Fault::NoFlight, |seed| Plan { mode: Mode::Background, ..killed_in_its_job(seed) });
+}
+
+/// Promise 10.
+#[test]
+fn a_flight_that_lands_before_its_mark_is_caught() {
+    assert_caught(Fault::LandBeforeMark, |seed| Plan { mode: Mode::Background, ..killed_at_a_store(seed) });
+}
+
+/// Promise 10.
+#[test]
+fn a_claim_released_before_its_chunks_are_unsettled_is_caught() {
+    assert_caught(Fault::ReleaseBeforeUnsettled, killed_at_a_store);
+}
+
+/// Promise 10.
+#[test]
+fn forgetting_before_the_settle_is_over_is_caught() {
+    assert_caught(Fault::ForgetBeforeSettled, killed_in_its_job);
+}
+
+/// Promise 10.
+#[test]
+fn forgetting_the_wrong_generation_is_caught() {
+    assert_caught(Fault::ForgetTheWrongGeneration, killed_in_its_job);
+}
+
+/// Promise 10.
+#[test]
+fn progress_ahead_of_its_marks_is_caught() {
+    assert_caught(Fault::SeenBeforeMarks, killed_at_a_store);
+}
+
+/// Killed while its job is under way, most likely; the target is one of whose mappings a kill loses some.
+fn killed_in_its_job(seed: u64) -> Plan {
+    let fate = Fate::Killed(200 + seed % 600);
+    Plan { fate, fail_one_in: 0, raw_target: false, ..Plan::of(seed) }
+}
+
+fn killed_at_a_store(seed: u64) -> Plan {
+    Plan { fate: Fate::KilledAtStore(1 + seed % 300), ..killed_in_its_job(seed) }
 }
 
 /// The daemon is killed, or the power goes, some time after the pivot.

@@ -2,21 +2,25 @@
 use super::files::{Dice, Files, SECTOR, SimIo};
 use super::guest::{Guest, fill, value_of};
 use super::history::{History, Trust};
+use super::kept::Kept;
 use crate::chain::{Apart, Chain, Layer, Look, Source};
 use crate::control::{Mode, OnError};
 use crate::copier::{Copier, Depth, Progress};
 use crate::disk::{DataFile, Disk, Tools};
 use crate::export::gate::{Gate, Route};
+use crate::fault::Killed;
 use crate::io::{Arena, Completion, File, Io, Token, Wait, Waker, Words};
 use crate::job::{Job, Parts, Phase};
 use crate::journal::{WORDS, WordJournal};
 use crate::mirror::Mirror;
 use crate::pivot::{End, RecordFile};
+use crate::planes::TakenUp;
 use formats::image::{Image, Progress as Settling, Settle};
 use formats::journal::Journal;
 use formats::qcow2::{Backing, Create, Open, Qcow2, create};
 use formats::raw::Raw;
 use formats::record::{Record, SLOT_LEN};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -33,8 +37,12 @@ pub enum Fate {
     Lives,
     /// The process is killed at this step.
     Killed(u64),
+    /// The process is killed in the middle of a step: after so many stores to the planes of its job.
+    KilledAtStore(u64),
     /// The power goes at this step.
     PowerCut(u64),
+    /// The process is told to end at this step, and the power goes when it has.
+    Stopped(u64),
 }
 
 /// What a world is like.
@@ -60,9 +68,11 @@ impl Plan {
     /// Everything by the seed.
     pub fn of(seed: u64) -> Self {
         let mut dice = Dice::new(seed ^ 0x5eed);
-        let fate = match dice.roll(4) {
+        let fate = match dice.roll(6) {
             0 => Fate::Lives,
             1 | 2 => Fate::Killed(dice.roll(1500)),
+            3 => Fate::KilledAtStore(1 + dice.roll(400)),
+            4 => Fate::Stopped(dice.roll(1500)),
             _ => Fate::PowerCut(dice.roll(1500)),
         };
         let raw_source = dice.one_in(4);
@@ -99,6 +109,8 @@ pub struct World {
     source: ImageFile,
     target: ImageFile,
     record: u32,
+    /// What outlives the daemon of a job.
+    kept: Kept,
     history: History,
     /// Steps of this life.
     step: u64,
@@ -123,6 +135,8 @@ struct Life {
     /// How many requests were answered, and how many had been when the job became pending.
     answered: u64,
     answered_before: Option<u64>,
+    /// It was told to end.
+    stopping: bool,
 }
 
 impl World {
@@ -163,18 +177,28 @@ impl World {
         }
         let record = files.add(first_record(&mut dice));
         files.sync();
-        Self { plan, dice, files, source, target, record, history, step: 0, pivots: 0, pivoting: None }
+        let kept = Kept::default();
+        Self { plan, dice, files, source, target, record, kept, history, step: 0, pivots: 0, pivoting: None }
     }
 
-    /// Lives as the plan says, and once more after a crash; every promise is checked on the way.
-    /// Says how many pivots there were.
+    /// Lives as the plan says, and again after a crash, and after a second one; every promise is checked on the
+    /// way. Says how many pivots there were.
     pub fn run(mut self) -> u32 {
-        let crashed = self.live(true);
+        let mut crashed = self.live(true);
         self.check(crashed);
-        if crashed.is_some() {
-            self.plan.fate = Fate::Killed(200 + self.dice.roll(300));
+        for last in [false, true] {
+            if crashed.is_none() {
+                break;
+            }
+            self.plan.fate = match self.dice.roll(5) {
+                _ if last => Fate::Lives,
+                0 | 1 => Fate::Killed(200 + self.dice.roll(300)),
+                2 => Fate::KilledAtStore(1 + self.dice.roll(200)),
+                3 => Fate::Stopped(100 + self.dice.roll(300)),
+                _ => Fate::PowerCut(200 + self.dice.roll(300)),
+            };
             self.step = 0;
-            let crashed = self.live(false);
+            crashed = self.live(false);
             self.check(crashed);
         }
         self.pivots
@@ -198,6 +222,7 @@ impl World {
     /// One life. Says how it ended, if by a crash.
     fn live(&mut self, with_job: bool) -> Option<Fate> {
         let mut life = self.open();
+        self.resume_job(&mut life);
         let start = 1 + self.dice.roll(200);
         let mut started = !with_job;
         loop {
@@ -205,6 +230,7 @@ impl World {
             match self.plan.fate {
                 Fate::Killed(step) if step == self.step => return Some(self.kill(life)),
                 Fate::PowerCut(step) if step == self.step => return Some(self.cut_power(life)),
+                Fate::Stopped(step) if step == self.step && life.may_stop() => return Some(self.stop(life)),
                 _ => {}
             }
             let may_start = !self.plan.eager || life.guests.iter().any(|guest| guest.is_zeroing() || guest.left == 0);
@@ -212,7 +238,13 @@ impl World {
                 started = true;
                 self.start_job(&mut life);
             }
-            self.step(&mut life);
+            // A kill at a store ends the step where it is.
+            if let Err(end) = catch_unwind(AssertUnwindSafe(|| self.step(&mut life))) {
+                if !end.is::<Killed>() {
+                    resume_unwind(end);
+                }
+                return Some(self.kill(life));
+            }
             if started && life.is_silent() && life.job.is_none() {
                 drop(life);
                 return None;
@@ -247,7 +279,7 @@ impl World {
         for completion in done {
             job.complete(&mut tools, Token(0), completion);
         }
-        if job.phase() == Phase::Ready && !job.is_ending() && self.dice.one_in(6) {
+        if job.phase() == Phase::Ready && !life.stopping && !job.is_ending() && self.dice.one_in(6) {
             let end = End::Switch { record: new_record(), journal: Some(Arc::clone(journal)), member: None };
             job.pivot(end, self.record_file());
             if self.plan.held {
@@ -276,6 +308,7 @@ impl World {
         }
         if phase.is_over() {
             life.job = None;
+            self.kept.forget();
         }
     }
 
@@ -319,18 +352,40 @@ impl World {
             switched: false,
             answered: 0,
             answered_before: None,
+            stopping: false,
         }
     }
 
     fn start_job(&mut self, life: &mut Life) {
+        let taken = self.kept.begin(DISK, CHUNK_BITS);
+        self.follow(life, &taken);
+    }
+
+    /// As the daemon does, before anybody is served: goes on with the job, unless it has pivoted.
+    fn resume_job(&mut self, life: &mut Life) {
+        let pivoted = self.record_file().newest().is_some_and(|record| record.truth == "target");
+        if pivoted {
+            self.kept.forget();
+        }
+        if let Some(taken) = self.kept.take_up() {
+            self.follow(life, &taken);
+        }
+    }
+
+    fn follow(&mut self, life: &mut Life, taken: &TakenUp) {
         let (target, journal) = self.open_image(&self.target, true);
         let source = life.gate.route().disk;
-        let mirror = Arc::new(Mirror::new(source, target, CHUNK_BITS, self.plan.shallow));
+        let planes = self.kept.lay_out(taken, !self.target.raw);
+        let mirror = Arc::new(Mirror::on(planes, source, target, self.plan.shallow));
+        mirror.set_compare(taken.compare);
+        self.kept.kill_at_store(if let Fate::KilledAtStore(stores) = self.plan.fate { Some(stores) } else { None });
         let job = Job::start(Parts {
             id: "job".to_owned(),
             mirror: Arc::clone(&mirror),
             gate: Arc::clone(&life.gate),
-            target_is_zero: true,
+            target_is_zero: taken.target_is_zero,
+            seen: taken.seen,
+            sync_rest: Duration::from_millis(20),
             mode: self.plan.mode,
             on_target_error: OnError::Ignore,
             pause_max: Duration::from_secs(3600),
@@ -412,9 +467,43 @@ impl World {
         self.plan.fate
     }
 
+    /// As the daemon ends: requests and copies are finished, both sides are settled, the planes are left in order.
+    fn stop(&mut self, mut life: Life) -> Fate {
+        life.stopping = true;
+        self.kept.kill_at_store(None);
+        life.guests.iter_mut().for_each(|guest| guest.left = 0);
+        let mirror = life.job.as_ref().map(|(job, ..)| Arc::clone(job.mirror()));
+        mirror.iter().for_each(|mirror| mirror.hold(true));
+        let busy = |life: &Life| {
+            let copies = mirror.as_ref().is_some_and(|mirror| !mirror.is_idle());
+            copies || !life.control.is_empty() || life.guests.iter().any(|guest| !guest.is_idle())
+        };
+        for steps in 0.. {
+            assert!(steps < 100_000, "it does not end: {:?}: {}", self.plan, life.describe());
+            if !busy(&life) {
+                break;
+            }
+            self.step(&mut life);
+            mirror.iter().for_each(|mirror| mirror.hold(true));
+        }
+        let disks = [Some(&life.gate.route().disk), mirror.as_ref().map(|mirror| &mirror.target)]
+            .map(Option::<&Arc<Disk>>::cloned);
+        for (disk, file) in disks.into_iter().zip([self.source.file, self.target.file]) {
+            let image = if file == self.source.file { &self.source } else { &self.target };
+            disk.iter().for_each(|disk| settle(&*disk.chain().top().image, &self.files, image));
+        }
+        for file in [&self.source, &self.target].into_iter().flat_map(|image| [Some(image.file), image.data]).flatten()
+        {
+            self.files.sync_one(file);
+        }
+        mirror.iter().for_each(|mirror| assert!(mirror.leave()));
+        self.cut_power(life)
+    }
+
     fn cut_power(&mut self, life: Life) -> Fate {
         life.die();
         self.files.cut_power(&mut self.dice);
+        self.kept.reboot();
         // Another boot: what memory kept through a kill is gone.
         for image in [&mut self.source, &mut self.target] {
             image.words = Arc::new(Words::in_memory(WORDS));
@@ -427,6 +516,7 @@ impl World {
         let now = self.history.tick();
         let trust = match crashed {
             Some(Fate::PowerCut(_)) => Trust::Flushed,
+            // Whatever was answered was made durable.
             _ => Trust::AnsweredBefore(now),
         };
         let (disk, _) = self.open_image(self.served(), false);
@@ -449,6 +539,11 @@ impl Life {
     /// True where no guest has anything left to ask.
     fn is_silent(&self) -> bool {
         self.guests.iter().all(|guest| guest.left == 0 && guest.is_idle())
+    }
+
+    /// True where no job is ending: then the daemon sees to that first.
+    fn may_stop(&self) -> bool {
+        self.job.as_ref().is_some_and(|(job, ..)| !job.is_ending() && job.phase() != Phase::Pivoting)
     }
 
     fn step_copier(&mut self) {

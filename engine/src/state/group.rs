@@ -31,7 +31,7 @@ impl StateFolder {
 
     /// Where the record of groups is.
     pub fn group_path(&self) -> PathBuf {
-        self.folder.join("group.record")
+        self.folder.join("together.group")
     }
 
     /// Brings the members of a group into their exports' own records, where a crash came between. Says which.

@@ -17,6 +17,7 @@ use crate::control::{Code, Event, MirrorRequest, Mode, Refusal, Reply, Request, 
 use crate::disk::Tools;
 use crate::io::{Completion, Io, Token, Waker};
 use crate::job::{IoError, Phase};
+use crate::mirror::Mirror;
 use crate::open::{Identity, export_named, files_of, identity};
 use crate::state::StateFolder;
 use crate::target::NO_BLOCKING;
@@ -109,7 +110,6 @@ impl Desk {
                     let (request, refusal) = *failed;
                     tracing::error!(export = self.exports[&number].name, "its job cannot go on: {refusal}");
                     self.failed_to_resume(number, request, refusal);
-                    self.forget_job(number);
                 }
             }
         }
@@ -405,13 +405,20 @@ impl Desk {
 
     /// Ends the jobs, and leaves every image durable and tidy. Nobody uses the exports any more.
     pub fn close(self) -> Result<()> {
-        self.jobs.into_values().for_each(Active::close);
+        let mut left: BTreeMap<usize, Arc<Mirror>> =
+            self.jobs.into_iter().filter_map(|(number, active)| Some((number, active.close()?))).collect();
         let mut outcome = Ok(());
-        for export in self.exports.values() {
+        for (number, export) in &self.exports {
             let disk = export.gate.route().disk;
-            if !disk.read_only() {
-                outcome = outcome.and(disk.chain().top().close());
+            let closed = if disk.read_only() { Ok(()) } else { disk.chain().top().close() };
+            // Both sides are durable: the next start goes on from here, also after a reboot.
+            if let Some(mirror) = left.remove(number).filter(|_| closed.is_ok() && !disk.is_poisoned())
+                && mirror.leave()
+                && let Err(error) = self.state.sync_planes(&export.name)
+            {
+                tracing::warn!("{}", error.one_line());
             }
+            outcome = outcome.and(closed);
         }
         outcome
     }

@@ -1,0 +1,72 @@
+//! What the state folder of a world keeps of its job: the planes, through kills and reboots.
+use crate::dirty::DirtyBitmap;
+use crate::fault::kill_at_store;
+use crate::io::Words;
+use crate::planes::{Planes, TakenUp, lay_out};
+use formats::planes::{Header, Left};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// Guest writes in flight: one fewer than there are guests, so that some wait for a place.
+const FLIGHTS: u32 = 2;
+
+#[derive(Default)]
+pub struct Kept {
+    planes: Option<(Header, Arc<Words>)>,
+    boot: u64,
+}
+
+impl Kept {
+    /// A job begins.
+    pub fn begin(&mut self, size: u64, chunk_bits: u32) -> TakenUp {
+        let header = Header {
+            boot: [7, self.boot],
+            job: 1,
+            size,
+            chunk_bits,
+            flights: FLIGHTS,
+            source: (1, 1),
+            target: (2, 2),
+            target_is_zero: true,
+        };
+        self.planes = Some((header, Arc::new(Words::in_memory(0))));
+        TakenUp::nothing(&header)
+    }
+
+    /// What the job goes on with, if there is one.
+    pub fn take_up(&mut self) -> Option<TakenUp> {
+        let (_, words) = self.planes.as_ref()?;
+        let words = load(words);
+        let left = Left::parse(&words).expect("our own planes");
+        Some(TakenUp::of(&left, [7, self.boot]))
+    }
+
+    /// New planes for what a job begins or goes on with: the old ones are not touched.
+    pub fn lay_out(&mut self, taken: &TakenUp, settles: bool) -> (DirtyBitmap, Planes) {
+        let (header, words) = self.planes.as_mut().expect("a job");
+        (header.boot, header.target_is_zero) = ([7, self.boot], taken.target_is_zero);
+        *words = Arc::new(Words::in_memory(header.layout().words()));
+        lay_out(words, header, taken);
+        Planes::on(words, header, settles)
+    }
+
+    /// The daemon is killed after so many more stores, if it is.
+    pub fn kill_at_store(&self, stores: Option<u64>) {
+        let words = self.planes.as_ref().map(|(_, words)| Arc::clone(words));
+        kill_at_store(words.zip(stores));
+    }
+
+    /// Another run of the system.
+    pub fn reboot(&mut self) {
+        self.boot += 1;
+    }
+
+    /// The job is over.
+    pub fn forget(&mut self) {
+        self.planes = None;
+    }
+}
+
+fn load(words: &Words) -> Vec<u64> {
+    words.iter().map(|word| word.load(Ordering::Relaxed)).collect()
+}
