@@ -34,11 +34,14 @@ impl Begin {
     }
 }
 
+/// A job that does not go on, and why.
+pub(super) type Unresumed = Box<(MirrorRequest, Refusal)>;
+
 /// The job that was under way, and from where it goes on; `None` where there was none, or its pivot happened.
 pub(super) fn find(
     export: &Export,
     state: &StateFolder,
-) -> std::result::Result<Option<(MirrorRequest, Begin)>, Box<(MirrorRequest, Refusal)>> {
+) -> std::result::Result<Option<(MirrorRequest, Begin)>, Unresumed> {
     let kept = match state.kept_job(&export.name) {
         Ok(Some(kept)) => kept,
         Ok(None) => return Ok(None),
@@ -70,12 +73,7 @@ pub(super) fn find(
 }
 
 /// A job that does not go on: what it knows counts no more, for its source is served without it.
-pub(super) fn refused(
-    export: &Export,
-    state: &StateFolder,
-    request: MirrorRequest,
-    refusal: Refusal,
-) -> Box<(MirrorRequest, Refusal)> {
+pub(super) fn refused(export: &Export, state: &StateFolder, request: MirrorRequest, refusal: Refusal) -> Unresumed {
     if let Ok(Some(kept)) = state.kept_job(&export.name)
         && kept.planes.is_some()
         && let Err(error) = state.keep_job(&KeptJob { planes: None, ..kept })
