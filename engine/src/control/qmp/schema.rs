@@ -32,6 +32,7 @@ impl Schema {
         let info = match shape {
             Shape::Text => builtin("str", "string"),
             Shape::Whole => builtin("int", "int"),
+            Shape::Number => builtin("number", "number"),
             Shape::Flag => builtin("bool", "boolean"),
             Shape::Null => builtin("null", "null"),
             Shape::Any => builtin("any", "value"),

@@ -14,6 +14,8 @@ use std::fmt;
 pub(super) enum Shape {
     Text,
     Whole,
+    /// With a fraction.
+    Number,
     Flag,
     Null,
     /// Whatever there is.
@@ -118,6 +120,7 @@ impl<'de> Deserializer<'de> for Reader<'_> {
         deserialize_u16, Shape::Whole, visit_u64, 0;
         deserialize_u32, Shape::Whole, visit_u64, 0;
         deserialize_u64, Shape::Whole, visit_u64, 0;
+        deserialize_f64, Shape::Number, visit_f64, 0.0;
         deserialize_str, Shape::Text, visit_str, "";
         deserialize_string, Shape::Text, visit_str, "";
     }
@@ -168,7 +171,7 @@ impl<'de> Deserializer<'de> for Reader<'_> {
     }
 
     serde::forward_to_deserialize_any! {
-        i8 i16 i32 i64 i128 u128 f32 f64 char bytes byte_buf unit_struct newtype_struct tuple tuple_struct map
+        i8 i16 i32 i64 i128 u128 f32 char bytes byte_buf unit_struct newtype_struct tuple tuple_struct map
         identifier ignored_any
     }
 }
