@@ -4,10 +4,13 @@ use crate::chain::{Chain, Layer};
 use crate::dirty::DirtyBitmap;
 use crate::disk::{DataFile, Disk};
 use crate::export::gate::{Gate, Route};
+use crate::io::Words;
 use crate::io::{File, Waker};
 use crate::mirror::Mirror;
+use crate::planes::Planes;
 use crate::sync::{AtomicU64, Ordering};
 use formats::image::Image;
+use formats::planes::Header;
 use formats::range::ByteRange;
 use formats::raw::Raw;
 use formats::storage::Storage;
@@ -115,6 +118,72 @@ fn a_mirror_is_not_settled_while_a_copy_may_fail() {
         assert!(!mirror.is_settled(), "the target still lacks the chunk");
         copier.join().expect("no panic");
     });
+}
+
+/// A settle of the target forgets what was there when it began, and nothing else. The target's bytes are
+/// relaxed: only the planes order them.
+#[test]
+fn a_settle_does_not_forget_what_it_has_not_seen() {
+    loom::model(|| {
+        let (words, planes) = planes();
+        let planes = Arc::new(planes);
+        let target = Arc::new(AtomicU64::new(0));
+        let copier = {
+            let (planes, target) = (Arc::clone(&planes), Arc::clone(&target));
+            loom::thread::spawn(move || {
+                target.store(1, Ordering::Relaxed);
+                planes.brought(CHUNK);
+            })
+        };
+        planes.turn();
+        let settled = target.load(Ordering::Relaxed) == 1;
+        planes.settled();
+        copier.join().expect("no panic");
+        let unsettled = header().layout().unsettled.into_iter().flatten();
+        let noted = unsettled.map(|word| words[word].load(Ordering::Relaxed)).any(|word| word != 0);
+        assert!(settled || noted, "the target has it in memory alone, and nobody knows");
+    });
+}
+
+/// Two guest writes and one place in flight: one has it, and the other is woken.
+#[test]
+fn a_place_in_flight_has_one_write_at_a_time() {
+    loom::model(|| {
+        let (_, planes) = planes();
+        let planes = Arc::new(planes);
+        let first = planes.depart(CHUNK).expect("a free place");
+        let other = {
+            let planes = Arc::clone(&planes);
+            loom::thread::spawn(move || planes.land(first))
+        };
+        let waker = Waker::simulated(4);
+        planes.landed().listen(&waker);
+        let second = planes.depart(CHUNK);
+        let got = second.is_some();
+        assert!(!got || planes.depart(CHUNK).is_none(), "two are in one place");
+        other.join().expect("no panic");
+        assert!(got || waker.was_woken(), "a write waits for good");
+    });
+}
+
+fn header() -> Header {
+    Header {
+        boot: [1, 2],
+        job: 3,
+        size: CHUNK.end,
+        chunk_bits: CHUNK_BITS,
+        flights: 1,
+        source: (4, 5),
+        target: (6, 7),
+        target_is_zero: true,
+    }
+}
+
+/// Planes of one chunk, and the words that they lie in.
+fn planes() -> (Arc<Words>, Planes) {
+    let words = Arc::new(Words::in_memory(header().layout().words()));
+    let (_, planes) = Planes::on(&words, &header(), true);
+    (words, planes)
 }
 
 /// Closed and nobody inside: then nobody is, and nobody will be.
