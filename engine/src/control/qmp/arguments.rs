@@ -83,7 +83,9 @@ pub(super) struct RemoveExport {
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub(super) struct SnapshotSync {
-    pub(super) device: String,
+    /// QEMU takes a node's name instead, which exports have not.
+    #[serde(default)]
+    pub(super) device: Option<String>,
     pub(super) snapshot_file: String,
     #[serde(default)]
     pub(super) format: Option<TargetFormat>,
@@ -96,14 +98,17 @@ fn absolute_paths() -> NewImageMode {
 }
 
 impl SnapshotSync {
-    pub(super) fn into_request(self) -> SnapshotRequest {
-        SnapshotRequest {
-            export: self.device,
+    /// # Errors
+    /// That no export is named.
+    pub(super) fn into_request(self) -> Result<SnapshotRequest, Problem> {
+        let unnamed = || Problem::invalid("blockdev-snapshot-sync: 'device' has to name the export");
+        Ok(SnapshotRequest {
+            export: self.device.ok_or_else(unnamed)?,
             file: self.snapshot_file,
             reuse_external: self.mode == NewImageMode::Existing,
             format: self.format,
             ..SnapshotRequest::default()
-        }
+        })
     }
 }
 

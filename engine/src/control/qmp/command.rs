@@ -155,7 +155,9 @@ const COMMANDS: &[Command] = &[
         let request = libvirt::rebase(it.export, it.base, it.bandwidth, it.flags)?;
         Ok(waiting(Request::Mirror(MirrorRequest { dry_run: it.dry_run, ..request })))
     }),
-    command!("blockdev-snapshot-sync", SnapshotSync => Empty, |it| Ok(waiting(Request::Snapshot(it.into_request())))),
+    command!("blockdev-snapshot-sync", SnapshotSync => Empty, |it| {
+        it.into_request().map(|request| waiting(Request::Snapshot(request)))
+    }),
     command!("drive-mirror", DriveMirror => Empty, |it| {
         Ok(Plan::Ask(Call { request: Request::Mirror(it.into_request()?), wait: false }, render::nothing))
     }),
