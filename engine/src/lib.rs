@@ -20,7 +20,7 @@ pub mod pivot;
 pub mod planes;
 pub mod rate;
 pub mod seed;
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod simulator;
 pub mod state;
 mod sync;
