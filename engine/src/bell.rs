@@ -22,6 +22,8 @@ impl Bell {
             listeners.push(waker.clone());
         }
         self.awaited.store(true, Ordering::SeqCst);
+        // The look that follows sees what was in place before a ring that saw nobody listen.
+        fence(Ordering::SeqCst);
     }
 
     /// Wakes everybody who listens. What they wait for has to be in place before.
