@@ -15,6 +15,7 @@ mod group;
 mod guest;
 mod history;
 mod kept;
+mod resize;
 mod world;
 
 use crate::control::Mode;
