@@ -52,6 +52,8 @@ pub enum Fault {
     SeenBeforeMarks,
     /// 12: a server that said ACK to STARTTLS is spoken to in plain.
     PlainBehindStartTls,
+    /// 13: a write to another server's export is done while its bytes are still being sent.
+    DoneBeforeSent,
 }
 
 #[cfg(all(test, not(loom)))]
