@@ -3,16 +3,20 @@ use crate::error::{Context, Error, Result};
 use crate::image::{Description, Extent, Image, Place, Progress, Reservation, Reserve, Settle, Zeroed, Zeroing};
 use crate::range::ByteRange;
 use crate::storage::Storage;
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// A raw image.
 pub struct Raw {
     storage: Arc<dyn Storage>,
     size: u64,
-    /// The run of data that was found last: to look for a run's end takes the file system long, and a copier asks for
-    /// it piece by piece. What has become a hole since is data still, whose zeroes the copier sees.
-    data: Mutex<ByteRange>,
+    /// The runs of data that were found last: to look for a run's end takes the file system long, and copiers ask for
+    /// it piece by piece, each where it is. What has become a hole since is data still, whose zeroes they see.
+    data: Mutex<VecDeque<ByteRange>>,
 }
+
+/// How many runs are remembered.
+const RUNS_MAX: usize = 8;
 
 impl Raw {
     /// A raw image of `size` bytes; the file may be longer.
@@ -52,15 +56,18 @@ impl Image for Raw {
 
     fn map_thin(&self, at: u64, len_max: u64) -> Result<Extent> {
         let guest = self.clip(at, len_max)?;
-        let mut data = self.data.lock().unwrap_or_else(PoisonError::into_inner);
-        if !(data.start..data.end).contains(&at) {
-            let extent = thin(&*self.storage, ByteRange { start: at, end: self.size }, at)?;
-            if extent.place == Place::Zero {
-                return Ok(Extent { guest: extent.guest.intersect(guest), place: Place::Zero });
-            }
-            *data = extent.guest;
+        let known = || self.data.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = known().iter().copied().find(|run| (run.start..run.end).contains(&at));
+        if let Some(run) = found {
+            return Ok(Extent { guest: guest.intersect(run), place: Place::Data { host: at } });
         }
-        Ok(Extent { guest: guest.intersect(*data), place: Place::Data { host: at } })
+        let extent = thin(&*self.storage, ByteRange { start: at, end: self.size }, at)?;
+        if extent.place != Place::Zero {
+            let mut known = known();
+            known.push_front(extent.guest);
+            known.truncate(RUNS_MAX);
+        }
+        Ok(Extent { guest: guest.intersect(extent.guest), ..extent })
     }
 
     fn describe(&self, at: u64, len_max: u64) -> Result<Description> {
