@@ -72,7 +72,8 @@ impl Image for Raw {
 
     fn describe(&self, at: u64, len_max: u64) -> Result<Description> {
         // A hole in the file is a place too.
-        thin(&*self.storage, self.clip(at, len_max)?, at).map(|extent| Description { host: Some(at), ..Description::from(extent) })
+        thin(&*self.storage, self.clip(at, len_max)?, at)
+            .map(|extent| Description { host: Some(at), ..Description::from(extent) })
     }
 
     fn reserve(&self, guest: ByteRange) -> Result<Reserve> {

@@ -150,8 +150,7 @@ impl World {
         let heard = if part == Part::Send { self.heard.take() } else { None };
         let was_heard = heard.is_some();
         let result = heard.unwrap_or_else(|| self.result(&mut op));
-        self.overheard |=
-            self.inside_tls && self.far.as_ref().is_some_and(|far| !IN_PLAIN.starts_with(&far.plain));
+        self.overheard |= self.inside_tls && self.far.as_ref().is_some_and(|far| !IN_PLAIN.starts_with(&far.plain));
         if part == Part::Send && !was_heard && self.random.below(2) == 0 {
             self.heard = Some(result);
             self.pending.push((part, op));
