@@ -418,8 +418,12 @@ pub struct Mirror {
     /// The export's name
     pub export: String,
     /// Where the copy goes: a file, a block device, or an NBD address (nbd://HOST/EXPORT)
-    #[arg(value_hint = ValueHint::AnyPath)]
-    pub target: String,
+    #[arg(value_hint = ValueHint::AnyPath, required_unless_present = "chain")]
+    pub target: Option<String>,
+    /// Copy every layer of the chain to this folder, with relative backing names: the lower ones as they are, then the top
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    #[arg(conflicts_with_all = ["target", "shallow", "reuse_external", "raw", "format", "relative_backing", "blockdev"])]
+    pub chain: Option<String>,
     /// Copy only what the top layer holds; the target has the same backing as the source
     #[arg(long)]
     pub shallow: bool,

@@ -71,7 +71,9 @@ impl Stay {
 fn request(args: Mirror) -> Result<MirrorRequest, Failure> {
     Ok(MirrorRequest {
         export: args.export,
-        target: name(&args.target)?,
+        // One of the two is given.
+        target: name(args.chain.as_ref().or(args.target.as_ref()).map_or("", String::as_str))?,
+        chain: args.chain.is_some(),
         shallow: args.shallow,
         reuse_external: args.reuse_external,
         format: if args.raw { Some(TargetFormat::Raw) } else { args.format },

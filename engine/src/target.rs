@@ -13,10 +13,12 @@
 //! ```
 //!
 //! An export of another server is there already, asked for or not, and raw: it is what its server makes of it.
+mod chain;
 mod creation;
 mod data_file;
 mod overlay;
 
+pub use chain::{ChainPlan, LowerFile, plan_chain};
 pub use overlay::plan_overlay;
 
 use crate::chain::Layer;
@@ -50,7 +52,6 @@ const GRANULARITY_MAX: u64 = 64 << 20;
 const GRANULARITY: u64 = 64 << 10;
 
 /// A request that was found to be possible.
-#[derive(Debug)]
 pub struct Plan {
     /// Full name of the target.
     pub path: PathBuf,
@@ -58,8 +59,8 @@ pub struct Plan {
     pub format: TargetFormat,
     /// Only what the source's top layer holds is copied.
     pub shallow: bool,
-    /// Where it is made upon the source's layers: the first of them that is below it.
-    below: Option<usize>,
+    /// The layers that it is made upon, where it does not say by itself what is below it.
+    below: Option<Vec<Arc<Layer>>>,
     /// How the target is made, where it has to be.
     creation: Option<Creation>,
     /// What is there.
@@ -70,6 +71,23 @@ pub struct Plan {
     pub chunk_bits: u32,
     /// What the request was taken to mean, a sentence each.
     pub notes: Vec<String>,
+}
+
+/// What was made ready for a job before it begins, for that takes long.
+#[derive(Clone, Default)]
+pub enum Reached {
+    /// Nothing had to be.
+    #[default]
+    Nothing,
+    /// Its target: an export of another server.
+    Export(Arc<Remote>),
+    /// The layers below its target, copied.
+    Lower {
+        /// The first of them is right below the target.
+        layers: Vec<Arc<Layer>>,
+        /// Bytes that were copied.
+        bytes: u64,
+    },
 }
 
 /// A target that is open.
@@ -91,7 +109,7 @@ pub type Journals<'a> = &'a dyn Fn(&Path) -> Result<Arc<dyn Journal>>;
 /// waits.
 pub fn plan(
     request: &MirrorRequest,
-    reached: Option<Arc<Remote>>,
+    reached: &Reached,
     source: &Disk,
     reach: &Reach,
 ) -> std::result::Result<Plan, Refusal> {
@@ -118,8 +136,8 @@ pub fn plan(
     refuse_own_layers(&path, request.format, layers)?;
     let remote = match (address, reached) {
         (None, _) => None,
-        (Some(_), Some(remote)) => Some(remote),
-        (Some(address), None) => {
+        (Some(_), Reached::Export(remote)) => Some(Arc::clone(remote)),
+        (Some(address), _) => {
             let remote = Remote::open(&address, true, reach.certificates.as_deref());
             Some(remote.map_err(|error| failed(&error))?)
         }
@@ -136,7 +154,10 @@ pub fn plan(
     if let Some(header) = &header {
         notes.extend(what_stays(header, format));
     }
-    let below = (shallow && create).then_some(1);
+    let below = (shallow && create).then(|| match reached {
+        Reached::Lower { layers, .. } => layers.clone(),
+        _ => layers[1..].to_vec(),
+    });
     if request.relative_backing && below.is_none() {
         return Err(invalid(format!(
             "{}: --relative-backing is of a backing name that is written: only a shallow copy into a new qcow2 image \
@@ -146,7 +167,7 @@ pub fn plan(
     }
     let creation = match create {
         true => {
-            let upon = below.map(|below| Upon { layer: &layers[below], relative: request.relative_backing });
+            let upon = below.as_ref().map(|below| Upon { layer: &below[0], relative: request.relative_backing });
             let creation = Creation::plan(&request.options, format, &path, layers, header.as_ref(), upon);
             Some(creation.map_err(|refusal| named(&path, refusal))?)
         }
@@ -229,8 +250,8 @@ impl Plan {
             ..Access::writable(reach)
         };
         let create = self.creation.is_some();
-        let disk = match self.below {
-            Some(below) => open_on(&self.path, self.format, access, &source.chain().layers()[below..])?,
+        let disk = match &self.below {
+            Some(below) => open_on(&self.path, self.format, access, below)?,
             None => open_disk(&self.path, Some(self.format), access)?,
         };
         // A block device keeps what was on it.

@@ -147,6 +147,9 @@ pub struct MirrorRequest {
     /// A target that is made names its backing by the way from its own folder.
     #[serde(default, skip_serializing_if = "is_false")]
     pub relative_backing: bool,
+    /// The target is a folder, to which every layer of the chain goes.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub chain: bool,
 }
 
 /// A request for an external snapshot: a new overlay becomes the top of an export's chain, and what was the top is not
@@ -198,6 +201,7 @@ impl Default for MirrorRequest {
             auto_dismiss: true,
             options: CreateOptions::default(),
             relative_backing: false,
+            chain: false,
         }
     }
 }

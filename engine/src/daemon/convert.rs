@@ -8,7 +8,7 @@ use crate::io::{Arena, Io, Op, Ring, Token, Wait, Waker};
 use crate::mirror::Mirror;
 use crate::open::{Access, open_disk_at};
 use crate::seed::Seeder;
-use crate::target::plan;
+use crate::target::{Reached, plan};
 use formats::backing::Location;
 use formats::error::{Context, Error, Result};
 use formats::journal::Forgetful;
@@ -68,7 +68,7 @@ pub fn convert(options: &ConvertOptions, mut progress: impl FnMut(Copied)) -> Re
         ..MirrorRequest::default()
     };
     let refused = |refusal: crate::control::Refusal| Error::invalid(refusal.message);
-    let mut plan = plan(&request, None, &source, &options.reach).map_err(refused)?;
+    let mut plan = plan(&request, &Reached::Nothing, &source, &options.reach).map_err(refused)?;
     if options.compress {
         plan.compress().map_err(refused)?;
     }

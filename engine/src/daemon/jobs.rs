@@ -11,7 +11,6 @@ use crate::control::{Code, MirrorMap, MirrorRequest, Refusal, Started, Status, T
 use crate::copier::Depth;
 use crate::dirty::Cell;
 use crate::disk::Disk;
-use crate::io::remote::Remote;
 use crate::job::{Goal, Job, Parts, Phase, path};
 use crate::journal::WordJournal;
 use crate::mirror::Mirror;
@@ -19,7 +18,7 @@ use crate::open::identity;
 use crate::pivot::{End, Member};
 use crate::planes::Planes;
 use crate::state::{KeptJob, StateFolder, owner};
-use crate::target::{Plan, plan};
+use crate::target::{Plan, Reached, plan};
 use formats::error::{Context, Error};
 use formats::journal::Journal;
 use formats::planes::Header;
@@ -47,6 +46,8 @@ pub(super) struct Active {
     target: PathBuf,
     journal: Option<Arc<WordJournal>>,
     notes: Vec<String>,
+    /// Bytes of layers below its target that were copied before it began.
+    brought_before: u64,
     auto_finalize: bool,
     auto_dismiss: bool,
     /// What was told of it last.
@@ -66,10 +67,10 @@ struct Told {
 impl Active {
     /// Starts a job, or says why not; `check` refuses a target that somebody else uses. No job where it was
     /// only asked whether it could be.
-    /// `reached` is its target where that is an export of another server.
+    /// `reached` was made ready for it.
     pub fn start(
         request: &MirrorRequest,
-        reached: Option<Arc<Remote>>,
+        reached: Reached,
         export: &Export,
         reach: &Reach,
         state: &StateFolder,
@@ -102,8 +103,8 @@ impl Active {
                            make the target first and use --reuse-external";
             return Err(Refusal::new(Code::OperationUnsupported, message));
         }
-        let reached = if let Begin::New(reached) = &begin { reached.clone() } else { None };
-        let mut plan = plan(request, reached, &source, reach)?;
+        let reached = if let Begin::New(reached) = &begin { reached.clone() } else { Reached::Nothing };
+        let mut plan = plan(request, &reached, &source, reach)?;
         plan.refuse_following(request)?;
         let id = request.job_id.clone().unwrap_or_else(|| export.name.clone());
         let started = Started { job: id.clone(), notes: plan.notes.clone() };
@@ -158,6 +159,7 @@ impl Active {
             job_id: Some(id.clone()),
             options: CreateOptions::default(),
             relative_backing: false,
+            chain: false,
             ..request.clone()
         };
         let keep = |target_identity| KeptJob {
@@ -181,6 +183,7 @@ impl Active {
             on_target_error: request.on_target_error,
             pause_max: PAUSE_MAX,
         });
+        let brought_before = if let Reached::Lower { bytes, .. } = reached { bytes } else { 0 };
         let (begun, pace) = (Instant::now(), Pace::default());
         let active = Self {
             job,
@@ -188,6 +191,7 @@ impl Active {
             target: path,
             journal,
             notes: plan.notes,
+            brought_before,
             auto_finalize: request.auto_finalize,
             auto_dismiss: request.auto_dismiss,
             told: None,
@@ -305,8 +309,8 @@ impl Active {
             paused: self.job.is_paused(),
             job: Some(self.job.id().to_owned()),
             mode: Some(self.job.mode()),
-            total_bytes: copied + remaining,
-            copied_bytes: copied,
+            total_bytes: self.brought_before + copied + remaining,
+            copied_bytes: self.brought_before + copied,
             remaining_bytes: remaining,
             dirty_bytes: mirror.dirty.marked_bytes(),
             speed_bytes_per_s: mirror.rate.limit(),

@@ -4,6 +4,7 @@
 //! control thread   sockets, QMP clients: `control_thread`; what they ask for, jobs, pivots: `desk`
 //! nbd threads      one a connection: a `Session`
 //! copy threads     one or two a job: a `Copier`
+//! lower threads    one a chain that is copied as a whole, before its job begins: `lower`
 //! pool             one a processor: what inflates and deflates for them
 //! ```
 //!
@@ -17,6 +18,7 @@ mod desk;
 mod exports;
 mod jobs;
 mod listen;
+mod lower;
 mod map;
 mod pace;
 mod pool;

@@ -5,20 +5,18 @@
 //! job can go on after all, source and target are compared.
 use super::exports::Export;
 use crate::control::{Code, MirrorRequest, Refusal};
-use crate::io::remote::Remote;
 use crate::open::{identity, same_image};
 use crate::planes::TakenUp;
 use crate::state::{KeptJob, StateFolder, owner};
+use crate::target::Reached;
 use formats::error::{Error, Result};
 use formats::planes::{Header, Left};
 use std::path::Path;
-use std::sync::Arc;
 
 /// From where a job begins.
-#[derive(Clone, Debug)]
 pub(super) enum Begin {
-    /// From its start; its target, where that is an export of another server and was reached.
-    New(Option<Arc<Remote>>),
+    /// From its start, with what was made ready for it.
+    New(Reached),
     /// From what was left; the planes' tie to the request, and a chunk's length.
     Taken { taken: TakenUp, job: u64, chunk_len: u64 },
     /// From a comparison, and why.

@@ -174,7 +174,7 @@ impl World {
         self.check(&found);
         // What is in flight has its own end; here nobody comes to that.
         self.guests.drain(..).for_each(std::mem::forget);
-        self.replace.take().map(std::mem::forget);
+        self.replace.into_iter().for_each(std::mem::forget);
         size
     }
 

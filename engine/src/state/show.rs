@@ -36,7 +36,7 @@ pub enum What {
         serving: String,
         /// Its format.
         format: String,
-        /// Bytes of the disk.
+        /// Bytes of the disk when that was recorded.
         size: u64,
         /// How often that was recorded.
         generation: u64,

@@ -36,7 +36,17 @@ pub fn plan_overlay(request: &SnapshotRequest, source: &Disk) -> Result<Plan, Re
         }
     };
     let (chunk_bits, notes) = (0, Vec::new());
-    let plan = Plan { path, format, shallow: false, below: Some(0), creation, found, remote: None, chunk_bits, notes };
+    let plan = Plan {
+        path,
+        format,
+        shallow: false,
+        below: Some(layers.to_vec()),
+        creation,
+        found,
+        remote: None,
+        chunk_bits,
+        notes,
+    };
     if plan.creation.is_none() || found == Found::Device {
         plan.check_size(source)?;
     }

@@ -63,7 +63,7 @@ impl Shared {
         if planted(Fault::SizeBeforeZeroes) {
             this.write_size(flush)?;
         }
-        this.to_zero(old.size, below)
+        this.to_zero(old.size, below).inspect_err(|_| this.set_size(old.size))
     }
 
     /// The header gets the size that the disk has in memory.

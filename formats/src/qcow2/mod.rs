@@ -20,6 +20,7 @@
 //! damage      a corruption that is found while the image is in use ends all writing
 //! data_file   where payload is in a file of its own
 //! create      makes an empty image
+//! rename      names another image below
 //! check       finds leaks and corruptions
 //! fault       breaks the orders below, for tests
 //! ```
@@ -54,6 +55,7 @@ mod pack;
 mod protected;
 mod records;
 mod refcounts;
+mod rename;
 mod replay;
 mod reserve;
 mod settle;
@@ -69,6 +71,7 @@ pub use create::{Create, create};
 pub use data_file::DataFile;
 pub use geometry::Geometry;
 pub use header::{Backing, Compression, Header};
+pub use rename::rename_backing;
 
 use crate::error::{Context, Error, Result};
 use crate::image::{

@@ -29,7 +29,7 @@ pub struct Record {
     pub truth: String,
     /// Its format.
     pub format: String,
-    /// Bytes of the disk: a raw image's file may be longer.
+    /// Bytes of the disk when it was recorded: a raw image's file may be longer.
     pub size: u64,
 }
 

@@ -307,6 +307,7 @@ impl DriveMirror {
             auto_dismiss: self.auto_dismiss,
             options: self.options,
             relative_backing: false,
+            chain: false,
         })
     }
 

@@ -156,6 +156,7 @@ fn drive_mirror_means_the_same_as_in_qemu() {
         auto_dismiss: false,
         options: CreateOptions { cluster_size: Some(4096), compat: Some(Compat::V2), ..CreateOptions::default() },
         relative_backing: false,
+        chain: false,
     };
     let asked = send(&mut client, &json!({ "execute": "drive-mirror", "arguments": all }));
     assert_eq!(asked, call(Request::Mirror(request), false));
@@ -192,6 +193,7 @@ fn our_own_mirror_takes_every_member_of_the_request() {
         auto_dismiss: false,
         options: CreateOptions { preallocation: Some(Preallocation::Falloc), ..CreateOptions::default() },
         relative_backing: true,
+        chain: true,
     };
     let mut client = client();
     let asked = send(&mut client, &json!({ "execute": "blkmirror-mirror", "arguments": request }));

@@ -2,6 +2,7 @@
 //!
 //! It knows no sockets: who asks is a number, and what it has to say without being asked, an event or an answer that
 //! was waited for, is fetched by `take_news`.
+mod chain;
 mod changes;
 mod concluded;
 mod ends;
@@ -16,13 +17,13 @@ use crate::control::options::Reach;
 use crate::control::qmp::Call;
 use crate::control::{Code, Event, MirrorRequest, Mode, Refusal, Reply, Request, Started, Status, TargetFormat};
 use crate::disk::Tools;
-use crate::io::remote::Remote;
 use crate::io::{Completion, Io, Token, Waker};
 use crate::job::{IoError, Phase};
 use crate::mirror::Mirror;
 use crate::open::{Identity, export_named, files_of, identity};
 use crate::state::StateFolder;
-use crate::target::NO_BLOCKING;
+use crate::target::{NO_BLOCKING, Reached};
+use chain::Lowering;
 use changes::Removing;
 use concluded::Concluded;
 use ends::Wish;
@@ -62,6 +63,8 @@ pub(super) struct Desk {
     removing: BTreeMap<usize, Removing>,
     /// Exports whose job begins when its target is reached.
     reaching: BTreeMap<usize, Reaching>,
+    /// Exports whose job begins when the layers below its target are copied.
+    lowering: BTreeMap<usize, Lowering>,
     /// The job of each export, by the export's number.
     jobs: BTreeMap<usize, Active>,
     concluded: Concluded,
@@ -85,6 +88,7 @@ impl Desk {
             replacing: BTreeMap::new(),
             removing: BTreeMap::new(),
             reaching: BTreeMap::new(),
+            lowering: BTreeMap::new(),
             jobs: BTreeMap::new(),
             concluded: Concluded::default(),
             reach,
@@ -157,7 +161,7 @@ impl Desk {
 
     /// True while a job is under way: then the desk is to be stepped from time to time.
     pub fn has_jobs(&self) -> bool {
-        let changes = self.replacing.len() + self.removing.len() + self.reaching.len();
+        let changes = self.replacing.len() + self.removing.len() + self.reaching.len() + self.lowering.len();
         changes > 0 || !self.jobs.is_empty()
     }
 
@@ -179,6 +183,7 @@ impl Desk {
         self.step_replacing(tools, base);
         self.step_removing(tools, base);
         self.step_reaching();
+        self.step_lowering();
     }
 
     /// Takes in what became of one of its operations; a step follows.
@@ -207,6 +212,9 @@ impl Desk {
 
     fn act(&mut self, client: u64, call: Call) -> Option<Answer> {
         let wait = call.wait;
+        if let Some(answer) = self.act_on_lowering(client, &call.request, wait) {
+            return answer;
+        }
         let answer = match call.request {
             Request::Status(None) => Ok(Reply::All(self.exports.keys().map(|number| self.status(*number)).collect())),
             Request::Status(Some(name)) => self.find(&name).map(|number| Reply::One(Box::new(self.status(number)))),
@@ -287,29 +295,32 @@ impl Desk {
 
     fn status(&self, number: usize) -> Status {
         let export = &self.exports[&number];
-        let status = match (self.jobs.get(&number), &export.last) {
-            (Some(active), _) => active.status(export),
-            (None, Some(last)) => Status { serving: export.serving(), ..last.clone() },
-            (None, None) => Status {
-                export: export.name.clone(),
-                serving: export.serving(),
-                phase: "none".to_owned(),
-                source: export.serving(),
-                ..Status::default()
-            },
+        let nothing = || Status {
+            export: export.name.clone(),
+            serving: export.serving(),
+            phase: "none".to_owned(),
+            source: export.serving(),
+            ..Status::default()
+        };
+        let status = match (self.jobs.get(&number), self.lowering.get(&number), &export.last) {
+            (Some(active), ..) => active.status(export),
+            (_, Some(lowering), _) => lowering.status(nothing()),
+            (.., Some(last)) => Status { serving: export.serving(), ..last.clone() },
+            _ => nothing(),
         };
         // What is wrong with the disk itself matters more than what became of a job.
         let damage = export.gate.route().disk.damage();
         Status { error: damage.or(status.error), ..status }
     }
 
-    /// What was started, or is to be; `None` where the client waits until the target is reached.
+    /// What was started, or is to be; `None` where the client waits until the target is reached, or what is below it copied.
     fn mirror(&mut self, client: u64, request: &MirrorRequest) -> std::result::Result<Option<Started>, Refusal> {
         let number = self.find(&request.export)?;
         self.refuse_mirror(number, request)?;
         match export_named(Path::new(&request.target)) {
+            _ if request.chain => self.mirror_chain(client, number, request),
             Some(address) => self.reach(client, number, request, address).map(|()| None),
-            None => self.start_job(number, request, None).map(Some),
+            None => self.start_job(number, request, Reached::Nothing).map(Some),
         }
     }
 
@@ -326,7 +337,7 @@ impl Desk {
         &mut self,
         number: usize,
         request: &MirrorRequest,
-        reached: Option<Arc<Remote>>,
+        reached: Reached,
     ) -> std::result::Result<Started, Refusal> {
         let check = |request: &MirrorRequest| self.refuse_in_use(number, &request.target, request.format);
         let (started, active) =
@@ -346,6 +357,7 @@ impl Desk {
             return Err(refuse(Code::InvalidArg, format!("Invalid job ID '{id}': {what}")));
         }
         let under_way = self.jobs.values().map(|active| active.job.id());
+        let under_way = under_way.chain(self.lowering.values().map(Lowering::id));
         let remedy = match under_way.chain(self.concluded.ids()).find(|other| *other == id) {
             None => return Ok(()),
             Some(_) if self.concluded.ids().any(|other| other == id) => {
@@ -387,6 +399,10 @@ impl Desk {
         let number = self.find(name)?;
         match self.jobs.get_mut(&number) {
             Some(active) => Ok((number, active)),
+            None if self.lowering.contains_key(&number) => {
+                let message = format!("the layers below the top of export {name} are being copied: wait for that");
+                Err(refuse(Code::BlockCopyActive, message))
+            }
             None => Err(refuse(Code::InvalidArg, format!("export {name} has no copy job"))),
         }
     }
@@ -400,7 +416,8 @@ impl Desk {
     /// The jobs under way, and those that wait to be dismissed.
     fn all_jobs(&self) -> Vec<JobInfo> {
         let under_way = self.jobs.iter().map(|(number, active)| active.info(self.status(*number)));
-        under_way.chain(self.concluded.iter().cloned()).collect()
+        let begin = self.lowering.iter().map(|(number, lowering)| lowering.info(self.status(*number)));
+        under_way.chain(begin).chain(self.concluded.iter().cloned()).collect()
     }
 
     fn step_job<I: Io>(&mut self, number: usize, tools: &mut Tools<I>, base: Token) {
@@ -440,6 +457,7 @@ impl Desk {
 
     /// Ends the jobs, and leaves every image durable and tidy. Nobody uses the exports any more.
     pub fn close(self) -> Result<()> {
+        self.lowering.into_values().for_each(Lowering::stop);
         let mut left: BTreeMap<usize, Arc<Mirror>> =
             self.jobs.into_iter().filter_map(|(number, active)| Some((number, active.close()?))).collect();
         let mut outcome = Ok(());

@@ -4,6 +4,7 @@ use super::{Answer, Desk, News, refuse};
 use crate::control::{Code, MirrorRequest, Refusal, Reply};
 use crate::daemon::threads::Errand;
 use crate::io::remote::Remote;
+use crate::target::Reached;
 use formats::error::{Context, Error, Result};
 use formats::nbd::Address;
 use std::sync::Arc;
@@ -55,6 +56,6 @@ impl Desk {
         let remote = found.unwrap_or_else(|| Err(Error::invalid("the thread that reached it panicked")));
         let remote = remote.map_err(|error| refuse(Code::OperationFailed, error.one_line()))?;
         self.refuse_mirror(number, request)?;
-        self.start_job(number, request, Some(remote)).map(Reply::Started)
+        self.start_job(number, request, Reached::Export(remote)).map(Reply::Started)
     }
 }

@@ -30,7 +30,7 @@ pub(super) struct Replacing {
 /// What becomes of the disk.
 enum Change {
     /// An overlay comes upon the old one, made as planned.
-    Snapshot(Arc<Disk>, Plan),
+    Snapshot(Arc<Disk>, Box<Plan>),
     /// It gets so many bytes.
     Resize(u64),
 }
@@ -61,7 +61,7 @@ impl Desk {
         let new = New::Made(Box::new(move || Ok((new, to_record))));
         let gate = Arc::clone(&export.gate);
         let replace = Replace::new(gate, record, new, PAUSE_MAX);
-        self.replace(number, client, replace, Change::Snapshot(old, plan));
+        self.replace(number, client, replace, Change::Snapshot(old, Box::new(plan)));
         Ok(())
     }
 
@@ -105,6 +105,11 @@ impl Desk {
             () if self.jobs.contains_key(&number) => {
                 let message = format!("export {name} has a copy job: cancel it first, or wait for its end");
                 Err(refuse(Code::BlockCopyActive, message))
+            }
+            () if self.lowering.contains_key(&number) => {
+                let message =
+                    format!("export {name} is about to have a copy job, and the layers below are being copied");
+                Err(refuse(Code::BlockCopyActive, format!("{message}: cancel it first, or wait for its end")))
             }
             () if begins => {
                 let message = format!("export {name} is about to have a copy job, whose target is being reached");
