@@ -24,7 +24,7 @@ impl StateFolder {
             file.sync_all().context(|| named("flush"))?;
             self.sync()?;
         }
-        lock(&file, &path)?;
+        lock(&path, &file)?;
         let newest = Group::newest(&bytes).map_err(|error| error.at(named(REMEDY)))?;
         Ok(GroupFile::new(File::new(file), newest))
     }
