@@ -220,6 +220,28 @@ pub fn lasting_name(path: &Path) -> std::io::Result<PathBuf> {
     }
 }
 
+/// Refuses to rely on an open file that its name does not lead to any more: the next start would not find it.
+pub fn refuse_lost(path: &Path, file: &File) -> Result<()> {
+    let Some(fd) = file.as_fd() else { return Ok(()) };
+    let named = || format!("{}: stat", path.display());
+    let open = fd.try_clone_to_owned().map(fs::File::from).and_then(|file| file.metadata());
+    if identity(path).is_ok_and(|found| open.as_ref().is_ok_and(|open| identity_of(open) == found)) {
+        return Ok(());
+    }
+    open.context(named)?;
+    Err(Error::invalid(format!(
+        "{}: the file that is open has no longer this name, for it was removed or renamed, or its folder was: a restart \
+         would not find it; bring it back",
+        path.display()
+    )))
+}
+
+/// The same of all files of an image.
+pub fn refuse_lost_image(layer: &Layer) -> Result<()> {
+    refuse_lost(&layer.path, layer.tables())?;
+    layer.apart.as_ref().map_or(Ok(()), |apart| refuse_lost(&apart.data_path, layer.file.file()))
+}
+
 /// Makes the names durable that were made in `folder`: a flush of a file does not promise its name.
 pub fn sync_folder(folder: &Path) -> Result<()> {
     let opened = fs::File::open(folder).and_then(|folder| folder.sync_all());

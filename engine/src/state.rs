@@ -85,7 +85,7 @@ impl StateFolder {
         }
         lock(&path, &file)?;
         let newest = Record::newest(&bytes).map_err(|error| error.at(named(REMEDY)))?;
-        Ok(RecordFile::new(File::new(file), newest))
+        Ok(RecordFile::new(File::new(file), path, newest))
     }
 
     /// Where the record of an export is.

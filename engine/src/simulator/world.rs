@@ -408,7 +408,7 @@ impl World {
         let mut bytes = vec![0; 2 * SLOT_LEN];
         self.files.lock()[self.record as usize].read(0, &mut bytes);
         let newest = Record::newest(&bytes).expect("one side is named");
-        RecordFile::new(File::simulated(self.record), newest)
+        RecordFile::new(File::simulated(self.record), PathBuf::new(), newest)
     }
 
     /// As the daemon opens an image at its start: what a kill left behind first.

@@ -26,7 +26,7 @@ impl StateFolder {
         }
         lock(&path, &file)?;
         let newest = Group::newest(&bytes).map_err(|error| error.at(named(REMEDY)))?;
-        Ok(GroupFile::new(File::new(file), newest))
+        Ok(GroupFile::new(File::new(file), path, newest))
     }
 
     /// Where the record of groups is.
