@@ -15,6 +15,7 @@ mod group;
 mod guest;
 mod history;
 mod kept;
+mod pages;
 mod world;
 
 use crate::control::Mode;
@@ -28,7 +29,7 @@ fn number(name: &str) -> Option<u64> {
 
 #[test]
 fn worlds_keep_every_promise() {
-    let seeds = number("SEEDS").unwrap_or(2500);
+    let seeds = number("SEEDS").unwrap_or(5000);
     let mut pivots = 0;
     for seed in 1..=seeds {
         let outcome = catch_unwind(AssertUnwindSafe(|| World::new(Plan::of(seed)).run()));

@@ -23,6 +23,7 @@ use formats::record::{Record, SLOT_LEN};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 const DISK: u64 = 96 << 10;
@@ -505,8 +506,8 @@ impl World {
         self.files.cut_power(&mut self.dice);
         self.kept.reboot();
         // Another boot: what memory kept through a kill is gone.
-        for image in [&mut self.source, &mut self.target] {
-            image.words = Arc::new(Words::in_memory(WORDS));
+        for image in [&self.source, &self.target] {
+            image.words.iter().for_each(|word| word.store(0, Ordering::Relaxed));
         }
         self.plan.fate
     }
