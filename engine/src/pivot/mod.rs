@@ -262,6 +262,7 @@ impl Pivot {
 
     /// The guest stays on the source, and the mirror follows it no more.
     fn stay(&mut self, outcome: Result<()>) -> Step {
+        self.mirror.planes.unfollow();
         self.open(Route { disk: Arc::clone(&self.mirror.source), mirror: None });
         Step::Done(outcome)
     }

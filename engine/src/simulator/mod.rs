@@ -252,6 +252,14 @@ fn progress_ahead_of_its_marks_is_caught() {
     assert_caught(Fault::SeenBeforeMarks, killed_at_a_store);
 }
 
+/// Promise 10. Found by a world (seed 4590 of its day): a job that an error of the source ended was killed before its
+/// end, and went on with planes that knew nothing of what the guest had written past it meanwhile.
+#[test]
+fn a_guest_that_writes_past_planes_that_still_count_is_caught() {
+    let failing = |seed: u64| Plan { fail_one_in: 15, mends: true, ..killed_in_its_job(seed) };
+    assert_caught(Fault::PassBeforeUnfollowed, |seed| Plan { raw_target: seed.is_multiple_of(2), ..failing(seed) });
+}
+
 /// Killed while its job is under way, most likely; the target is one of whose mappings a kill loses some.
 fn killed_in_its_job(seed: u64) -> Plan {
     let fate = Fate::Killed(200 + seed % 600);

@@ -72,10 +72,7 @@ impl Pages {
     }
 
     /// The pages of `self` and of `other`, which are as many, that may differ: where each begins, and both.
-    pub fn differing<'a>(
-        &'a mut self,
-        other: &'a Self,
-    ) -> impl Iterator<Item = (&'a mut [u8; PAGE], &'a [u8; PAGE])> {
+    pub fn differing<'a>(&'a mut self, other: &'a Self) -> impl Iterator<Item = (&'a mut [u8; PAGE], &'a [u8; PAGE])> {
         let pairs = self.pages.iter_mut().zip(&other.pages);
         pairs.filter(|(own, other)| !Arc::ptr_eq(own, other)).map(|(own, other)| (Arc::make_mut(own), &**other))
     }

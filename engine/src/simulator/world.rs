@@ -63,6 +63,8 @@ pub struct Plan {
     pub data_files: bool,
     /// The pivot waits to be finalized, until a guest was answered meanwhile.
     pub held: bool,
+    /// Nothing fails any more after the first life.
+    pub mends: bool,
 }
 
 impl Plan {
@@ -88,6 +90,7 @@ impl Plan {
             eager: false,
             data_files: false,
             held: dice.one_in(4),
+            mends: false,
         }
     }
 }
@@ -198,6 +201,9 @@ impl World {
                 3 => Fate::Stopped(100 + self.dice.roll(300)),
                 _ => Fate::PowerCut(200 + self.dice.roll(300)),
             };
+            if self.plan.mends {
+                self.plan.fail_one_in = 0;
+            }
             self.step = 0;
             crashed = self.live(false);
             self.check(crashed);
