@@ -3,6 +3,7 @@ mod support;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::Command;
 use support::daemon::{Daemon, program};
@@ -278,4 +279,31 @@ fn two_exports_cannot_have_one_address() {
     let back = folder.path().join("back.raw");
     daemon.ok("mirror", &["a", &back.display().to_string(), "--raw", "--pivot"]);
     compare((&back, "raw"), (&first, "raw"));
+}
+
+/// A server that takes the connection and says nothing: only who named it waits.
+#[test]
+fn nobody_else_waits_for_a_target_that_is_being_reached() {
+    let folder = folder();
+    let exports = ["a", "b"].map(|name| {
+        let file = folder.path().join(name);
+        std::fs::write(&file, thin_disk(DISK_LEN)).expect("a file of ours");
+        format!("{name}={},format=raw", file.display())
+    });
+    let daemon = Daemon::serve(folder.path(), &exports);
+    let silent = folder.path().join("silent");
+    let listener = UnixListener::bind(&silent).expect("a socket of ours");
+    let target = format!("nbd+unix:///?socket={}", silent.display());
+    let mut mirror = daemon.command("mirror", &["a", &target]).spawn().expect("a mirror");
+    let client = listener.accept().expect("the daemon");
+    let [other, of_b] = ["other", "of-b"].map(|name| folder.path().join(name).display().to_string());
+    let second = daemon.refused("mirror", &["a", &other, "--raw"]);
+    assert!(second.contains("whose target is being reached"), "{second}");
+    let snapshot = daemon.refused("snapshot", &["a", &other]);
+    assert!(snapshot.contains("whose target is being reached"), "{snapshot}");
+    daemon.ok("mirror", &["b", &of_b, "--raw", "--pivot"]);
+    assert!(mirror.try_wait().expect("our child").is_none(), "nobody has answered it");
+    drop((client, listener));
+    assert!(!mirror.wait().expect("our child").success(), "its target hung up");
+    daemon.ok("mirror", &["a", &other, "--raw", "--pivot"]);
 }

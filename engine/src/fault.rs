@@ -54,18 +54,20 @@ pub enum Fault {
     PassBeforeUnfollowed,
     /// 12: a server that said ACK to STARTTLS is spoken to in plain.
     PlainBehindStartTls,
+    /// 13: a write to another server's export is done while its bytes are still being sent.
+    DoneBeforeSent,
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(feature = "loom")))]
 pub use kill::{Killed, kill_at_store, stored};
 
 /// For the simulator's kills: nothing.
-#[cfg(any(not(test), loom))]
+#[cfg(any(not(test), feature = "loom"))]
 #[inline(always)]
 pub fn stored(_: &std::sync::Arc<crate::io::Words>) {}
 
 /// Kills in the middle of a step: a panic without a word, at a store to words that outlive the process.
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(feature = "loom")))]
 mod kill {
     use crate::io::Words;
     use std::cell::RefCell;

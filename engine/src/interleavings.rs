@@ -1,5 +1,5 @@
 //! Every interleaving, and every order of memory that the language allows, of what threads share:
-//! `RUSTFLAGS="--cfg loom" cargo test -p engine --release interleavings`.
+//! `cargo test -p engine --lib --features loom interleavings`.
 use crate::chain::{Chain, Layer};
 use crate::dirty::DirtyBitmap;
 use crate::disk::{DataFile, Disk};

@@ -9,7 +9,7 @@ pub mod dirty;
 pub mod disk;
 pub mod export;
 pub mod fault;
-#[cfg(all(test, loom))]
+#[cfg(all(test, feature = "loom"))]
 mod interleavings;
 pub mod io;
 pub mod job;
@@ -20,7 +20,7 @@ pub mod pivot;
 pub mod planes;
 pub mod rate;
 pub mod seed;
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(feature = "loom")))]
 mod simulator;
 pub mod state;
 mod sync;

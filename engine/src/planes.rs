@@ -207,7 +207,7 @@ pub fn lay_out(words: &Arc<Words>, header: &Header, taken: &TakenUp) {
     marks.for_each(|(word, bits)| all.store(header.layout().marks.start + word, *bits));
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(feature = "loom")))]
 mod tests {
     use super::{Planes, TakenUp, lay_out};
     use crate::io::Words;

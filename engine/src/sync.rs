@@ -1,13 +1,13 @@
 //! Atomics and locks: the standard library's, or loom's where it explores every interleaving.
 //!
 //! Used by what threads share without a queue between them: the bitmap, the gate, the bells.
-#[cfg(not(loom))]
+#[cfg(not(all(test, feature = "loom")))]
 pub use std::sync::{
     Mutex, MutexGuard,
     atomic::{AtomicBool, AtomicU64, Ordering, fence},
 };
 
-#[cfg(loom)]
+#[cfg(all(test, feature = "loom"))]
 pub use loom::sync::{
     Mutex, MutexGuard,
     atomic::{AtomicBool, AtomicU64, Ordering, fence},

@@ -87,8 +87,14 @@ pub const NO_BLOCKING: &str = "the guest would wait for another server, also whi
 /// Gives the image of a full path the journal that keeps its mappings through a kill.
 pub type Journals<'a> = &'a dyn Fn(&Path) -> Result<Arc<dyn Journal>>;
 
-/// Checks a request against its source; changes nothing.
-pub fn plan(request: &MirrorRequest, source: &Disk, reach: &Reach) -> std::result::Result<Plan, Refusal> {
+/// Checks a request against its source; changes nothing. An export of another server is `reached`, or is it now, which
+/// waits.
+pub fn plan(
+    request: &MirrorRequest,
+    reached: Option<Arc<Remote>>,
+    source: &Disk,
+    reach: &Reach,
+) -> std::result::Result<Plan, Refusal> {
     let layers = source.chain().layers();
     let chunk_bits = chunk_bits(request.granularity)?;
     let address = address(&request.target)?;
@@ -110,8 +116,14 @@ pub fn plan(request: &MirrorRequest, source: &Disk, reach: &Reach) -> std::resul
         notes.push("the source has no backing, so the shallow copy is a full one".to_owned());
     }
     refuse_own_layers(&path, request.format, layers)?;
-    let open = |address| Remote::open(&address, true, reach.certificates.as_deref());
-    let remote = address.map(open).transpose().map_err(|error| failed(&error))?;
+    let remote = match (address, reached) {
+        (None, _) => None,
+        (Some(_), Some(remote)) => Some(remote),
+        (Some(address), None) => {
+            let remote = Remote::open(&address, true, reach.certificates.as_deref());
+            Some(remote.map_err(|error| failed(&error))?)
+        }
+    };
     let found = if remote.is_some() { Found::Export } else { Found::look(&path)? };
     if request.block_device && found != Found::Device {
         return Err(invalid(format!("{}: the target is not a block device, which was asked for", path.display())));

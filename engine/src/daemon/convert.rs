@@ -69,7 +69,7 @@ pub fn convert(options: &ConvertOptions, mut progress: impl FnMut(Copied)) -> Re
         ..MirrorRequest::default()
     };
     let refused = |refusal: crate::control::Refusal| Error::invalid(refusal.message);
-    let mut plan = plan(&request, &source, &options.reach).map_err(refused)?;
+    let mut plan = plan(&request, None, &source, &options.reach).map_err(refused)?;
     if options.compress {
         plan.compress().map_err(refused)?;
     }

@@ -11,6 +11,7 @@ use crate::control::{Code, MirrorMap, MirrorRequest, Refusal, Started, Status, T
 use crate::copier::Depth;
 use crate::dirty::Cell;
 use crate::disk::Disk;
+use crate::io::remote::Remote;
 use crate::job::{Goal, Job, Parts, Phase, path};
 use crate::journal::WordJournal;
 use crate::mirror::Mirror;
@@ -65,14 +66,16 @@ struct Told {
 impl Active {
     /// Starts a job, or says why not; `check` refuses a target that somebody else uses. No job where it was
     /// only asked whether it could be.
+    /// `reached` is its target where that is an export of another server.
     pub fn start(
         request: &MirrorRequest,
+        reached: Option<Arc<Remote>>,
         export: &Export,
         reach: &Reach,
         state: &StateFolder,
         check: &dyn Fn(&MirrorRequest) -> Result<(), Refusal>,
     ) -> Result<(Started, Option<Self>), Refusal> {
-        Self::begin(request, Begin::New, export, reach, state, check)
+        Self::begin(request, Begin::New(reached), export, reach, state, check)
     }
 
     fn begin(
@@ -99,7 +102,8 @@ impl Active {
                            make the target first and use --reuse-external";
             return Err(Refusal::new(Code::OperationUnsupported, message));
         }
-        let mut plan = plan(request, &source, reach)?;
+        let reached = if let Begin::New(reached) = &begin { reached.clone() } else { None };
+        let mut plan = plan(request, reached, &source, reach)?;
         plan.refuse_following(request)?;
         let id = request.job_id.clone().unwrap_or_else(|| export.name.clone());
         let started = Started { job: id.clone(), notes: plan.notes.clone() };
@@ -114,7 +118,7 @@ impl Active {
         })?;
         let journal = journal.into_inner();
         let path = target.disk.chain().top().path.clone();
-        let is_new = matches!(begin, Begin::New);
+        let is_new = matches!(begin, Begin::New(_));
         let header = |job, target_is_zero| -> Result<Header, Error> {
             Ok(Header {
                 boot: state.boot(),
@@ -128,7 +132,7 @@ impl Active {
             })
         };
         let (number, target_is_zero) = match &begin {
-            Begin::New => (job_number(), target.is_zero),
+            Begin::New(_) => (job_number(), target.is_zero),
             Begin::Taken { taken, job, .. } => (*job, taken.target_is_zero),
             Begin::Compare(_) => (job_number(), false),
         };

@@ -5,18 +5,20 @@
 //! job can go on after all, source and target are compared.
 use super::exports::Export;
 use crate::control::{Code, MirrorRequest, Refusal};
+use crate::io::remote::Remote;
 use crate::open::{identity, same_image};
 use crate::planes::TakenUp;
 use crate::state::{KeptJob, StateFolder, owner};
 use formats::error::{Error, Result};
 use formats::planes::{Header, Left};
 use std::path::Path;
+use std::sync::Arc;
 
 /// From where a job begins.
 #[derive(Clone, Debug)]
 pub(super) enum Begin {
-    /// From its start.
-    New,
+    /// From its start; its target, where that is an export of another server and was reached.
+    New(Option<Arc<Remote>>),
     /// From what was left; the planes' tie to the request, and a chunk's length.
     Taken { taken: TakenUp, job: u64, chunk_len: u64 },
     /// From a comparison, and why.
@@ -27,7 +29,7 @@ impl Begin {
     /// What the first planes of a job with `header` have.
     pub fn taken_up(self, header: &Header) -> TakenUp {
         match self {
-            Self::New => TakenUp::nothing(header),
+            Self::New(_) => TakenUp::nothing(header),
             Self::Taken { taken, .. } => taken,
             Self::Compare(why) => TakenUp::everything(header, why),
         }

@@ -85,6 +85,37 @@ impl Worker {
     }
 }
 
+/// A thread that finds something out which takes long.
+pub(super) struct Errand<T> {
+    thread: JoinHandle<T>,
+    is_over: Arc<AtomicBool>,
+}
+
+impl<T: Send + 'static> Errand<T> {
+    /// Begins it; `waker` is called when it is over.
+    pub fn begin(name: &str, waker: Waker, find: impl FnOnce() -> T + Send + 'static) -> io::Result<Self> {
+        let is_over = Arc::<AtomicBool>::default();
+        let is_over_there = Arc::clone(&is_over);
+        let body = move || {
+            let found = find();
+            is_over_there.store(true, Ordering::SeqCst);
+            waker.wake();
+            found
+        };
+        Ok(Self { thread: std::thread::Builder::new().name(name.into()).spawn(body)?, is_over })
+    }
+
+    /// True where it is over, or does nothing any more that takes long.
+    pub fn is_over(&self) -> bool {
+        self.is_over.load(Ordering::SeqCst) || self.thread.is_finished()
+    }
+
+    /// What was found; `None` where it panicked.
+    pub fn end(self) -> Option<T> {
+        self.thread.join().ok()
+    }
+}
+
 fn serve(
     socket: &File,
     directory: Arc<dyn Directory>,

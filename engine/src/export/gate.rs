@@ -178,7 +178,7 @@ impl Drop for Pass {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(feature = "loom")))]
 mod tests {
     use super::{Gate, Route};
     use crate::chain::{Chain, Layer};

@@ -302,9 +302,21 @@ impl Loan {
         assert!(self.back <= self.lent, "a piece comes back once");
     }
 
+    /// True where nothing is lent.
+    pub fn is_whole(&self) -> bool {
+        self.back == self.lent
+    }
+
+    /// The bytes, which can be lent once more from the front on.
+    pub fn again(&mut self) -> &[u8] {
+        assert!(self.is_whole(), "every piece is back");
+        (self.lent, self.back) = (0, 0);
+        &self.whole
+    }
+
     /// The buffer, whole.
     pub fn end(self) -> Buffer {
-        assert!(self.back == self.lent, "every piece is back");
+        assert!(self.is_whole(), "every piece is back");
         self.whole
     }
 }

@@ -67,6 +67,14 @@ impl Gather {
         (self.len, self.sent) = (0, 0);
     }
 
+    /// Its buffers, whether sent or not.
+    pub fn into_buffers(self) -> impl Iterator<Item = Buffer> {
+        self.pieces.into_iter().filter_map(|piece| match piece {
+            Piece::Bytes(_) => None,
+            Piece::Buffer(buffer) => Some(buffer),
+        })
+    }
+
     /// What is left to send, piece by piece.
     pub fn slices(&self) -> impl Iterator<Item = &[u8]> {
         let mut skip = self.sent;
@@ -79,14 +87,6 @@ impl Gather {
             skip -= skipped;
             (skipped < bytes.len()).then(|| &bytes[skipped..])
         })
-    }
-}
-
-impl From<Vec<u8>> for Gather {
-    /// These bytes, which are not copied.
-    fn from(bytes: Vec<u8>) -> Self {
-        let len = bytes.len();
-        Self { bytes, pieces: vec![Piece::Bytes(0..len)], len, sent: 0 }
     }
 }
 

@@ -3,12 +3,12 @@
 //! What a killed process had stored in a mapped file is in the system's page cache, and the next
 //! process finds it there. It needs no flush; a power cut loses it.
 // UNSAFETY: mapping a file, and seeing its bytes as atomic words.
-#![cfg_attr(not(loom), expect(unsafe_code))]
+#![cfg_attr(not(all(test, feature = "loom")), expect(unsafe_code))]
 use crate::fault;
 use crate::sync::{AtomicU64, Ordering};
-#[cfg(not(loom))]
+#[cfg(not(all(test, feature = "loom")))]
 use memmap2::MmapMut;
-#[cfg(not(loom))]
+#[cfg(not(all(test, feature = "loom")))]
 use std::io;
 use std::ops::{Deref, Range};
 use std::sync::Arc;
@@ -20,7 +20,7 @@ pub struct Words(Inner);
 #[derive(Debug)]
 enum Inner {
     Memory(Box<[AtomicU64]>),
-    #[cfg(not(loom))]
+    #[cfg(not(all(test, feature = "loom")))]
     File(MmapMut),
 }
 
@@ -31,7 +31,7 @@ impl Words {
     }
 
     /// There are no files where loom explores.
-    #[cfg(loom)]
+    #[cfg(all(test, feature = "loom"))]
     pub fn in_file(_: &std::fs::File, count: usize) -> std::io::Result<Self> {
         Ok(Self::in_memory(count))
     }
@@ -40,7 +40,7 @@ impl Words {
     ///
     /// The file's blocks are allocated first, for a store to a mapped page that finds no space
     /// would end the process.
-    #[cfg(not(loom))]
+    #[cfg(not(all(test, feature = "loom")))]
     pub fn in_file(file: &std::fs::File, count: usize) -> io::Result<Self> {
         let len = (count.max(1) as u64) * 8;
         match rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), 0, len) {
@@ -61,7 +61,7 @@ impl Deref for Words {
     fn deref(&self) -> &[AtomicU64] {
         match &self.0 {
             Inner::Memory(words) => words,
-            #[cfg(not(loom))]
+            #[cfg(not(all(test, feature = "loom")))]
             // SAFETY: a mapping is page aligned, lives as long as `self`, is a whole number of
             // words long, and is only ever seen as atomic words, whose every bit pattern is valid.
             Inner::File(map) => unsafe { std::slice::from_raw_parts(map.as_ptr().cast::<AtomicU64>(), map.len() / 8) },
@@ -136,7 +136,7 @@ impl View {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(feature = "loom")))]
 mod tests {
     use super::Words;
     use std::sync::atomic::Ordering::Relaxed;

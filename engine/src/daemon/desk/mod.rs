@@ -5,6 +5,7 @@
 mod changes;
 mod concluded;
 mod ends;
+mod reaching;
 mod replacing;
 mod together;
 
@@ -13,8 +14,9 @@ use super::jobs::Active;
 use crate::control::jobs::{IoStatus, JobInfo, JobStatus, is_id};
 use crate::control::options::Reach;
 use crate::control::qmp::Call;
-use crate::control::{Code, Event, MirrorRequest, Mode, Refusal, Reply, Request, Status, TargetFormat};
+use crate::control::{Code, Event, MirrorRequest, Mode, Refusal, Reply, Request, Started, Status, TargetFormat};
 use crate::disk::Tools;
+use crate::io::remote::Remote;
 use crate::io::{Completion, Io, Token, Waker};
 use crate::job::{IoError, Phase};
 use crate::mirror::Mirror;
@@ -26,6 +28,7 @@ use concluded::Concluded;
 use ends::Wish;
 use formats::error::Result;
 use formats::nbd::{Address, Server};
+use reaching::Reaching;
 use replacing::Replacing;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -57,6 +60,8 @@ pub(super) struct Desk {
     /// Exports that get another disk, and those that are being removed.
     replacing: BTreeMap<usize, Replacing>,
     removing: BTreeMap<usize, Removing>,
+    /// Exports whose job begins when its target is reached.
+    reaching: BTreeMap<usize, Reaching>,
     /// The job of each export, by the export's number.
     jobs: BTreeMap<usize, Active>,
     concluded: Concluded,
@@ -79,6 +84,7 @@ impl Desk {
             table,
             replacing: BTreeMap::new(),
             removing: BTreeMap::new(),
+            reaching: BTreeMap::new(),
             jobs: BTreeMap::new(),
             concluded: Concluded::default(),
             reach,
@@ -151,7 +157,8 @@ impl Desk {
 
     /// True while a job is under way: then the desk is to be stepped from time to time.
     pub fn has_jobs(&self) -> bool {
-        !(self.jobs.is_empty() && self.replacing.is_empty() && self.removing.is_empty())
+        let changes = self.replacing.len() + self.removing.len() + self.reaching.len();
+        changes > 0 || !self.jobs.is_empty()
     }
 
     /// True while guests wait at a closed gate: then it has to be stepped on.
@@ -171,6 +178,7 @@ impl Desk {
         numbers.into_iter().for_each(|number| self.step_job(number, tools, token(base, number)));
         self.step_replacing(tools, base);
         self.step_removing(tools, base);
+        self.step_reaching();
     }
 
     /// Takes in what became of one of its operations; a step follows.
@@ -206,7 +214,11 @@ impl Desk {
                 self.job(&export).map(|(_, active)| Reply::Map(active.map(&export, cells)))
             }
             Request::Jobs => Ok(Reply::Jobs(self.all_jobs())),
-            Request::Mirror(request) => self.mirror(&request),
+            Request::Mirror(request) => match self.mirror(client, &request) {
+                Ok(None) => return None,
+                Ok(Some(started)) => Ok(Reply::Started(started)),
+                Err(refusal) => Err(refusal),
+            },
             Request::Pivot(name) => match self.pivot(&name, wait) {
                 Ok(number) if wait => return self.wait_for(client, number, Wish::Pivot),
                 answer => answer.map(|_| Reply::Done {}),
@@ -286,21 +298,39 @@ impl Desk {
         Status { error: damage.or(status.error), ..status }
     }
 
-    fn mirror(&mut self, request: &MirrorRequest) -> Answer {
+    /// What was started, or is to be; `None` where the client waits until the target is reached.
+    fn mirror(&mut self, client: u64, request: &MirrorRequest) -> std::result::Result<Option<Started>, Refusal> {
         let number = self.find(&request.export)?;
+        self.refuse_mirror(number, request)?;
+        match export_named(Path::new(&request.target)) {
+            Some(address) => self.reach(client, number, request, address).map(|()| None),
+            None => self.start_job(number, request, None).map(Some),
+        }
+    }
+
+    fn refuse_mirror(&self, number: usize, request: &MirrorRequest) -> std::result::Result<(), Refusal> {
         if self.jobs.contains_key(&number) {
             let message = format!("export {} has a copy job already: cancel it first", request.export);
             return Err(refuse(Code::BlockCopyActive, message));
         }
         self.refuse_changing(number)?;
-        self.refuse_id(request)?;
+        self.refuse_id(request)
+    }
+
+    fn start_job(
+        &mut self,
+        number: usize,
+        request: &MirrorRequest,
+        reached: Option<Arc<Remote>>,
+    ) -> std::result::Result<Started, Refusal> {
         let check = |request: &MirrorRequest| self.refuse_in_use(number, &request.target, request.format);
-        let (started, active) = Active::start(request, &self.exports[&number], &self.reach, &self.state, &check)?;
+        let (started, active) =
+            Active::start(request, reached, &self.exports[&number], &self.reach, &self.state, &check)?;
         if let Some(active) = active {
             self.jobs.insert(number, active);
             self.waker.wake();
         }
-        Ok(Reply::Started(started))
+        Ok(started)
     }
 
     /// A job has a name of its own, also among those that have ended.

@@ -63,10 +63,15 @@ impl Desk {
     pub(super) fn refuse_changing(&self, number: usize) -> std::result::Result<(), Refusal> {
         let name = &self.exports[&number].name;
         let busy = self.replacing.contains_key(&number) || self.removing.contains_key(&number);
+        let begins = self.reaching.contains_key(&number);
         match () {
             () if self.jobs.contains_key(&number) => {
                 let message = format!("export {name} has a copy job: cancel it first, or wait for its end");
                 Err(refuse(Code::BlockCopyActive, message))
+            }
+            () if begins => {
+                let message = format!("export {name} is about to have a copy job, whose target is being reached");
+                Err(refuse(Code::BlockCopyActive, format!("{message}: wait for that")))
             }
             () if busy => Err(refuse(Code::OperationInvalid, format!("export {name} is being changed: wait for that"))),
             () => Ok(()),

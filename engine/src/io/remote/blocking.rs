@@ -1,4 +1,5 @@
 //! One connection that waits for each answer: for opening, for metadata, and for servers that take only one.
+use super::super::Gather;
 use super::inside::Inside;
 use super::{ANSWER_TIME_MAX, CONNECT_TIME_MAX, PIECE_LEN, ended, late, lost, refused};
 use crate::tls::ClientCredentials;
@@ -29,7 +30,7 @@ struct Line {
     socket: OwnedFd,
     inside: Option<Inside>,
     /// What waits until TLS lets it out.
-    outbound: Vec<u8>,
+    outbound: Gather,
     received: Vec<u8>,
     start: usize,
     end: usize,
@@ -100,7 +101,7 @@ impl Blocking {
     ) -> Result<(Self, Session)> {
         let socket = reach(peer).context(|| "connecting to the server")?;
         let received = vec![0; PIECE_LEN];
-        let mut line = Line { socket, inside: None, outbound: Vec::new(), received, start: 0, end: 0 };
+        let mut line = Line { socket, inside: None, outbound: Gather::default(), received, start: 0, end: 0 };
         let session = negotiate(&mut line, address, credentials)?;
         let replies = Replies::new(session.clone());
         Ok((Self { line, replies, lost: None }, session))
@@ -212,8 +213,8 @@ impl Line {
         if self.inside.is_none() {
             return [bytes, payload].iter().try_for_each(|bytes| send_all(&self.socket, bytes));
         }
-        self.outbound.extend_from_slice(bytes);
-        self.outbound.extend_from_slice(payload);
+        self.outbound.push_bytes(bytes);
+        self.outbound.push_bytes(payload);
         self.send_encrypted()
     }
 

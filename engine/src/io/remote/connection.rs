@@ -26,6 +26,7 @@ use crate::io::{Buffer, Gather, Until};
 use formats::nbd::client::{Event, Negotiation, Next, Replies};
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, ErrorKind};
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -64,7 +65,11 @@ pub(super) struct Connection {
     waiting: VecDeque<Request>,
     /// Asked, by the request's cookie.
     pub(super) asked: BTreeMap<u64, Request>,
-    outbound: Vec<u8>,
+    outbound: Gather,
+    /// Answered while the last of their bytes were still being sent, with what the server said.
+    early: Vec<(Request, io::Result<()>)>,
+    /// Memory of the last receive, to be used again.
+    inbox: Option<Buffer>,
     /// What everything goes through, from STARTTLS on.
     inside: Option<Inside>,
     connecting: bool,
@@ -101,7 +106,9 @@ impl Connection {
             socket: None,
             waiting: VecDeque::new(),
             asked: BTreeMap::new(),
-            outbound: Vec::new(),
+            outbound: Gather::default(),
+            early: Vec::new(),
+            inbox: None,
             inside: None,
             connecting: false,
             sending: false,
@@ -122,7 +129,7 @@ impl Connection {
 
     /// True where nobody can ask it anything any more.
     pub fn is_forgotten(&self) -> bool {
-        self.waiting.is_empty() && self.asked.is_empty() && self.remote.is_forgotten()
+        self.waiting.is_empty() && self.asked.is_empty() && self.early.is_empty() && self.remote.is_forgotten()
     }
 
     /// Takes in an operation.
@@ -153,7 +160,7 @@ impl Connection {
         let gather = match &mut self.inside {
             _ if self.sending => None,
             None if self.outbound.is_empty() => None,
-            None => Some(Gather::from(std::mem::take(&mut self.outbound))),
+            None => Some(std::mem::take(&mut self.outbound)),
             Some(inside) => inside.encrypt(&mut self.outbound),
         };
         if let Some(gather) = gather {
@@ -162,7 +169,7 @@ impl Connection {
         }
         if !self.receiving {
             self.receiving = true;
-            let buf = Buffer::alone(PIECE_LEN);
+            let buf = self.inbox.take().unwrap_or_else(|| Buffer::alone(PIECE_LEN));
             submit(Part::Receive, Op::Receive { socket: socket.clone(), buf, until: Until::Some });
         }
     }
@@ -170,6 +177,10 @@ impl Connection {
     /// A lost connection fails what waits for it, or is made again when it has rested.
     fn reach_again(&mut self, now: Duration, ready: &mut Vec<Completion>, submit: &mut impl FnMut(Part, Op)) {
         let Stage::Lost(why, until) = &self.stage else { return };
+        // The bytes of what waits may be with what is being sent.
+        if self.sending {
+            return;
+        }
         let until = *until;
         let max = self.remote.reconnect_time_max();
         let given_up = self.failing_since.is_none_or(|since| now.saturating_sub(since) >= max);
@@ -181,7 +192,7 @@ impl Connection {
         if self.waiting.is_empty() {
             return;
         }
-        let is_quiet = !self.connecting && !self.sending && !self.receiving;
+        let is_quiet = !self.connecting && !self.receiving;
         if now >= until && is_quiet {
             self.connect(now, submit);
         } else if now < until && !self.resting {
@@ -209,10 +220,16 @@ impl Connection {
         let Stage::Open(replies) = &mut self.stage else { return };
         let in_plain = self.inside.is_none();
         assert!(!in_plain || self.remote.credentials.is_none(), "never in plain where TLS was asked for");
-        while self.asked.len() < REQUESTS_MAX && self.outbound.len() < OUTBOUND_MAX {
+        let mut header = Vec::new();
+        while self.asked.len() < REQUESTS_MAX && self.outbound.remaining() < OUTBOUND_MAX {
             let Some(mut request) = self.waiting.pop_front() else { return };
-            let cookie = replies.ask(request.ask(&self.remote, now), &mut self.outbound);
-            self.outbound.extend_from_slice(request.payload());
+            header.clear();
+            let cookie = replies.ask(request.ask(&self.remote, now), &mut header);
+            self.outbound.push_bytes(&header);
+            match in_plain {
+                true => request.lend_payload().into_iter().for_each(|payload| self.outbound.push_buffer(payload)),
+                false => self.outbound.push_bytes(request.payload()),
+            }
             self.asked.insert(cookie, request);
         }
     }
@@ -231,7 +248,11 @@ impl Connection {
         }
         match part {
             Part::Connect => self.connecting = false,
-            Part::Send => self.sending = false,
+            Part::Send => {
+                self.sending = false;
+                let Op::Send { gather, .. } = op else { unreachable!("a send was submitted") };
+                return self.sent(gather, result, now, ready);
+            }
             Part::Receive => self.receiving = false,
             Part::Rest => {
                 self.resting = false;
@@ -244,27 +265,49 @@ impl Connection {
         }
         match (result, op) {
             _ if matches!(self.stage, Stage::Lost(..)) => {}
-            // What was asked before may be answered still: the other direction tells how it ends.
-            (Err(_), Op::Send { .. }) => {}
             (Err(error), _) => self.lose(ended(error), now),
             (Ok(_), Op::Connect { .. }) => {
                 self.stage = Stage::Negotiating(Box::new(Negotiation::new(&self.remote.address)));
-            }
-            (Ok(count), Op::Send { gather, .. }) if (count as usize) < gather.remaining() => {
-                self.lose("the server takes no requests".to_owned(), now);
-            }
-            (Ok(_), Op::Send { gather, .. }) => {
-                if let Some(inside) = &mut self.inside {
-                    inside.sent(gather);
-                }
             }
             (Ok(0), Op::Receive { .. }) => self.lose(ended(ErrorKind::UnexpectedEof.into()), now),
             (Ok(count), Op::Receive { buf, .. }) => {
                 if let Err(why) = self.received(&buf[..count as usize], ready) {
                     self.lose(why, now);
                 }
+                self.inbox = Some(buf);
             }
             (Ok(_), _) => {}
+        }
+    }
+
+    /// Takes in what became of a send.
+    fn sent(&mut self, gather: Gather, result: io::Result<u32>, now: Duration, ready: &mut Vec<Completion>) {
+        match (result, &mut self.inside) {
+            _ if matches!(self.stage, Stage::Lost(..)) => {}
+            // What was asked before may be answered still: the other direction tells how it ends.
+            (Err(_), _) => {}
+            (Ok(count), _) if (count as usize) < gather.remaining() => {
+                self.lose("the server takes no requests".to_owned(), now);
+            }
+            (Ok(_), Some(inside)) => return inside.sent(gather),
+            (Ok(_), None) => {}
+        }
+        self.take_back(gather);
+        for (request, outcome) in std::mem::take(&mut self.early) {
+            self.answered(request, outcome, ready);
+        }
+    }
+
+    /// The bytes that were lent to `gather` are their requests' again.
+    fn take_back(&mut self, gather: Gather) {
+        for payload in gather.into_buffers() {
+            let early = self.early.iter_mut().map(|(request, _)| request);
+            let mut requests = self.asked.values_mut().chain(&mut self.waiting).chain(early);
+            let left = requests.try_fold(payload, |payload, request| match request.take_back(payload) {
+                Some(payload) => ControlFlow::Continue(payload),
+                None => ControlFlow::Break(()),
+            });
+            debug_assert!(left.is_break(), "bytes are of a request");
         }
     }
 
@@ -283,13 +326,18 @@ impl Connection {
 
     fn take_in(&mut self, mut input: &[u8], ready: &mut Vec<Completion>) -> Result<(), String> {
         if let Stage::Negotiating(negotiation) = &mut self.stage {
-            match negotiation.step(&mut input, &mut self.outbound).map_err(|error| error.one_line())? {
+            let mut answer = Vec::new();
+            let next = negotiation.step(&mut input, &mut answer).map_err(|error| error.one_line());
+            self.outbound.push_bytes(&answer);
+            match next? {
                 Next::More => return Ok(()),
                 Next::StartTls => {
                     let credentials = self.remote.credentials.as_ref();
                     let inside = Inside::new(credentials.expect("an address inside TLS has credentials"))?;
                     self.inside = Some(inside).filter(|_| !planted(Fault::PlainBehindStartTls));
-                    negotiation.inside_tls(&mut self.outbound);
+                    let mut answer = Vec::new();
+                    negotiation.inside_tls(&mut answer);
+                    self.outbound.push_bytes(&answer);
                     return Ok(());
                 }
                 Next::Session(session) if session == self.remote.session => {
@@ -320,6 +368,7 @@ impl Connection {
     /// What was asked is done, or is not to be had.
     fn answered(&mut self, mut request: Request, outcome: io::Result<()>, ready: &mut Vec<Completion>) {
         match outcome {
+            outcome if request.has_lent() && !planted(Fault::DoneBeforeSent) => self.early.push((request, outcome)),
             Ok(()) if !request.advance(&self.remote, self.established) => self.waiting.push_front(request),
             outcome => ready.push(request.end(&self.remote, outcome)),
         }
@@ -352,8 +401,9 @@ impl Connection {
         if self.remote.is_kept() {
             tracing::warn!("{}: the connection is lost: {why}", self.remote.address);
         }
-        self.outbound.clear();
         std::mem::take(&mut self.asked).into_values().rev().for_each(|request| self.waiting.push_front(request));
+        let unsent = std::mem::take(&mut self.outbound);
+        self.take_back(unsent);
         self.failing_since.get_or_insert(now);
         self.stage = Stage::Lost(why, now + self.rest);
         self.rest = (2 * self.rest).min(REST_MAX);

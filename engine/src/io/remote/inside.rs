@@ -47,14 +47,14 @@ impl Inside {
 
     /// What is to be sent next: TLS' own, or what is taken out of `outbound`, which waits until the server is known to
     /// be who was meant. One send at a time.
-    pub fn encrypt(&mut self, outbound: &mut Vec<u8>) -> Option<Gather> {
+    pub fn encrypt(&mut self, outbound: &mut Gather) -> Option<Gather> {
         let gather = match () {
             () if self.tls.has_to_say() => {
                 let room = std::mem::take(&mut self.spare);
                 self.tls.encrypt_more(room)
             }
             () if outbound.is_empty() || self.tls.is_shaking_hands() => return None,
-            () => self.tls.encrypt(Gather::from(std::mem::take(outbound))),
+            () => self.tls.encrypt(std::mem::take(outbound)),
         };
         Some(gather).filter(|gather| !gather.is_empty())
     }

@@ -54,7 +54,7 @@ use std::io;
 use std::net::ToSocketAddrs;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 use unflushed::Unflushed;
 
@@ -87,6 +87,8 @@ pub struct Remote {
     credentials: Option<Arc<ClientCredentials>>,
     session: Session,
     writable: bool,
+    /// Whether it read as zeroes when it was opened, where that was asked.
+    zero: OnceLock<bool>,
     metadata: Mutex<Metadata>,
     unflushed: Mutex<Unflushed>,
     hurried: AtomicBool,
@@ -133,6 +135,7 @@ impl Remote {
                         credentials,
                         session,
                         writable,
+                        zero: OnceLock::new(),
                         metadata,
                         unflushed,
                         hurried,
@@ -151,9 +154,16 @@ impl Remote {
         self.session.size
     }
 
-    /// Whether all of it is known to read as zeroes; not, where its server takes long to say so. Waits: for opening,
-    /// before anything is written.
+    /// Whether all of it is known to read as zeroes; not, where its server takes long to say so. Asked once, before
+    /// anything is written. Waits: for opening.
     pub fn is_zero(&self) -> io::Result<bool> {
+        match self.zero.get() {
+            Some(zero) => Ok(*zero),
+            None => self.look_for_data().map(|zero| *self.zero.get_or_init(|| zero)),
+        }
+    }
+
+    fn look_for_data(&self) -> io::Result<bool> {
         if self.session.base_allocation.is_none() {
             return Ok(false);
         }

@@ -1,5 +1,5 @@
 //! One operation on an export, carried out by requests that are as long as its server takes them.
-use super::super::{Buffer, Completion, Op, Token};
+use super::super::{Buffer, Completion, File, Loan, Op, Token};
 use super::Remote;
 use super::unflushed::Marks;
 use formats::nbd::client::Ask;
@@ -8,10 +8,10 @@ use rustix::io::Errno;
 use std::io;
 use std::time::Duration;
 
-/// An `Op::Read`, `Op::Write`, `Op::Zero` or `Op::Flush`.
+/// A read, a write, zeroes or a flush.
 pub(super) struct Request {
     token: Token,
-    op: Op,
+    work: Work,
     /// What is not done yet; of a flush, nothing.
     rest: ByteRange,
     /// What of it is asked.
@@ -20,6 +20,14 @@ pub(super) struct Request {
     pub since: Duration,
     /// What a flush is to make durable.
     marks: Option<Marks>,
+}
+
+/// The operation. The bytes of a write are lent to what is sent.
+enum Work {
+    Read { file: File, at: u64, buf: Buffer },
+    Write { file: File, at: u64, bytes: Loan },
+    Zero { file: File, at: u64, len: u64, unmap: bool },
+    Flush { file: File },
 }
 
 impl Request {
@@ -32,39 +40,41 @@ impl Request {
                 true => remote.to_change(*at, *len),
                 false => (ByteRange::default(), Err(Errno::OPNOTSUPP.into())),
             },
-            Op::Flush { .. } => (ByteRange::default(), remote.check_flush()),
+            _ => (ByteRange::default(), remote.check_flush()),
+        };
+        let work = match op {
+            Op::Read { file, at, buf } => Work::Read { file, at, buf },
+            Op::Write { file, at, buf } => Work::Write { file, at, bytes: Loan::new(buf) },
+            Op::Zero { file, at, len, unmap } => Work::Zero { file, at, len, unmap },
+            Op::Flush { file } => Work::Flush { file },
             _ => unreachable!("a queue gives exports what exports can do"),
         };
-        (Self { token, op, rest, piece: rest, since: Duration::ZERO, marks: None }, checked)
+        (Self { token, work, rest, piece: rest, since: Duration::ZERO, marks: None }, checked)
     }
 
     /// True where there is nothing to ask.
     pub fn is_empty(&self) -> bool {
-        self.rest.is_empty() && !self.is_flush()
-    }
-
-    fn is_flush(&self) -> bool {
-        matches!(self.op, Op::Flush { .. })
+        self.rest.is_empty() && !matches!(self.work, Work::Flush { .. })
     }
 
     /// What is to be asked next.
     pub fn ask(&mut self, remote: &Remote, now: Duration) -> Ask {
         self.since = now;
-        match &self.op {
-            Op::Read { .. } => {
+        match &self.work {
+            Work::Read { .. } => {
                 let aligned = remote.piece(self.rest);
                 self.piece = aligned.intersect(self.rest);
                 Ask::Read(aligned)
             }
-            Op::Write { .. } => {
+            Work::Write { .. } => {
                 self.piece = remote.piece(self.rest);
                 Ask::Write(self.piece)
             }
-            Op::Zero { unmap, .. } => {
+            Work::Zero { unmap, .. } => {
                 self.piece = self.rest.prefix(super::ZERO_LEN_MAX);
                 Ask::Zero { range: self.piece, keep: !unmap }
             }
-            _ => {
+            Work::Flush { .. } => {
                 // What is written from here on is the next flush's.
                 self.marks.get_or_insert_with(|| remote.unflushed().begin_flush());
                 Ask::Flush
@@ -73,31 +83,52 @@ impl Request {
     }
 
     /// What follows the request: of a write, the bytes that it asks for.
-    pub fn payload(&self) -> &[u8] {
-        match &self.op {
-            Op::Write { at, buf, .. } => &buf[(self.piece.start - at) as usize..][..self.piece.len() as usize],
+    pub fn payload(&mut self) -> &[u8] {
+        match &mut self.work {
+            Work::Write { at, bytes, .. } => {
+                &bytes.again()[(self.piece.start - *at) as usize..][..self.piece.len() as usize]
+            }
             _ => &[],
         }
+    }
+
+    /// The same, lent: it has to be given back before anything else becomes of the request.
+    pub fn lend_payload(&mut self) -> Option<Buffer> {
+        let Work::Write { at, bytes, .. } = &mut self.work else { return None };
+        bytes.again();
+        Some(bytes.lend_at((self.piece.start - *at) as usize, self.piece.len() as usize))
+    }
+
+    /// Takes its bytes back; gives back somebody else's.
+    pub fn take_back(&mut self, payload: Buffer) -> Option<Buffer> {
+        match &mut self.work {
+            Work::Write { bytes, .. } if bytes.is_mine(&payload) => bytes.give_back(payload),
+            _ => return Some(payload),
+        }
+        None
+    }
+
+    /// True where its bytes are lent.
+    pub fn has_lent(&self) -> bool {
+        matches!(&self.work, Work::Write { bytes, .. } if !bytes.is_whole())
     }
 
     /// The place of what is read in the buffer.
     pub fn place(&mut self) -> &mut [u8] {
         let piece = self.piece;
-        let Op::Read { at, buf, .. } = &mut self.op else { unreachable!("only reads are answered with bytes") };
-        let at = *at;
-        let buf: &mut Buffer = buf;
-        &mut buf[(piece.start - at) as usize..][..piece.len() as usize]
+        let Work::Read { at, buf, .. } = &mut self.work else { unreachable!("only reads are answered with bytes") };
+        &mut buf[(piece.start - *at) as usize..][..piece.len() as usize]
     }
 
     /// What was asked is done, by a connection of this age. True where nothing is left.
     pub fn advance(&mut self, remote: &Remote, established: u64) -> bool {
-        match &self.op {
-            Op::Write { .. } | Op::Zero { .. } => remote.unflushed().written(self.piece, remote.tick()),
-            Op::Flush { .. } => {
+        match &self.work {
+            Work::Write { .. } | Work::Zero { .. } => remote.unflushed().written(self.piece, remote.tick()),
+            Work::Flush { .. } => {
                 let marks = self.marks.take().unwrap_or_default();
                 remote.unflushed().end_flush(marks, Some(established));
             }
-            _ => {}
+            Work::Read { .. } => {}
         }
         self.rest.start = self.piece.end;
         self.rest.is_empty()
@@ -108,12 +139,19 @@ impl Request {
         if let Some(marks) = self.marks.take() {
             remote.unflushed().end_flush(marks, None);
         }
-        let count = match &self.op {
-            // Where nothing is wanted, the read began at the disk's end or behind it.
-            Op::Read { at, .. } => self.rest.end.saturating_sub(*at) as u32,
-            Op::Write { buf, .. } => buf.len() as u32,
-            _ => 0,
+        let (op, count) = match self.work {
+            Work::Read { file, at, buf } => {
+                // Where nothing is wanted, the read began at the disk's end or behind it.
+                (Op::Read { file, at, buf }, self.rest.end.saturating_sub(at) as u32)
+            }
+            Work::Write { file, at, bytes } => {
+                let buf = bytes.end();
+                let count = buf.len() as u32;
+                (Op::Write { file, at, buf }, count)
+            }
+            Work::Zero { file, at, len, unmap } => (Op::Zero { file, at, len, unmap }, 0),
+            Work::Flush { file } => (Op::Flush { file }, 0),
         };
-        Completion { token: self.token, op: self.op, result: result.map(|()| count) }
+        Completion { token: self.token, op, result: result.map(|()| count) }
     }
 }

@@ -1,8 +1,9 @@
-//! A stepped connection inside TLS, in an order that one seed decides: what is received comes in pieces of any length,
-//! sends end late, and the server goes at any byte.
+//! A stepped connection, in plain or inside TLS, in an order that one seed decides: what is received comes in pieces of
+//! any length, sends end late, some of them behind the answer to what they sent, and the server goes at any byte.
 //!
-//! Held here: in plain the server hears the client's flags and STARTTLS, and nothing else; and what was asked of a
-//! server that went is asked again of the next, until all of it is on the disk.
+//! Held here: before TLS the server hears the client's flags and STARTTLS, and nothing else; what was asked of a
+//! server that went is asked again of the next, until all of it is on the disk; and no write is done whose bytes the
+//! queue below still has.
 use super::super::connection::{Connection, Part};
 use super::{Arc, BTreeMap, Duration, Handshake, Header, Op, Outcome, ReplyTo, ServerConnection, Style, Tls, Token};
 use super::{Read, Write, carry_out, export, keys, writable_on, write};
@@ -32,9 +33,9 @@ struct Far {
 }
 
 impl Far {
-    fn new() -> Self {
+    fn new(inside_tls: bool) -> Self {
         let mut said = Vec::new();
-        let handshake = Handshake::new(Tls::Required, &mut said);
+        let handshake = Handshake::new(if inside_tls { Tls::Required } else { Tls::Off }, &mut said);
         Self { handshake, tls: None, plain: Vec::new(), unread: Vec::new(), serving: false, said }
     }
 
@@ -116,6 +117,9 @@ struct World {
     pending: Vec<(Part, Op)>,
     far: Option<Far>,
     disk: Mutex<Vec<u8>>,
+    inside_tls: bool,
+    /// What became of the send that is under way, where the server has it already.
+    heard: Option<io::Result<u32>>,
     now: Duration,
     cuts: usize,
     ready: Vec<Completion>,
@@ -143,8 +147,15 @@ impl World {
         if self.far.is_some() && self.cuts < CUTS_MAX && self.random.below(40) == 0 {
             (self.far, self.cuts) = (None, self.cuts + 1);
         }
-        let result = self.result(&mut op);
-        self.overheard |= self.far.as_ref().is_some_and(|far| !IN_PLAIN.starts_with(&far.plain));
+        let heard = if part == Part::Send { self.heard.take() } else { None };
+        let was_heard = heard.is_some();
+        let result = heard.unwrap_or_else(|| self.result(&mut op));
+        self.overheard |= self.inside_tls && self.far.as_ref().is_some_and(|far| !IN_PLAIN.starts_with(&far.plain));
+        if part == Part::Send && !was_heard && self.random.below(2) == 0 {
+            self.heard = Some(result);
+            self.pending.push((part, op));
+            return;
+        }
         self.connection.complete(part, op, result, self.now, &mut self.ready);
         self.go_on();
     }
@@ -152,7 +163,7 @@ impl World {
     fn result(&mut self, op: &mut Op) -> io::Result<u32> {
         match (op, &mut self.far) {
             (Op::Connect { .. }, far) => {
-                *far = Some(Far::new());
+                *far = Some(Far::new(self.inside_tls));
                 Ok(0)
             }
             (Op::Timeout { after }, _) => {
@@ -187,8 +198,8 @@ impl World {
 }
 
 /// How often the server went, where nothing was overheard, and all that was written is there.
-fn world(seed: u64) -> Option<usize> {
-    let (_, remote) = writable_on(&[super::Treats::Well], true, true);
+fn world(seed: u64, inside_tls: bool) -> Option<usize> {
+    let (_, remote) = writable_on(&[super::Treats::Well], true, inside_tls);
     let file = File::remote(Arc::clone(&remote));
     let mut world = World {
         random: Random(seed),
@@ -196,6 +207,8 @@ fn world(seed: u64) -> Option<usize> {
         pending: Vec::new(),
         far: None,
         disk: Mutex::new(vec![0x55; LEN]),
+        inside_tls,
+        heard: None,
         now: Duration::ZERO,
         cuts: 0,
         ready: Vec::new(),
@@ -232,14 +245,23 @@ fn world(seed: u64) -> Option<usize> {
 
 #[test]
 fn whatever_is_cut_all_is_written_and_nothing_is_said_in_plain() {
-    let cuts: usize = (0..60).map(|seed| world(seed).unwrap_or_else(|| panic!("seed {seed}"))).sum();
-    assert!(cuts > 100, "only {cuts} cuts: the world is too tame");
+    for inside_tls in [true, false] {
+        let cuts: usize = (0..60).map(|seed| world(seed, inside_tls).unwrap_or_else(|| panic!("seed {seed}"))).sum();
+        assert!(cuts > 100, "only {cuts} cuts: the world is too tame");
+    }
 }
 
 #[test]
 fn speaking_in_plain_behind_starttls_is_caught() {
     plant(Some(Fault::PlainBehindStartTls));
-    let caught = (0..60).any(|seed| world(seed).is_none());
+    let caught = (0..60).any(|seed| world(seed, true).is_none());
     plant(None);
     assert!(caught, "the world is too tame");
+}
+
+#[test]
+#[should_panic(expected = "every piece is back")]
+fn a_write_that_is_done_before_it_is_sent_is_caught() {
+    plant(Some(Fault::DoneBeforeSent));
+    (0..60).for_each(|seed| assert!(world(seed, false).is_some()));
 }
