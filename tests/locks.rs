@@ -51,7 +51,7 @@ fn readers<'a>() -> [&'a [&'a str]; 4] {
     ]
 }
 
-fn writers<'a>(format: &'a str) -> [&'a [&'a str]; 2] {
+fn writers(format: &str) -> [&[&str]; 2] {
     match format {
         "raw" => [&["qemu-io", "-f", "raw", "-c", "write 0 64k"], &["qemu-io", "-f", "raw", "-c", "truncate 1M"]],
         _ => [&["qemu-io", "-f", "qcow2", "-c", "write 0 64k"], &["qemu-img", "rebase", "-u", "-b", "", "-f", "qcow2"]],
