@@ -17,6 +17,7 @@ use super::{Pivot, Step};
 use crate::disk::{Disk, Status, Task, Tools};
 use crate::export::gate::{Gate, Leaving, Route};
 use crate::io::{Completion, Io, Token};
+use crate::open::refuse_lost_image;
 use formats::error::{Error, Result};
 use formats::record::Record;
 use std::sync::Arc;
@@ -128,6 +129,8 @@ impl Replace {
         let make = self.make.take().ok_or_else(|| Error::invalid("the new disk was made already"))?;
         let (disk, record) = make()?;
         let file = &self.record_file;
+        file.refuse_lost()?;
+        refuse_lost_image(disk.chain().top())?;
         let record = Record { generation: file.generation() + 1, ..record };
         // Where nothing was ever recorded, what the command line names counts, and goes on to.
         let old = file.newest().cloned().unwrap_or_else(|| Record {
