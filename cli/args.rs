@@ -46,6 +46,8 @@ pub enum Verb {
     Set(Set),
     /// Put a new overlay on top of an export's chain, which is written to from then on
     Snapshot(Snapshot),
+    /// Make an export's disk larger; clients see it when they connect again
+    Resize(Resize),
     /// Serve one more disk, or one less, while the daemon runs
     #[command(subcommand)]
     Export(Export),
@@ -83,6 +85,7 @@ impl Verb {
             | Self::Status(Status { form, .. })
             | Self::Pivot(Pivot { form, .. })
             | Self::Snapshot(Snapshot { form, .. })
+            | Self::Resize(Resize { form, .. })
             | Self::Export(Export::Add(AddExport { form, .. }) | Export::Remove(RemoveExport { form, .. }))
             | Self::Cancel(Cancel { job: Job { form, .. }, .. })
             | Self::Pause(Job { form, .. })
@@ -383,6 +386,19 @@ pub struct Snapshot {
     /// The overlay names what is below it by the way from its own folder
     #[arg(long)]
     pub relative_backing: bool,
+    #[command(flatten)]
+    pub form: Form,
+}
+
+#[derive(Debug, Arguments)]
+pub struct Resize {
+    #[command(flatten)]
+    pub daemon: Daemon,
+    /// The export's name
+    pub export: String,
+    /// Bytes that the disk has from then on, with K, M, G or T
+    #[arg(value_name = "SIZE", value_parser = size::parse)]
+    pub size: u64,
     #[command(flatten)]
     pub form: Form,
 }

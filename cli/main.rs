@@ -47,6 +47,7 @@ fn run(verb: Verb) -> Result<(), Failure> {
         Verb::Status(status) => verbs::status::run(&status),
         Verb::Pivot(pivot) => verbs::job::pivot(&pivot),
         Verb::Snapshot(snapshot) => verbs::export::snapshot(&snapshot),
+        Verb::Resize(resize) => verbs::export::resize(&resize),
         Verb::Export(export) => verbs::export::run(&export),
         Verb::Cancel(cancel) => verbs::job::cancel(&cancel),
         Verb::Pause(job) => verbs::job::pause(&job),

@@ -1,7 +1,7 @@
 //! The verbs that change what a running daemon serves.
 use super::job::ended;
 use super::mirror::name;
-use crate::args::{AddExport, Export, RemoveExport, Snapshot};
+use crate::args::{AddExport, Export, RemoveExport, Resize, Snapshot};
 use crate::client::Client;
 use crate::creation;
 use crate::failure::Failure;
@@ -46,4 +46,12 @@ pub fn snapshot(snapshot: &Snapshot) -> Result<(), Failure> {
     };
     let _: Value = client.call_and_wait("blkmirror-snapshot", &request)?;
     ended(&mut client, &snapshot.export, "snapshot taken", snapshot.form)
+}
+
+/// A larger disk; returns when it has that size.
+pub fn resize(resize: &Resize) -> Result<(), Failure> {
+    let Resize { export, size, .. } = resize;
+    let mut client = Client::connect(&resize.daemon.control)?;
+    let _: Value = client.call_and_wait("blkmirror-resize", &json!({ "export": export, "size": size }))?;
+    ended(&mut client, export, "resized", resize.form)
 }

@@ -159,6 +159,15 @@ impl Layer {
         self.close_by(&|_| Ok(()))
     }
 
+    /// Makes durable what is in its files. Waits.
+    pub fn flush_now(&self) -> Result<()> {
+        self.tables().flush_now().context(|| "flush")?;
+        match &self.apart {
+            None => Ok(()),
+            Some(apart) => self.file.file().flush_now().context(|| format!("{}: flush", apart.data_path.display())),
+        }
+    }
+
     /// The image's own file.
     pub fn tables(&self) -> &File {
         self.apart.as_ref().map_or_else(|| self.file.file(), |apart| &apart.tables)

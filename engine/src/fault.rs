@@ -36,6 +36,8 @@ pub enum Fault {
     MapBeforePayload,
     /// 8: a new mapping is not kept in the journal.
     ForgetInKill,
+    /// 8: a disk that grew is shown before what is new reads as zeroes.
+    GrownBeforeZeroes,
     /// 9: the gate opens on the source after the record.
     SourceAfterRecord,
     /// 10: a guest write is not noted before the source is touched.

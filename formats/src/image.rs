@@ -207,7 +207,7 @@ pub struct Progress {
 /// several threads. Everything between `reserve` and `commit` or drop of one reservation, and
 /// between a first `settle` and its `Done`, may interleave with any other call.
 pub trait Image: Send + Sync {
-    /// Size of the disk in bytes.
+    /// Size of the disk in bytes. It changes by `grow` and `ungrow` alone.
     fn size(&self) -> u64;
 
     /// The run that starts at `at`, cut to `len_max`. `at` is inside the disk, `len_max` at least 1.
@@ -243,6 +243,25 @@ pub trait Image: Send + Sync {
 
     /// Makes metadata durable, one stage a call, in an order that a power cut survives.
     fn settle(&self, progress: &mut Progress) -> Result<Settle>;
+
+    /// Makes room for a disk of `size` bytes, more than it has, and has them from then on: up to `keep_size` in memory
+    /// alone. `below` is how large the image below is, 0 where there is none. Says which of the new bytes the caller has
+    /// to zero before anybody sees them.
+    ///
+    /// Everything is settled and nobody is inside; `flush` makes all of the image's files durable, and waits. After an
+    /// error the image is as it was, or damaged.
+    fn grow(&self, _size: u64, _below: u64, _flush: &dyn Fn() -> Result<()>) -> Result<ByteRange> {
+        Err(Error::unsupported("an image of this format cannot grow"))
+    }
+
+    /// The disk keeps the size that `grow` gave it: after a restart too, where the image itself says how large it is.
+    /// Nobody is inside; what was to be zeroed is, and durable.
+    fn keep_size(&self, _flush: &dyn Fn() -> Result<()>) -> Result<()> {
+        Ok(())
+    }
+
+    /// A growth that was not kept comes to nothing: the disk has `size` bytes again, as before.
+    fn ungrow(&self, _size: u64) {}
 
     /// Names of the bitmaps of what was written that can be looked at while the image is in use: the
     /// consistent ones.

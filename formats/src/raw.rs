@@ -4,12 +4,13 @@ use crate::image::{Description, Extent, Image, Place, Progress, Reservation, Res
 use crate::range::ByteRange;
 use crate::storage::Storage;
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// A raw image.
 pub struct Raw {
     storage: Arc<dyn Storage>,
-    size: u64,
+    size: AtomicU64,
     /// The runs of data that were found last: to look for a run's end takes the file system long, and copiers ask for
     /// it piece by piece, each where it is. What has become a hole since is data still, whose zeroes they see.
     data: Mutex<VecDeque<ByteRange>>,
@@ -21,14 +22,14 @@ const RUNS_MAX: usize = 8;
 impl Raw {
     /// A raw image of `size` bytes; the file may be longer.
     pub fn new(storage: Arc<dyn Storage>, size: u64) -> Self {
-        Self { storage, size, data: Mutex::default() }
+        Self { storage, size: AtomicU64::new(size), data: Mutex::default() }
     }
 
     fn clip(&self, at: u64, len_max: u64) -> Result<ByteRange> {
-        let len = len_max.min(self.size.saturating_sub(at));
+        let len = len_max.min(self.size().saturating_sub(at));
         ByteRange::new(at, len)
             .filter(|guest| !guest.is_empty())
-            .ok_or_else(|| Error::invalid(format!("byte {at} is past the disk ({} bytes)", self.size)))
+            .ok_or_else(|| Error::invalid(format!("byte {at} is past the disk ({} bytes)", self.size())))
     }
 }
 
@@ -47,7 +48,7 @@ pub(crate) fn thin(storage: &dyn Storage, guest: ByteRange, host: u64) -> Result
 
 impl Image for Raw {
     fn size(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::Relaxed)
     }
 
     fn map(&self, at: u64, len_max: u64) -> Result<Extent> {
@@ -61,7 +62,7 @@ impl Image for Raw {
         if let Some(run) = found {
             return Ok(Extent { guest: guest.intersect(run), place: Place::Data { host: at } });
         }
-        let extent = thin(&*self.storage, ByteRange { start: at, end: self.size }, at)?;
+        let extent = thin(&*self.storage, ByteRange { start: at, end: self.size() }, at)?;
         if extent.place != Place::Zero {
             let mut known = known();
             known.push_front(extent.guest);
@@ -86,6 +87,31 @@ impl Image for Raw {
 
     fn zero(&self, guest: ByteRange, _: Zeroing) -> Result<Zeroed> {
         Ok(Zeroed::Host { guest, host: guest.start })
+    }
+
+    /// A device has what it has, also behind what was the disk's end: whoever enlarged it knows what that is.
+    fn grow(&self, size: u64, _: u64, flush: &dyn Fn() -> Result<()>) -> Result<ByteRange> {
+        let (old, len) = (self.size(), self.storage.len().context(|| "asking for the file's length")?);
+        if len < size && self.storage.is_fixed() {
+            return Err(Error::invalid(format!(
+                "{size} bytes are wanted, and the block device has {len}: enlarge the device first"
+            )));
+        }
+        if len < size {
+            self.storage.set_len(size).context(|| format!("growing the file to {size} bytes"))?;
+        }
+        flush()?;
+        self.size.store(size, Ordering::Relaxed);
+        let stale = if self.storage.is_fixed() { old } else { len.clamp(old, size) };
+        Ok(ByteRange { start: old, end: stale })
+    }
+
+    fn ungrow(&self, size: u64) {
+        self.size.store(size, Ordering::Relaxed);
+        if !self.storage.is_fixed() {
+            // Where that fails the file is longer, and what is more of it reads as zeroes.
+            let _ = self.storage.set_len(size);
+        }
     }
 
     fn settle(&self, progress: &mut Progress) -> Result<Settle> {

@@ -25,6 +25,11 @@ pub trait Storage: Send + Sync {
     /// Cuts or grows the file; what is new reads as zeroes and takes no space.
     fn set_len(&self, len: u64) -> io::Result<()>;
 
+    /// True where its length is not ours to change: a block device.
+    fn is_fixed(&self) -> bool {
+        false
+    }
+
     /// The first offset from `at` on that is not in a hole; `None` where only a hole follows.
     ///
     /// A storage that knows no holes says `Some(at)` for everything before its end. One that has looked

@@ -216,6 +216,8 @@ impl Guest {
 
     /// The whole disk: answered requests are there, each unanswered one is there or not, sector by sector.
     fn look_after_kill(&mut self, found: &[u8], unanswered: &[Asked]) {
+        // A disk that has grown meanwhile: what is new reads as zeroes.
+        self.truth.resize(self.truth.len().max(found.len()), 0);
         let mut wanted = self.truth.clone();
         for asked in unanswered {
             match asked {

@@ -72,6 +72,13 @@ pub enum Request {
     PivotTogether(Vec<String>),
     /// Put a new overlay on top of an export's chain. Answered when it is done.
     Snapshot(SnapshotRequest),
+    /// Make an export's disk larger. Answered when it is; clients see it when they connect again.
+    Resize {
+        /// Whose disk.
+        export: String,
+        /// Its bytes from then on.
+        size: u64,
+    },
     /// Serve one more disk, also after a restart.
     AddExport(ExportOptions),
     /// Serve a disk no more. Answered when it is closed.

@@ -22,7 +22,7 @@ use crate::bell::Bell;
 use crate::chain::Chain;
 use crate::io::remote::Remote;
 use formats::error::{Error, Result};
-use formats::image::Zeroing;
+use formats::image::{Image, Zeroing};
 use formats::range::ByteRange;
 use grace::Grace;
 use inflated::Inflated;
@@ -68,6 +68,32 @@ impl Disk {
     /// Size in bytes.
     pub fn size(&self) -> u64 {
         self.chain.size()
+    }
+
+    /// Makes it larger, in memory up to `keep_size`; says what has to be zeroed before anybody looks. Everything is settled
+    /// and nobody is inside. Waits for the image's tables.
+    pub fn grow(&self, size: u64) -> Result<ByteRange> {
+        let below = self.chain.layers().get(1).map_or(0, |below| below.image.size());
+        let grown = self.refuse_poisoned().and_then(|()| self.top().grow(size, below, &|| self.flush_now()));
+        grown.map_err(|error| error.at(self.name()))
+    }
+
+    /// It keeps the size that it has now. Nobody is inside. Waits, as `grow`.
+    pub fn keep_size(&self) -> Result<()> {
+        self.top().keep_size(&|| self.flush_now()).map_err(|error| error.at(self.name()))
+    }
+
+    fn top(&self) -> &dyn Image {
+        &*self.chain.top().image
+    }
+
+    /// All files of the top image.
+    fn flush_now(&self) -> Result<()> {
+        let flushed = self.chain.top().flush_now();
+        if flushed.is_err() {
+            self.poison();
+        }
+        flushed
     }
 
     /// True where nothing may be written.

@@ -58,6 +58,10 @@ impl Storage for FileStorage {
         }
     }
 
+    fn is_fixed(&self) -> bool {
+        self.0.metadata().is_ok_and(|metadata| !metadata.is_file())
+    }
+
     fn next_data(&self, at: u64) -> io::Result<Option<u64>> {
         match rustix::fs::seek(&self.0, SeekFrom::Data(at)) {
             Ok(data) => Ok(Some(data)),

@@ -22,7 +22,7 @@ mod replace;
 mod together;
 
 pub use record_file::{GroupFile, RecordFile, slots_of};
-pub use replace::{Make, Replace};
+pub use replace::{New, Replace};
 pub use together::{Member, members};
 
 use crate::disk::{Status, Task, Tools};

@@ -3,22 +3,27 @@
 //! ```text
 //! Drain        gate closed, nobody inside
 //! Flush        the old disk's metadata and payload are durable
-//! Make         the new disk is there, and durable as far as it goes
+//! Make         the new disk is there, and durable as far as it goes │ Zero, Settle   of one that grows, what is new
 //! ──────────── everything above is undone by opening the gate on the old disk
-//! Record       ◄── the point of no return
+//! Record       ◄── the point of no return                           │ Keep           the image has its size
 //! ──────────── everything below is done again after a crash
 //! Switch       the gate opens on the new disk
 //! Confirm      the same record in the other slot
 //! ```
+//!
+//! How large a disk is its image says, or the length of its file: then that is the point of no return of a growth, and
+//! nothing is recorded. A raw image that a pivot brought into a longer file has the size of its record.
 use super::confirm::Confirm;
 use super::record_file::{RecordFile, bytes_of};
 use super::recorder::Recorder;
 use super::{Pivot, Step};
 use crate::disk::{Disk, Status, Task, Tools};
 use crate::export::gate::{Gate, Leaving, Route};
+use crate::fault::{Fault, planted};
 use crate::io::{Completion, Io, Token};
 use crate::open::refuse_lost_image;
 use formats::error::{Error, Result};
+use formats::image::Zeroing;
 use formats::record::Record;
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,11 +31,22 @@ use std::time::Duration;
 /// Makes the new disk of what is flushed and untouched, and says what to record; the generation is set here.
 pub type Make = Box<dyn FnOnce() -> Result<(Arc<Disk>, Record)> + Send>;
 
+/// What comes into the old disk's place.
+pub enum New {
+    /// Another disk.
+    Made(Make),
+    /// The same image with so many bytes, and what to record where its size is there.
+    Grown(u64, Option<Record>),
+}
+
 /// One replacement on its way.
 pub struct Replace {
     gate: Arc<Gate>,
     old: Arc<Disk>,
-    make: Option<Make>,
+    new: Option<New>,
+    /// How large the old disk was, where it was made larger.
+    grown_from: Option<u64>,
+    to_record: Option<Record>,
     record_file: RecordFile,
     stage: Stage,
     pause_max: Duration,
@@ -42,6 +58,8 @@ enum Stage {
     New,
     Drain(Leaving),
     Flush(Box<Task>),
+    Zero(Box<Task>),
+    Settle(Box<Task>),
     Record(Recorder, Arc<Disk>, Record),
     Confirm(Confirm),
     Over,
@@ -49,10 +67,10 @@ enum Stage {
 
 impl Replace {
     /// One that closes the gate at its first step. Requests that are under way then may take `pause_max`.
-    pub fn new(gate: Arc<Gate>, record_file: RecordFile, make: Make, pause_max: Duration) -> Self {
+    pub fn new(gate: Arc<Gate>, record_file: RecordFile, new: New, pause_max: Duration) -> Self {
         let old = gate.route().disk;
-        let (make, stage, deadline) = (Some(make), Stage::New, Duration::ZERO);
-        Self { gate, old, make, record_file, stage, pause_max, deadline }
+        let (new, grown_from, stage, deadline) = (Some(new), None, Stage::New, Duration::ZERO);
+        Self { gate, old, new, grown_from, to_record: None, record_file, stage, pause_max, deadline }
     }
 
     /// True while guests wait at the gate.
@@ -65,7 +83,8 @@ impl Replace {
         self.record_file
     }
 
-    /// Takes in what is done and does what can be done. Waits for what `make` does, for nothing else.
+    /// Takes in what is done and does what can be done. Waits for what `make` does and for an
+    /// image's tables, for nothing else.
     pub fn step<I: Io>(&mut self, tools: &mut Tools<I>, base: Token) -> Step {
         loop {
             match &mut self.stage {
@@ -84,12 +103,11 @@ impl Replace {
                     }
                     self.stage = Stage::Flush(Box::new(Task::flush(Arc::clone(&self.old))));
                 }
-                Stage::Flush(task) => {
+                Stage::Flush(task) | Stage::Zero(task) | Stage::Settle(task) => {
                     if task.step(tools, base) != Status::Done {
                         return Step::Busy;
                     }
-                    let Stage::Flush(task) = std::mem::replace(&mut self.stage, Stage::Over) else { continue };
-                    match task.end().0.and_then(|()| self.begin_record(tools, base)) {
+                    match self.next(tools, base) {
                         Ok(stage) => self.stage = stage,
                         Err(error) => return self.undo(error),
                     }
@@ -103,7 +121,7 @@ impl Replace {
     /// Takes in what became of one of its operations. A result says that it is over.
     pub fn complete<I: Io>(&mut self, tools: &mut Tools<I>, base: Token, done: Completion) -> Step {
         match &mut self.stage {
-            Stage::Flush(task) => task.complete(tools, base, done),
+            Stage::Flush(task) | Stage::Zero(task) | Stage::Settle(task) => task.complete(tools, base, done),
             Stage::Record(recorder, ..) => match recorder.complete(tools, base, done) {
                 None => {}
                 Some(Ok(())) => return self.recorded(tools, base),
@@ -120,14 +138,55 @@ impl Replace {
     }
 
     fn undo(&mut self, error: Error) -> Step {
+        if let Some(size) = self.grown_from.take() {
+            self.old.chain().top().image.ungrow(size);
+        }
         self.gate.open(Route { disk: Arc::clone(&self.old), mirror: None });
         self.stage = Stage::Over;
         Step::Done(Err(error))
     }
 
-    fn begin_record<I: Io>(&mut self, tools: &mut Tools<I>, base: Token) -> Result<Stage> {
-        let make = self.make.take().ok_or_else(|| Error::invalid("the new disk was made already"))?;
-        let (disk, record) = make()?;
+    /// What follows a task that is done.
+    fn next<I: Io>(&mut self, tools: &mut Tools<I>, base: Token) -> Result<Stage> {
+        let old = || Arc::clone(&self.old);
+        match std::mem::replace(&mut self.stage, Stage::Over) {
+            Stage::Flush(task) => {
+                task.end().0?;
+                match self.new.take().ok_or_else(|| Error::invalid("the new disk was made already"))? {
+                    New::Made(make) => {
+                        let (disk, record) = make()?;
+                        self.begin_record(tools, base, disk, record)
+                    }
+                    New::Grown(size, record) => {
+                        let before = self.old.size();
+                        let range = self.old.grow(size)?;
+                        (self.grown_from, self.to_record) = (Some(before), record);
+                        let range = if planted(Fault::GrownBeforeZeroes) { range.prefix(0) } else { range };
+                        Ok(Stage::Zero(Box::new(Task::zero(old(), range, Zeroing::Unmap))))
+                    }
+                }
+            }
+            Stage::Zero(task) => {
+                task.end().0?;
+                Ok(Stage::Settle(Box::new(Task::flush(old()))))
+            }
+            Stage::Settle(task) => {
+                task.end().0?;
+                self.old.keep_size()?;
+                match self.to_record.take() {
+                    Some(record) => self.begin_record(tools, base, old(), record),
+                    None => {
+                        self.gate.open(Route { disk: old(), mirror: None });
+                        Ok(Stage::Over)
+                    }
+                }
+            }
+            other => Ok(other),
+        }
+    }
+
+    /// Puts the record on its way: `disk` as the truth or, should that fail, the old one again.
+    fn begin_record<I: Io>(&self, tools: &mut Tools<I>, base: Token, disk: Arc<Disk>, record: Record) -> Result<Stage> {
         let file = &self.record_file;
         file.refuse_lost()?;
         refuse_lost_image(disk.chain().top())?;
@@ -136,7 +195,7 @@ impl Replace {
         let old = file.newest().cloned().unwrap_or_else(|| Record {
             truth: record.origin.clone(),
             format: self.old.chain().top().format.to_owned(),
-            size: self.old.size(),
+            size: self.grown_from.unwrap_or_else(|| self.old.size()),
             ..record.clone()
         });
         let old = Record { generation: record.generation + 1, ..old };

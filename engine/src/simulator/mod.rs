@@ -18,6 +18,7 @@ mod kept;
 mod life;
 mod pages;
 mod plan;
+mod resize;
 mod world;
 
 use crate::control::Mode;

@@ -32,7 +32,7 @@ impl Shared {
     }
 
     fn mark_corrupt(&self) {
-        if self.geometry.version >= 3 {
+        if self.geometry().version >= 3 {
             let bits = self.incompatible | incompatible::CORRUPT;
             // Where the header cannot be written nothing else can: the next one finds the corruption again.
             let _ = self.storage.write_at(INCOMPATIBLE_AT, &bits.to_be_bytes());

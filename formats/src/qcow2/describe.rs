@@ -34,7 +34,7 @@ impl Shared {
         let extent = self.map(at, len_max)?;
         match extent.place {
             Place::Zero => self.describe_empty(extent, |standard| standard.zero),
-            Place::Absent => self.describe_empty(extent, |standard| standard.absent(self.geometry)),
+            Place::Absent => self.describe_empty(extent, |standard| standard.absent(self.geometry())),
             Place::Data { host } if self.is_preallocated(header)? => describe_payload(payload, extent.guest, host),
             Place::Data { .. } | Place::Compressed { .. } => Ok(extent.into()),
         }
@@ -43,8 +43,8 @@ impl Shared {
     /// Bytes without payload, as far as they have no place, or places one after the other. `kind` says
     /// which subclusters are of theirs.
     fn describe_empty(&self, extent: Extent, kind: impl Fn(Standard) -> u32) -> Result<Description> {
-        let (bits, guest) = (self.geometry.cluster_bits, extent.guest);
-        let (cluster, skip) = (guest.start >> bits, guest.start & (self.geometry.cluster_size() - 1));
+        let (bits, guest) = (self.geometry().cluster_bits, extent.guest);
+        let (cluster, skip) = (guest.start >> bits, guest.start & (self.geometry().cluster_size() - 1));
         let state = self.lock_with(cluster)?;
         let start = state.entry(cluster)?.standard().host.map(|(host, _)| host);
         let next = |nth, entry| match entry {

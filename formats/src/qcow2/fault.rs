@@ -14,10 +14,14 @@ pub enum Fault {
     BlockEntryBeforeBlock,
     /// 2: the header names the new place of the refcount table before the table is there.
     HeaderBeforeTable,
+    /// 2: the header names the new place of the L1 table before the table is there.
+    HeaderBeforeL1,
     /// 3: what an entry let go of is used again before the changed entry is durable.
     ReuseBeforeSettled,
     /// 4: a settle writes what was committed since it began.
     NewerEntries,
+    /// 5: the header has a larger size before what is new reads as zeroes.
+    SizeBeforeZeroes,
 }
 
 #[cfg(test)]
@@ -100,6 +104,17 @@ mod tests {
     #[test]
     fn a_refcount_table_that_is_known_too_early_is_caught() {
         assert_caught(Fault::HeaderBeforeTable, &[SmallReftable]);
+    }
+
+    #[test]
+    fn an_l1_table_that_is_known_too_early_is_caught() {
+        assert_caught(Fault::HeaderBeforeL1, &[]);
+    }
+
+    #[test]
+    fn a_size_that_is_known_too_early_is_caught() {
+        assert_caught(Fault::SizeBeforeZeroes, &[Backing]);
+        assert_caught(Fault::SizeBeforeZeroes, &[ExternalData]);
     }
 
     #[test]

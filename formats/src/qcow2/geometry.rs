@@ -69,6 +69,14 @@ impl Geometry {
         geometry.check_l1()
     }
 
+    /// The same with a disk of `size` bytes.
+    pub fn with_size(self, size: u64) -> Result<Self> {
+        if size > i64::MAX as u64 {
+            return Err(Error::invalid(format!("size {size} does not fit in 63 bits")));
+        }
+        Self { size, ..self }.check_l1()
+    }
+
     fn check_l1(self) -> Result<Self> {
         if self.l1_entries() * 8 > Self::L1_BYTES_MAX {
             return Err(Error::unsupported(format!(

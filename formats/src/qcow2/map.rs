@@ -9,9 +9,9 @@ impl Shared {
     /// The run that starts at `at`: all subclusters of one kind, in the file one after the other, as
     /// far as the tables in memory tell.
     pub(super) fn map(&self, at: u64, len_max: u64) -> Result<Extent> {
-        let guest = ByteRange { start: at, end: at.saturating_add(len_max).min(self.geometry.size).max(at) };
+        let guest = ByteRange { start: at, end: at.saturating_add(len_max).min(self.geometry().size).max(at) };
         self.check_inside(guest)?;
-        let g = self.geometry;
+        let g = self.geometry();
         let cluster = at >> g.cluster_bits;
         let skip = at & (g.cluster_size() - 1);
         let state = self.lock_with(cluster)?;

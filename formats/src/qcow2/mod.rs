@@ -14,6 +14,7 @@
 //! inflate, deflate       what is in them
 //! describe    what `map` tells beyond that
 //! settle      brings the tables into the file, in order
+//! grow        makes the disk larger
 //! replay      takes back what the journal kept through a kill
 //! snapshots, bitmaps     what else the file keeps: older views, and what was written since
 //! damage      a corruption that is found while the image is in use ends all writing
@@ -28,11 +29,13 @@
 //! 1. Payload and refcounts are durable before an L2 entry that points at them is written. The other
 //!    way round, a power cut leaves an entry that shows what was there before, or that two share.
 //! 2. A table is durable, as zeroes or as a copy at least, before what points at it is written: an L2
-//!    table before its L1 entry, a refcount block before its entry, a moved refcount table before the header.
+//!    table before its L1 entry, a refcount block before its entry, a moved refcount or L1 table before the header.
 //! 3. A cluster that an entry let go of is counted down, and used again, only after the changed entry
 //!    is durable and nobody can still be reading the old place (`Image::recycle`).
 //! 4. What is committed while a settle is under way is not written by it: its payload was perhaps
 //!    not flushed. See `settle`.
+//! 5. What is new of a disk that grows reads as zeroes, durably, before the header has the larger size. The other way
+//!    round, a power cut shows what was there before, or what the image below has there. See `grow`.
 pub mod bitmaps;
 pub mod check;
 pub mod create;
@@ -43,6 +46,7 @@ mod describe;
 mod entry;
 mod fault;
 mod geometry;
+mod grow;
 pub mod header;
 mod inflate;
 mod map;
@@ -76,6 +80,7 @@ use crate::raw;
 use crate::storage::Storage;
 use bitmaps::{Bits, Carried, Live};
 use state::State;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 /// How to open an image.
@@ -138,7 +143,10 @@ pub struct Qcow2 {
 
 /// What reservations and settles hold on to.
 struct Shared {
-    geometry: Geometry,
+    /// As the image was opened: the size is the one below.
+    cuts: Geometry,
+    /// Bytes of the disk. It changes while nobody is inside.
+    size: AtomicU64,
     storage: Arc<dyn Storage>,
     journal: Arc<dyn Journal>,
     writable: bool,
@@ -172,7 +180,8 @@ impl Qcow2 {
         };
         flush_first |= in_use;
         let shared = Shared {
-            geometry: header.geometry,
+            cuts: header.geometry,
+            size: AtomicU64::new(header.geometry.size),
             storage,
             journal,
             writable: open.writable,
@@ -275,6 +284,10 @@ impl Header {
 }
 
 impl Shared {
+    fn geometry(&self) -> Geometry {
+        Geometry { size: self.size.load(Ordering::Relaxed), ..self.cuts }
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().expect("nobody panics with the tables half changed")
     }
@@ -287,7 +300,7 @@ impl Shared {
             let state = self.lock();
             let Some(missing) = state.missing(cluster)? else { return Ok(state) };
             drop(state);
-            let count = self.geometry.slice_bytes() / 8;
+            let count = self.geometry().slice_bytes() / 8;
             let entries = table::read(&*self.storage, missing.at, count)
                 .context(|| format!("reading L2 entries of guest cluster {cluster} at {}", missing.at))?;
             self.lock().arrived(&missing, entries.into_boxed_slice());
@@ -302,10 +315,10 @@ impl Shared {
     }
 
     fn check_inside(&self, guest: ByteRange) -> Result<()> {
-        if guest.end <= self.geometry.size && !guest.is_empty() {
+        if guest.end <= self.geometry().size && !guest.is_empty() {
             return Ok(());
         }
-        let size = self.geometry.size;
+        let size = self.geometry().size;
         Err(Error::invalid(format!("{guest} ends past the disk ({size} bytes), or is empty")))
     }
 
@@ -319,7 +332,7 @@ impl Shared {
 
 impl Image for Qcow2 {
     fn size(&self) -> u64 {
-        self.shared.geometry.size
+        self.shared.geometry().size
     }
 
     fn map(&self, at: u64, len_max: u64) -> Result<Extent> {
@@ -358,7 +371,7 @@ impl Image for Qcow2 {
     }
 
     fn may_write_zeroes(&self) -> bool {
-        self.shared.geometry.version < 3 && self.shared.has_backing
+        self.shared.geometry().version < 3 && self.shared.has_backing
     }
 
     fn settle(&self, progress: &mut Progress) -> Result<Settle> {
@@ -374,6 +387,18 @@ impl Image for Qcow2 {
             Shared::store_bitmaps(&self.shared, flush)?;
         }
         self.trim_end()
+    }
+
+    fn grow(&self, size: u64, below: u64, flush: &dyn Fn() -> Result<()>) -> Result<ByteRange> {
+        self.shared.watch(Shared::grow(&self.shared, size, below, self.data.as_deref(), flush))
+    }
+
+    fn keep_size(&self, flush: &dyn Fn() -> Result<()>) -> Result<()> {
+        self.shared.watch(Shared::keep_size(&self.shared, flush))
+    }
+
+    fn ungrow(&self, size: u64) {
+        self.shared.set_size(size);
     }
 
     fn bitmap_names(&self) -> Result<Vec<String>> {
@@ -406,7 +431,7 @@ impl Image for Qcow2 {
 
     fn compressible(&self) -> Option<u32> {
         // At most 2 MiB.
-        Some(self.shared.geometry.cluster_size() as u32)
+        Some(self.shared.geometry().cluster_size() as u32)
     }
 
     fn reserve_compressed(&self, guest: ByteRange, len: u32) -> Result<Option<Reserve>> {

@@ -21,7 +21,7 @@ impl Shared {
     pub(super) fn reserve_compressed(this: &Arc<Self>, guest: ByteRange, len: u32) -> Result<Option<Reserve>> {
         this.check_writable()?;
         this.check_inside(guest)?;
-        let (geometry, bits) = (this.geometry, this.geometry.cluster_bits);
+        let (geometry, bits) = (this.geometry(), this.geometry().cluster_bits);
         let cluster = guest.start >> bits;
         let end = geometry.size.min((cluster + 1) << bits);
         if guest.start != cluster << bits || guest.end != end || len == 0 || u64::from(len) >= geometry.cluster_size() {

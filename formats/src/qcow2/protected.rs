@@ -64,6 +64,17 @@ impl Protected {
         stays.into_iter().chain(table).min().filter(|first| *first < end)
     }
 
+    /// Nothing points at the table in the clusters of `run` any more, which was to stay.
+    pub fn let_go(&mut self, run: Run) {
+        let end = run.start + run.count;
+        let left = self.runs.iter().flat_map(|here| {
+            let here_end = here.start + here.count;
+            [(here.start, here_end.min(run.start)), (here.start.max(end), here_end)]
+        });
+        let left = left.filter(|(start, end)| start < end);
+        self.runs = left.map(|(start, end)| Run { start, count: end - start }).collect();
+    }
+
     /// Nothing points at the table in `cluster` any more.
     pub fn give_back(&mut self, cluster: u64) {
         if let Ok(at) = self.tables.binary_search(&cluster) {
@@ -89,6 +100,8 @@ mod tests {
         assert_overlaps(&protected, &[0, 3, 4, 5, 6, 7, 8, 9, 12, 15]);
         [15, 8, 13].into_iter().for_each(|cluster| protected.give_back(cluster));
         assert_overlaps(&protected, &[0, 3, 4, 5, 6, 7, 8, 9, 12]);
+        [(5, 2), (9, 3), (20, 1)].into_iter().for_each(|(start, count)| protected.let_go(Run { start, count }));
+        assert_overlaps(&protected, &[0, 3, 4, 7, 8, 12]);
     }
 
     fn assert_overlaps(protected: &Protected, clusters: &[u64]) {

@@ -21,7 +21,10 @@ impl Shared {
             return Ok(());
         }
         self.check_writable()?;
-        let (tables, entries) = self.last(changes)?;
+        let (mut tables, mut entries) = self.last(changes)?;
+        // Of a growth that the kill cut short: nobody was told of it.
+        tables.retain(|index, _| *index < self.geometry().l1_entries());
+        entries.retain(|cluster, _| *cluster < self.geometry().clusters());
         self.check_replay(&tables, &entries)?;
         self.count_replayed(&tables, &entries)?;
         for (index, raw) in &tables {
@@ -48,8 +51,8 @@ impl Shared {
             let before = bitmap.take();
             match table {
                 TABLE_L1 => _ = tables.insert(index, value),
-                TABLE_L2_BITMAPS if self.geometry.extended_l2 => bitmap = Some((index, value)),
-                TABLE_L2 if !self.geometry.extended_l2 => {
+                TABLE_L2_BITMAPS if self.geometry().extended_l2 => bitmap = Some((index, value)),
+                TABLE_L2 if !self.geometry().extended_l2 => {
                     entries.insert(index, Words { descriptor: value, bitmap: 0 });
                 }
                 TABLE_L2 => {
@@ -67,26 +70,24 @@ impl Shared {
         Ok((tables, entries))
     }
 
-    /// All indices are inside their tables, and all that is pointed at is inside the file.
+    /// All that is pointed at is inside the file.
     fn check_replay(&self, tables: &BTreeMap<u64, u64>, entries: &BTreeMap<u64, Words>) -> Result<()> {
         let len = self.storage.len().context(|| "asking for the file's length")?;
-        let len = len.next_multiple_of(self.geometry.cluster_size());
+        let len = len.next_multiple_of(self.geometry().cluster_size());
         let wrong = |what: &str, index: u64, raw: u64| {
             Err(Error::malformed(format!("the journal does not fit the image: {what} {index} with {raw:#018x}")))
         };
         for (index, raw) in tables {
-            let known = *index < self.geometry.l1_entries();
-            match known.then(|| l2_table(self.geometry, *index, *raw)).transpose()?.flatten() {
+            match l2_table(self.geometry(), *index, *raw)? {
                 Some(host) if host < len => {}
                 _ => return wrong("L1 entry", *index, *raw),
             }
         }
         for (cluster, words) in entries {
-            let known = *cluster < self.geometry.clusters();
-            match known.then(|| Entry::decode(self.geometry, *cluster, *words)).transpose()? {
-                Some(Entry::Standard(_)) if self.geometry.external_data => {}
-                Some(Entry::Standard(standard)) if standard.host.is_none_or(|(host, _)| host < len) => {}
-                Some(Entry::Compressed { host, len: bytes }) if host + u64::from(bytes) <= len => {}
+            match Entry::decode(self.geometry(), *cluster, *words)? {
+                Entry::Standard(_) if self.geometry().external_data => {}
+                Entry::Standard(standard) if standard.host.is_none_or(|(host, _)| host < len) => {}
+                Entry::Compressed { host, len: bytes } if host + u64::from(bytes) <= len => {}
                 _ => return wrong("guest cluster", *cluster, words.descriptor),
             }
         }
@@ -97,14 +98,14 @@ impl Shared {
     fn count_replayed(&self, tables: &BTreeMap<u64, u64>, entries: &BTreeMap<u64, Words>) -> Result<()> {
         // By host cluster: whether what we noted has it for itself.
         let (mut used, mut packed) = (BTreeMap::new(), Vec::new());
-        let cluster = |host| self.geometry.host_cluster(host);
+        let cluster = |host| self.geometry().host_cluster(host);
         for (index, raw) in tables {
-            used.extend(l2_table(self.geometry, *index, *raw)?.map(|host| (cluster(host), true)));
+            used.extend(l2_table(self.geometry(), *index, *raw)?.map(|host| (cluster(host), true)));
         }
         for (guest, words) in entries {
-            let entry = Entry::decode(self.geometry, *guest, *words)?;
+            let entry = Entry::decode(self.geometry(), *guest, *words)?;
             let alone = entry.standard().host.is_some_and(|(_, copied)| copied);
-            match (entry, entry.used(self.geometry)) {
+            match (entry, entry.used(self.geometry())) {
                 (Entry::Compressed { .. }, Some((host, len))) => packed.extend(cluster(host)..=cluster(host + len - 1)),
                 (_, found) => used.extend(found.map(|(host, _)| (cluster(host), alone))),
             }

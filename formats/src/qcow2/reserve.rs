@@ -21,7 +21,7 @@ impl Shared {
     pub(super) fn reserve(this: &Arc<Self>, guest: ByteRange) -> Result<Reserve> {
         this.check_writable()?;
         this.check_inside(guest)?;
-        let bits = this.geometry.cluster_bits;
+        let bits = this.geometry().cluster_bits;
         let (first, last) = (guest.start >> bits, (guest.end - 1) >> bits);
         let mut state = this.lock_with(first)?;
         let entry = state.entry(first)?;
@@ -38,7 +38,7 @@ impl Shared {
                 return Ok(Reserve::Busy);
             }
             let len = state.run(guest, this.in_cluster(host, |standard| standard.data))?;
-            let host = host + (guest.start & (this.geometry.cluster_size() - 1));
+            let host = host + (guest.start & (this.geometry().cluster_size() - 1));
             let guest = guest.prefix(len);
             return Ok(Reserve::Room(Reservation { guest, host, fill: [None, None], zeroed: false, hold: None }));
         }
@@ -59,13 +59,13 @@ impl Shared {
 
     /// The subcluster with the first byte of `guest`.
     fn first_subcluster(&self, guest: ByteRange) -> u32 {
-        self.geometry.subclusters_in(guest.prefix(1), guest.start >> self.geometry.cluster_bits)
+        self.geometry().subclusters_in(guest.prefix(1), guest.start >> self.geometry().cluster_bits)
     }
 
     /// For `State::run`: what `pick` picks of entries whose clusters are theirs alone and follow each
     /// other from `host` on. The first one's is known to be its alone.
     pub(super) fn in_cluster(&self, host: u64, pick: impl Fn(Standard) -> u32) -> impl Fn(u64, Entry) -> u32 {
-        let bits = self.geometry.cluster_bits;
+        let bits = self.geometry().cluster_bits;
         move |nth, entry| match entry.standard().host {
             Some((at, copied)) if at == host + (nth << bits) && (copied || nth == 0) => pick(entry.standard()),
             _ => 0,
@@ -77,14 +77,14 @@ impl Shared {
         let guest = guest.intersect(span);
         let [head, tail] = [(span.start, guest.start), (guest.end, span.end)]
             .map(|(start, end)| Some(ByteRange { start, end }).filter(|range| !range.is_empty()));
-        let skip = guest.start & (self.geometry.cluster_size() - 1);
+        let skip = guest.start & (self.geometry().cluster_size() - 1);
         Reservation { guest, host: host + skip, fill: [head, tail], zeroed, hold: Some(hold) }
     }
 
     /// Room for a prefix of `guest`: in its clusters from `own` on, or in new ones; and whether those
     /// read as zeroes. `None` where a settle is due.
     fn new_place(&self, state: &mut State, guest: ByteRange, own: Option<u64>) -> Result<Option<(Reserved, bool)>> {
-        let (g, bits) = (self.geometry, self.geometry.cluster_bits);
+        let (g, bits) = (self.geometry(), self.geometry().cluster_bits);
         let first = guest.start >> bits;
         let in_slice = (1 << g.l2_slice_bits()) - (first & ((1 << g.l2_slice_bits()) - 1));
         let clusters = in_slice.min(state.changes_left(first, &*self.journal) as u64);
@@ -116,7 +116,7 @@ impl Shared {
 
     /// What has to be in new clusters for `guest`: its subclusters, and all payload of the old ones.
     fn moving(&self, state: &State, guest: ByteRange) -> Result<ByteRange> {
-        let (g, bits) = (self.geometry, self.geometry.cluster_bits);
+        let (g, bits) = (self.geometry(), self.geometry().cluster_bits);
         let mut span = guest.align_outward(1 << g.subcluster_bits());
         for cluster in [guest.start >> bits, (guest.end - 1) >> bits] {
             let (start, payload) = (cluster << bits, state.entry(cluster)?.payload(g));
@@ -131,14 +131,14 @@ impl Shared {
 
     /// What of `range` is on the disk.
     fn cut(&self, range: ByteRange) -> ByteRange {
-        range.intersect(ByteRange { start: 0, end: self.geometry.size })
+        range.intersect(ByteRange { start: 0, end: self.geometry().size })
     }
 
     /// Makes the payload of a reservation the content of its subclusters.
     pub(super) fn commit(&self, reservation: Reservation) -> Result<()> {
         let Some(hold) = &reservation.hold else { return Ok(()) };
         self.refuse_damaged()?;
-        let g = self.geometry;
+        let g = self.geometry();
         let mut state = self.lock();
         let reserved = state.take_reservation(hold.id());
         let reserved = reserved.ok_or_else(|| Error::invalid("the reservation is of another image"))?;

@@ -65,7 +65,7 @@ impl Shared {
             drop(state);
             progress.hold = Some(Hold::new(this.clone(), id));
             progress.stage = COUNTS;
-            if this.geometry.external_data && !planted(Fault::EntriesBeforePayload) {
+            if this.geometry().external_data && !planted(Fault::EntriesBeforePayload) {
                 return Ok(Settle::FlushPayload);
             }
         }
@@ -80,7 +80,7 @@ impl Shared {
     }
 
     fn flush_of_payload(&self) -> Settle {
-        if self.geometry.external_data { Settle::FlushPayload } else { Settle::Flush }
+        if self.geometry().external_data { Settle::FlushPayload } else { Settle::Flush }
     }
 
     fn next_stage(&self, frozen: &Frozen, progress: &mut Progress) -> Result<Settle> {
@@ -94,7 +94,7 @@ impl Shared {
             }
             progress.stage = REFTABLE;
             let counts = !frozen.refs.slices.is_empty() || frozen.refs.table.is_some();
-            if (counts || !self.geometry.external_data) && !planted(Fault::EntriesBeforePayload) {
+            if (counts || !self.geometry().external_data) && !planted(Fault::EntriesBeforePayload) {
                 return Ok(Settle::Flush);
             }
         }
@@ -152,13 +152,13 @@ impl Shared {
         }
         let Some(entries) = &frozen.table else { return Ok(()) };
         let mut writes = Writes::default();
-        table::encode(entries.iter().copied(), writes.at(frozen.place.start << self.geometry.cluster_bits));
+        table::encode(entries.iter().copied(), writes.at(frozen.place.start << self.geometry().cluster_bits));
         self.write("the refcount table", writes)
     }
 
     /// Makes new refcount blocks known; says whether there were any.
     fn write_reftable(&self, frozen: &FrozenRefcounts) -> Result<bool> {
-        let place = frozen.place.start << self.geometry.cluster_bits;
+        let place = frozen.place.start << self.geometry().cluster_bits;
         let mut writes = Writes::default();
         if frozen.table.is_some() {
             // Twelve bytes of one sector: the old place or the new one, never half of each.

@@ -33,6 +33,8 @@ pub struct Snapshot {
     pub vm_state_size: u64,
     /// Bytes of the disk when it was made.
     pub disk_size: u64,
+    /// The image says so; otherwise they are the disk's of today.
+    pub has_disk_size: bool,
     /// The guest's instruction counter, where it was recorded.
     pub icount: Option<u64>,
     /// Bytes of its entry in the table, without the padding.
@@ -73,6 +75,7 @@ fn read_one(records: &mut Records<'_>, header: &Header) -> Result<Snapshot> {
         vm_clock_nsec,
         vm_state_size: extra(0).unwrap_or(vm_state_size),
         disk_size: extra(1).unwrap_or(header.geometry.size),
+        has_disk_size: extra(1).is_some(),
         icount: extra(2).filter(|count| *count != u64::MAX),
         id: records.text(usize::from(id_len))?,
         name: records.text(usize::from(name_len))?,

@@ -425,6 +425,11 @@ impl Space {
         Ok(())
     }
 
+    /// No table is in these clusters any more that was there when the image was opened.
+    pub fn unprotect(&mut self, run: Run) {
+        self.protected.let_go(run);
+    }
+
     fn check_unprotected(&self, run: Run) -> Result<()> {
         match self.protected.first_in(run) {
             None => Ok(()),

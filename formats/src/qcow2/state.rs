@@ -490,6 +490,17 @@ impl State {
         table::encode(then, bytes);
     }
 
+    /// The L1 table.
+    pub fn l1(&self) -> &[u64] {
+        &self.l1
+    }
+
+    /// The table that is at `at` in the file by now, with these entries: those that there were, and more.
+    pub fn set_l1(&mut self, at: u64, l1: Vec<u64>) -> Result<()> {
+        (self.l1_at, self.l1) = (at, l1);
+        self.own_tables()
+    }
+
     /// Where entry `index` of the L1 table is in the file.
     pub fn l1_entry_at(&self, index: u64) -> u64 {
         self.l1_at + index * 8

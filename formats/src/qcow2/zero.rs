@@ -41,13 +41,13 @@ impl Shared {
         if self.raw_data {
             return Ok(Zeroed::Host { guest, host: guest.start });
         }
-        let unit = 1 << self.geometry.subcluster_bits();
-        let first_end = self.geometry.size.min((guest.start & !(unit - 1)) + unit);
+        let unit = 1 << self.geometry().subcluster_bits();
+        let first_end = self.geometry().size.min((guest.start & !(unit - 1)) + unit);
         if guest.start & (unit - 1) != 0 || guest.end < first_end {
             return self.zero_part(ByteRange { start: guest.start, end: guest.end.min(first_end) }, zeroing);
         }
         // The disk's last subcluster is whole where its part on the disk is.
-        let end = if guest.end == self.geometry.size { guest.end } else { guest.end & !(unit - 1) };
+        let end = if guest.end == self.geometry().size { guest.end } else { guest.end & !(unit - 1) };
         self.zero_whole(ByteRange { start: guest.start, end }, zeroing)
     }
 
@@ -56,12 +56,12 @@ impl Shared {
         if zeroing == Zeroing::Discard {
             return Ok(Zeroed::Done(guest));
         }
-        let cluster = guest.start >> self.geometry.cluster_bits;
+        let cluster = guest.start >> self.geometry().cluster_bits;
         let state = self.lock_with(cluster)?;
         if state.unreserved(cluster, 1) == 0 {
             return Ok(Zeroed::Busy);
         }
-        let here = self.geometry.subclusters_in(guest, cluster);
+        let here = self.geometry().subclusters_in(guest, cluster);
         Ok(match here & !self.zeroes(state.entry(cluster)?) {
             0 => Zeroed::Done(guest),
             _ => Zeroed::Write(guest),
@@ -70,7 +70,7 @@ impl Shared {
 
     /// Zeroes whole subclusters: as many as are dealt with in the same way and are in one slice.
     fn zero_whole(&self, guest: ByteRange, zeroing: Zeroing) -> Result<Zeroed> {
-        let bits = self.geometry.cluster_bits;
+        let bits = self.geometry().cluster_bits;
         let (first, last) = (guest.start >> bits, (guest.end - 1) >> bits);
         let mut state = self.lock_with(first)?;
         let clusters = state.unreserved(first, last - first + 1);
@@ -83,14 +83,14 @@ impl Shared {
         {
             return Ok(Zeroed::Done(prefix(absent.min(clusters))));
         }
-        let in_slice = 1 << self.geometry.l2_slice_bits();
+        let in_slice = 1 << self.geometry().l2_slice_bits();
         let clusters = clusters.min(in_slice - (first & (in_slice - 1)));
         Ok(match self.action(&mut state, first, guest, zeroing)? {
             Action::Host(host) => {
                 let len = state.run(prefix(clusters), self.in_cluster(host, |standard| standard.data))?;
                 Zeroed::Host {
                     guest: guest.prefix(len),
-                    host: host + (guest.start & (self.geometry.cluster_size() - 1)),
+                    host: host + (guest.start & (self.geometry().cluster_size() - 1)),
                 }
             }
             Action::Write => Zeroed::Write(prefix(1)),
@@ -103,7 +103,7 @@ impl Shared {
 
     /// Changes the entries of the clusters that entries can zero; says of how many from the first on.
     fn zero_entries(&self, state: &mut State, guest: ByteRange, zeroing: Zeroing) -> Result<u64> {
-        let bits = self.geometry.cluster_bits;
+        let bits = self.geometry().cluster_bits;
         let (first, last) = (guest.start >> bits, (guest.end - 1) >> bits);
         for cluster in first..=last {
             match self.action(state, cluster, guest, zeroing)? {
@@ -131,7 +131,7 @@ impl Shared {
     }
 
     fn action(&self, state: &mut State, cluster: u64, guest: ByteRange, zeroing: Zeroing) -> Result<Action> {
-        let g = self.geometry;
+        let g = self.geometry();
         let entry = state.entry(cluster)?;
         let here = g.subclusters_in(guest, cluster);
         let others = entry.payload(g) & !here & g.subclusters_in(ByteRange { start: 0, end: g.size }, cluster);

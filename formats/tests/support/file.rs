@@ -1,5 +1,6 @@
 //! Images in files, read and written the slow and obvious way.
 use formats::backing::{BackingName, Location};
+use formats::error::Result;
 use formats::image::{Image, Place, Progress, Reserve, Settle, Zeroed, Zeroing};
 use formats::journal::Forgetful;
 use formats::qcow2::{Open, Qcow2};
@@ -66,7 +67,7 @@ impl Layer {
         }
         let header = formats::qcow2::read_header(&*storage).expect("a valid header");
         let open = Open { writable, has_backing: header.backing.is_some(), metadata_bytes_max: 1 << 16 };
-        let image = Qcow2::open(storage.clone(), Arc::new(Forgetful), open).expect("a valid image");
+        let mut image = Qcow2::open(storage.clone(), Arc::new(Forgetful), open).expect("a valid image");
         let below = image.backing().map(|backing| {
             let name = BackingName::parse(&backing.name).expect("a name").location;
             let Ok(Location::File(below)) = name.seen_from(&Location::File(path.into())) else {
@@ -76,7 +77,12 @@ impl Layer {
         });
         let storage = match &image.header().data_file {
             None => storage,
-            Some(data_file) => FileStorage::open(&data_file.resolve(path).expect("a path"), writable).expect("a file"),
+            Some(data_file) => {
+                let path = data_file.resolve(path).expect("a path");
+                let data = FileStorage::open(&path, writable).expect("a file");
+                image = image.with_data_file(data.clone());
+                data
+            }
         };
         Self { image: Box::new(image), storage, below }
     }
@@ -171,6 +177,15 @@ impl Layer {
                 }
             };
         }
+    }
+
+    /// Makes the disk larger.
+    pub fn grow(&self, size: u64) -> Result<()> {
+        let below = self.below.as_ref().map_or(0, |below| below.image.size());
+        let range = self.image.grow(size, below, &|| Ok(()))?;
+        self.zero(range, Zeroing::Unmap);
+        self.settle();
+        self.image.keep_size(&|| Ok(()))
     }
 
     /// Brings the metadata into the file. Nobody cuts the power here, so nothing is flushed.

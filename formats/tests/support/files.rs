@@ -6,6 +6,7 @@ use super::written::DATA_FILE_NAME;
 use std::path::Path;
 use std::sync::Arc;
 
+#[derive(Clone)]
 pub struct Files {
     pub image: Arc<Disk>,
     /// The external data file.

@@ -13,6 +13,7 @@ use formats::image::{Extent, Image, Place, Progress, Reservation, Reserve, Settl
 use formats::qcow2::{Check, Open, Qcow2, check, read_header, snapshots};
 use formats::range::ByteRange;
 use formats::storage::Storage;
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -64,6 +65,8 @@ pub struct Guest {
     time: u64,
     last_settled: u64,
     snapshots: Vec<Snapshot>,
+    /// The disk does not grow beyond.
+    size_max: u64,
     /// The power is cut, in a copy of the world, in front of every flush.
     pub cut_at_flushes: bool,
     /// Some writes are of compressed clusters.
@@ -87,6 +90,9 @@ pub struct Stats {
     pub power_cuts: u64,
     pub zeroed_places: u64,
     pub compressed: u64,
+    /// Times that the disk grew, and that a growth came to nothing.
+    pub grown: u64,
+    pub not_grown: u64,
 }
 
 impl Stats {
@@ -102,6 +108,8 @@ impl Stats {
         self.power_cuts += other.power_cuts;
         self.zeroed_places += other.zeroed_places;
         self.compressed += other.compressed;
+        self.grown += other.grown;
+        self.not_grown += other.not_grown;
     }
 }
 
@@ -129,6 +137,7 @@ impl Guest {
             time: 0,
             last_settled: 0,
             snapshots: Vec::new(),
+            size_max: bytes.len() as u64 * 3,
             cut_at_flushes: false,
             compresses: false,
             stats: Stats::default(),
@@ -172,6 +181,9 @@ impl Guest {
     /// Does one thing that one of its requests needs.
     pub fn step(&mut self) {
         self.time += 1;
+        if self.random.one_in(100) {
+            self.grow();
+        }
         match self.random.below(20) {
             0 if self.compresses => self.begin_compressed_write(),
             0..=4 => {
@@ -395,6 +407,86 @@ impl Guest {
         }
     }
 
+    /// A larger disk, or one that was to be larger and is not.
+    pub fn grow(&mut self) {
+        let old = self.history.size();
+        let sectors = (self.size_max.saturating_sub(old) / SECTOR_BYTES).min(1200);
+        if sectors == 0 {
+            return;
+        }
+        self.end_all_requests();
+        self.settle_all();
+        let new = old + SECTOR_BYTES * (1 + self.random.below(sectors));
+        let below = if self.open.has_backing { u64::MAX } else { 0 };
+        let cuts = RefCell::new((Vec::new(), Random::new(self.random.next())));
+        let files = self.files.clone();
+        let cut_at_flushes = self.cut_at_flushes;
+        let flush = || {
+            let (cuts, random) = &mut *cuts.borrow_mut();
+            cuts.extend(cut_at_flushes.then(|| files.after_power_cut(random)));
+            files.image.flush();
+            files.payload().flush();
+            Ok(())
+        };
+        let Ok(range) = self.image.grow(new, below, &flush) else {
+            let old_version = self.image.info().version == 2;
+            assert!(old_version && (self.open.has_backing || !self.snapshots.is_empty()), "an image that can grow");
+            return;
+        };
+        self.history.resize(new);
+        self.zero_now(range);
+        match self.random.below(4) {
+            0 => {
+                self.stats.not_grown += 1;
+                self.image.ungrow(old);
+                self.history.resize(old);
+            }
+            1 => {
+                self.stats.not_grown += 1;
+                self.history.resize(old);
+                self.kill();
+            }
+            _ => {
+                self.stats.grown += 1;
+                self.settle_all();
+                self.image.keep_size(&flush).expect("memory");
+            }
+        }
+        for cut in cuts.into_inner().0 {
+            self.judge(&cut);
+        }
+        assert_eq!(self.image.size(), self.history.size());
+        self.assert_all_there();
+        self.find_places();
+    }
+
+    /// Zeroes all of `range`, which nobody else touches.
+    fn zero_now(&mut self, mut range: ByteRange) {
+        while !range.is_empty() {
+            let part = match self.image.zero(range, Zeroing::Unmap).expect("a valid image") {
+                Zeroed::Done(part) => part,
+                Zeroed::Host { guest, host } => {
+                    self.files.payload().write_at(host, &vec![0; guest.len() as usize]).expect("memory");
+                    guest
+                }
+                Zeroed::Write(part) => {
+                    self.begin_write(part, false);
+                    let Some(write) = self.in_flight.last() else { continue };
+                    let part = write.reservation.guest;
+                    self.write_payload(0);
+                    self.advance();
+                    part
+                }
+                Zeroed::Busy => panic!("nobody else writes"),
+                Zeroed::Settle => {
+                    self.settle_as_asked();
+                    continue;
+                }
+            };
+            range.start = part.end;
+        }
+    }
+
     fn is_compressed(&self, sector: u64) -> bool {
         let extent = self.image.map(sector * SECTOR_BYTES, SECTOR_BYTES).expect("a valid image");
         matches!(extent.place, Place::Compressed { .. })
@@ -549,17 +641,23 @@ impl Guest {
 
     /// What the files are if the power is cut now, and what a guest reads from them then.
     pub fn after_power_cut(&mut self) -> (Files, Vec<u8>) {
-        self.stats.power_cuts += 1;
         let files = self.files.after_power_cut(&mut self.random);
+        let found = self.judge(&files);
+        (files.copy(), found)
+    }
+
+    /// What a guest reads from the files that a power cut left.
+    fn judge(&mut self, files: &Files) -> Vec<u8> {
+        self.stats.power_cuts += 1;
         // QEMU takes its time.
-        let found = if self.random.one_in(32) { self.check_twice(&files) } else { self.check(&files) };
+        let found = if self.random.one_in(32) { self.check_twice(files) } else { self.check(files) };
         assert_eq!(found.corruptions, 0, "{:#?}", found.problems);
         self.assert_snapshots(&files.image);
         let image = Qcow2::open(files.image.clone(), Arc::new(Notes::new(0)), self.open).expect("a valid image");
         let found = self.read_all(&image, files.payload());
         self.history.assert_possible(&found);
-        self.assert_raw(&files, &found);
-        (files.copy(), found)
+        self.assert_raw(files, &found);
+        found
     }
 
     /// Closes the image as a clean end does, and checks it.
@@ -608,6 +706,7 @@ impl Guest {
     fn assert_snapshots(&self, disk: &Disk) {
         for Snapshot { l1_offset, l1_entries, bytes } in &self.snapshots {
             let view = Arc::new(disk.copy());
+            view.write_at(24, &(bytes.len() as u64).to_be_bytes()).expect("memory");
             view.write_at(36, &l1_entries.to_be_bytes()).expect("memory");
             view.write_at(40, &l1_offset.to_be_bytes()).expect("memory");
             let open = Open { writable: false, ..self.open };

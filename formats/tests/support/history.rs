@@ -29,6 +29,11 @@ impl History {
         (self.0.len() * SECTOR) as u64
     }
 
+    /// The disk has so many bytes: zeroes are new, or the last ones are gone.
+    pub fn resize(&mut self, size: u64) {
+        self.0.resize(size as usize / SECTOR, vec![Version { content: [0; SECTOR], committed: 0 }]);
+    }
+
     /// What `sector` has now.
     pub fn now(&self, sector: u64) -> &Sector {
         &self.last(sector).content

@@ -79,6 +79,36 @@ pub(super) struct RemoveExport {
     pub(super) force: bool,
 }
 
+/// An export whose disk gets another size.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Resize {
+    pub(super) export: String,
+    pub(super) size: u64,
+}
+
+/// The arguments of QEMU's `block_resize`: an export has one name, which may be given by either.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct BlockResize {
+    #[serde(default)]
+    device: Option<String>,
+    #[serde(default)]
+    node_name: Option<String>,
+    size: u64,
+}
+
+impl BlockResize {
+    /// # Errors
+    /// That no export is named, or two.
+    pub(super) fn into_request(self) -> Result<Request, Problem> {
+        match (self.device, self.node_name) {
+            (Some(export), None) | (None, Some(export)) => Ok(Request::Resize { export, size: self.size }),
+            _ => Err(Problem::invalid("block_resize: one of 'device' and 'node-name' has to name the export")),
+        }
+    }
+}
+
 /// The arguments of QEMU's `blockdev-snapshot-sync`.
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]

@@ -3,8 +3,8 @@
 //! The table is the one definition: the parser, `query-commands` and `query-qmp-schema` come from it.
 use super::answers::{BlockJobInfo, CommandInfo, Empty, JobInfo, SchemaInfo, VersionInfo};
 use super::arguments::{
-    BlockRebase, Cancel, CancelJob, Capabilities, ChangeJob, Device, DriveMirror, JobAbort, JobId, MapCells,
-    MaybeExport, NamedExport, NamedExports, Nothing, RemoveExport, Set, SetSpeed, SnapshotSync,
+    BlockRebase, BlockResize, Cancel, CancelJob, Capabilities, ChangeJob, Device, DriveMirror, JobAbort, JobId,
+    MapCells, MaybeExport, NamedExport, NamedExports, Nothing, RemoveExport, Resize, Set, SetSpeed, SnapshotSync,
 };
 use super::problem::Problem;
 use super::render::{self, Render, value};
@@ -135,6 +135,9 @@ const COMMANDS: &[Command] = &[
     command!("blkmirror-pause", NamedExport => Empty, |it| Ok(waiting(Request::Pause(it.export)))),
     command!("blkmirror-pivot", NamedExport => Empty, |it| Ok(waiting(Request::Pivot(it.export)))),
     command!("blkmirror-pivot-together", NamedExports => Empty, |it| Ok(waiting(Request::PivotTogether(it.exports)))),
+    command!("blkmirror-resize", Resize => Empty, |it| {
+        Ok(waiting(Request::Resize { export: it.export, size: it.size }))
+    }),
     command!("blkmirror-resume", NamedExport => Empty, |it| Ok(waiting(Request::Resume(it.export)))),
     command!("blkmirror-set", Set => Empty, |it| it.into_request().map(waiting)),
     command!("blkmirror-snapshot", SnapshotRequest => Empty, |it| Ok(waiting(Request::Snapshot(it)))),
@@ -155,6 +158,7 @@ const COMMANDS: &[Command] = &[
         let request = libvirt::rebase(it.export, it.base, it.bandwidth, it.flags)?;
         Ok(waiting(Request::Mirror(MirrorRequest { dry_run: it.dry_run, ..request })))
     }),
+    command!("block_resize", BlockResize => Empty, |it| it.into_request().map(waiting)),
     command!("blockdev-snapshot-sync", SnapshotSync => Empty, |it| {
         it.into_request().map(|request| waiting(Request::Snapshot(request)))
     }),

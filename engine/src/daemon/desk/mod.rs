@@ -255,6 +255,11 @@ impl Desk {
                 Ok(()) => return None,
                 Err(refusal) => Err(refusal),
             },
+            Request::Resize { export, size } => match self.resize(client, &export, size) {
+                Ok(true) => return None,
+                Ok(false) => Ok(Reply::Done {}),
+                Err(refusal) => Err(refusal),
+            },
             Request::AddExport(options) => self.add_export(&options),
             Request::RemoveExport { export, force } => match self.remove_export(client, &export, force) {
                 Ok(()) => return None,

@@ -1,10 +1,11 @@
-//! An export that gets another disk: a new overlay on top of its chain.
+//! An export that gets another disk: a new overlay on top of its chain, or the same image, grown.
 use super::{Desk, News, refuse, token};
 use crate::control::{Code, Refusal, Reply, SnapshotRequest};
 use crate::daemon::exports::Export;
 use crate::disk::{Disk, Tools};
 use crate::io::{Completion, Io, Token};
-use crate::pivot::{Replace, Step};
+use crate::open::same_image;
+use crate::pivot::{New, Replace, Step};
 use crate::target::{Plan, plan_overlay};
 use formats::error::{Error, Result};
 use formats::image::Place;
@@ -15,15 +16,23 @@ use std::time::{Duration, Instant};
 
 /// How long requests that are under way may take when the gate has closed.
 const PAUSE_MAX: Duration = Duration::from_secs(5);
+/// A disk has whole sectors of so many bytes, as QEMU has it.
+const SECTOR: u64 = 512;
 
 /// One on its way.
 pub(super) struct Replacing {
     replace: Option<Replace>,
     client: u64,
-    old: Arc<Disk>,
-    /// What was made for it.
-    plan: Plan,
+    change: Change,
     begun: Instant,
+}
+
+/// What becomes of the disk.
+enum Change {
+    /// An overlay comes upon the old one, made as planned.
+    Snapshot(Arc<Disk>, Plan),
+    /// It gets so many bytes.
+    Resize(u64),
 }
 
 impl Replacing {
@@ -49,14 +58,42 @@ impl Desk {
         let new = Arc::new(target.disk);
         let named = refuse_contents(&new, &plan).and_then(|()| record_of(export, &new));
         let to_record = named.inspect_err(|_| plan.unmake())?;
-        let make = { Box::new(move || Ok((new, to_record))) };
+        let new = New::Made(Box::new(move || Ok((new, to_record))));
         let gate = Arc::clone(&export.gate);
-        // The queue's clock is not at hand here: the time begins when it is stepped.
-        let replace = Replace::new(gate, record, make, PAUSE_MAX);
-        let begun = Instant::now();
-        self.replacing.insert(number, Replacing { replace: Some(replace), client, old, plan, begun });
-        self.waker.wake();
+        let replace = Replace::new(gate, record, new, PAUSE_MAX);
+        self.replace(number, client, replace, Change::Snapshot(old, plan));
         Ok(())
+    }
+
+    /// Begins to make an export's disk larger. True where it has begun, and the client is answered when it is over; false
+    /// where the disk has that size.
+    pub(super) fn resize(&mut self, client: u64, name: &str, size: u64) -> std::result::Result<bool, Refusal> {
+        let number = self.find(name)?;
+        self.refuse_changing(number)?;
+        let export = &self.exports[&number];
+        let disk = export.gate.route().disk;
+        let Some(record) = export.record.clone() else {
+            return Err(refuse(Code::OperationInvalid, format!("export {name} is read-only, so it is not resized")));
+        };
+        refuse_size(name, &disk, size)?;
+        if size == disk.size() {
+            return Ok(false);
+        }
+        let top = disk.chain().top();
+        // Of all others the image says how large it is, or the length of its file.
+        let recorded = top.format == "raw" && !same_image(&top.path, &export.origin);
+        let to_record = recorded.then(|| record_of(export, &disk)).transpose()?;
+        let to_record = to_record.map(|record| Record { size, ..record });
+        let replace = Replace::new(Arc::clone(&export.gate), record, New::Grown(size, to_record), PAUSE_MAX);
+        self.replace(number, client, replace, Change::Resize(size));
+        Ok(true)
+    }
+
+    fn replace(&mut self, number: usize, client: u64, replace: Replace, change: Change) {
+        // The queue's clock is not at hand here: the time begins when it is stepped.
+        let begun = Instant::now();
+        self.replacing.insert(number, Replacing { replace: Some(replace), client, change, begun });
+        self.waker.wake();
     }
 
     /// Nothing else of an export changes while a job is under way, or another change.
@@ -104,23 +141,54 @@ impl Desk {
         let Some(mut replacing) = self.replacing.remove(&number) else { return };
         let export = self.export_mut(number);
         export.record = replacing.replace.take().map(Replace::into_record);
-        let answer = match outcome {
-            Ok(()) => {
-                tracing::info!(export = export.name, took = ?replacing.begun.elapsed(), "now on {}", export.serving());
+        let export = &self.exports[&number];
+        let took = replacing.begun.elapsed();
+        let undone = |what: &str, error: &Error| {
+            let message = format!("export {}: the {what} was undone: {}", export.name, error.one_line());
+            Err(refuse(Code::OperationFailed, message))
+        };
+        let answer = match (outcome, replacing.change) {
+            (Ok(()), Change::Snapshot(old, _)) => {
+                tracing::info!(export = export.name, ?took, "now on {}", export.serving());
                 // Nobody writes to it any more.
-                if let Err(error) = replacing.old.chain().top().close() {
+                if let Err(error) = old.chain().top().close() {
                     tracing::warn!("closing an image that is written no more: {}", error.one_line());
                 }
                 Ok(Reply::Done {})
             }
-            Err(error) => {
-                replacing.plan.unmake();
-                let message = format!("export {}: the snapshot was undone: {}", export.name, error.one_line());
-                Err(refuse(Code::OperationFailed, message))
+            (Ok(()), Change::Resize(size)) => {
+                tracing::info!(export = export.name, ?took, "{} bytes now", size);
+                self.table.put(export);
+                Ok(Reply::Done {})
             }
+            (Err(error), Change::Snapshot(_, plan)) => {
+                plan.unmake();
+                undone("snapshot", &error)
+            }
+            (Err(error), Change::Resize(_)) => undone("resize", &error),
         };
         self.news.push(News::Answer(replacing.client, answer));
     }
+}
+
+/// A disk that cannot have `size` bytes, or not by us.
+fn refuse_size(name: &str, disk: &Disk, size: u64) -> std::result::Result<(), Refusal> {
+    let now = disk.size();
+    let (code, message) = match size {
+        _ if disk.is_remote() => {
+            let what = "is another server's: have it resized there, and serve it anew";
+            (Code::OperationUnsupported, format!("export {name} ({}) {what}", disk.name()))
+        }
+        size if size % SECTOR != 0 || size > i64::MAX as u64 => {
+            (Code::InvalidArg, format!("export {name}: {size} bytes are no size of a disk: multiples of {SECTOR} are"))
+        }
+        size if size < now => {
+            let remedy = "shrink the image with `qemu-img resize --shrink` while it is not served";
+            (Code::OperationUnsupported, format!("export {name} has {now} bytes and is not cut to {size}: {remedy}"))
+        }
+        _ => return Ok(()),
+    };
+    Err(refuse(code, message))
 }
 
 /// What an overlay has already would hide what is below it.

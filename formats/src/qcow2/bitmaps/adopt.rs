@@ -55,8 +55,8 @@ impl Shared {
         this.write_autoclear(header.autoclear | autoclear::BITMAPS)?;
         flush()?;
         if let Some(old) = old {
-            let clusters = old.directory_bytes.div_ceil(this.geometry.cluster_size());
-            let places = (0..clusters).map(|nth| old.directory_offset + (nth << this.geometry.cluster_bits));
+            let clusters = old.directory_bytes.div_ceil(this.geometry().cluster_size());
+            let places = (0..clusters).map(|nth| old.directory_offset + (nth << this.geometry().cluster_bits));
             this.lock().let_go(&places.collect::<Vec<_>>());
         }
         Ok(())
@@ -64,7 +64,8 @@ impl Shared {
 
     /// Writes the bits and the table of `one` to new clusters: where the table is, and its entries' number.
     fn write_new(&self, one: &Carried) -> Result<(u64, u32)> {
-        let clusters = Bits::len_bytes(self.geometry.size, one.granularity_bits).div_ceil(self.geometry.cluster_size());
+        let clusters =
+            Bits::len_bytes(self.geometry().size, one.granularity_bits).div_ceil(self.geometry().cluster_size());
         let entries = self.write_bits(&one.name, &one.bits, vec![0; clusters as usize], &mut Vec::new())?;
         let mut bytes = Vec::new();
         table::encode(entries, &mut bytes);
@@ -73,9 +74,9 @@ impl Shared {
 
     /// Writes `bytes` to as many new clusters as they need, one after the other; returns their place.
     fn write_to_new(&self, bytes: &[u8], what: &str) -> Result<u64> {
-        let cluster = self.geometry.cluster_size();
+        let cluster = self.geometry().cluster_size();
         let run = self.lock().space()?.take_run((bytes.len() as u64).div_ceil(cluster).max(1))?;
-        let at = run.start << self.geometry.cluster_bits;
+        let at = run.start << self.geometry().cluster_bits;
         let mut padded = bytes.to_vec();
         padded.resize((run.count * cluster) as usize, 0);
         self.storage.write_at(at, &padded).context(|| format!("writing {what} at {at}"))?;
@@ -88,7 +89,7 @@ impl Shared {
     }
 
     fn read_first_cluster(&self) -> Result<Vec<u8>> {
-        let mut bytes = vec![0; self.geometry.cluster_size() as usize];
+        let mut bytes = vec![0; self.geometry().cluster_size() as usize];
         self.storage.read_at(0, &mut bytes).context(|| "reading the header")?;
         Ok(bytes)
     }

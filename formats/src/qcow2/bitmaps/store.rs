@@ -60,7 +60,7 @@ impl Shared {
         mut table: Vec<u64>,
         unused: &mut Vec<u64>,
     ) -> Result<Vec<u64>> {
-        let cluster = self.geometry.cluster_size();
+        let cluster = self.geometry().cluster_size();
         let mut bytes = vec![0; cluster as usize];
         for (at, entry) in (0..).step_by(cluster as usize).zip(&mut table) {
             let place = Some(*entry).filter(|place| *place >= cluster);
@@ -71,7 +71,7 @@ impl Shared {
             }
             let place = match place {
                 Some(place) => place,
-                None => self.lock().space()?.take(1)?.run.start << self.geometry.cluster_bits,
+                None => self.lock().space()?.take(1)?.run.start << self.geometry().cluster_bits,
             };
             let written = self.storage.write_at(place, &bytes);
             written.context(|| format!("bitmap {name}: writing its bits at {place}"))?;
@@ -80,7 +80,7 @@ impl Shared {
         Ok(table)
     }
 
-    pub(super) fn settle_with(this: &Arc<Self>, flush: &dyn Fn() -> Result<()>) -> Result<()> {
+    pub(in crate::qcow2) fn settle_with(this: &Arc<Self>, flush: &dyn Fn() -> Result<()>) -> Result<()> {
         let mut progress = Progress::default();
         loop {
             match Self::settle(this, &mut progress)? {
