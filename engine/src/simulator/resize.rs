@@ -175,7 +175,9 @@ impl World {
         self.check(&found);
         // What is in flight has its own end; here nobody comes to that.
         self.guests.drain(..).for_each(std::mem::forget);
-        self.replace.take().map(std::mem::forget);
+        if let Some(replace) = self.replace.take() {
+            std::mem::forget(replace);
+        }
         size
     }
 

@@ -30,7 +30,7 @@ pub(super) struct Replacing {
 /// What becomes of the disk.
 enum Change {
     /// An overlay comes upon the old one, made as planned.
-    Snapshot(Arc<Disk>, Plan),
+    Snapshot(Arc<Disk>, Box<Plan>),
     /// It gets so many bytes.
     Resize(u64),
 }
@@ -61,7 +61,7 @@ impl Desk {
         let new = New::Made(Box::new(move || Ok((new, to_record))));
         let gate = Arc::clone(&export.gate);
         let replace = Replace::new(gate, record, new, PAUSE_MAX);
-        self.replace(number, client, replace, Change::Snapshot(old, plan));
+        self.replace(number, client, replace, Change::Snapshot(old, Box::new(plan)));
         Ok(())
     }
 
