@@ -4,7 +4,7 @@ use crate::{export, listener, size};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgAction, ArgGroup, Args as Arguments, Parser, Subcommand, ValueHint};
 use clap_complete::Shell;
-use engine::control::options::{Cache, ExportOptions, Listener};
+use engine::control::options::{Beside, Cache, ExportOptions, Listener};
 use engine::control::{Mode, OnError, TargetFormat};
 use formats::nbd::Tls;
 use formats::qcow2::Repair;
@@ -183,6 +183,21 @@ pub struct Servers {
     pub client_certificates: Option<PathBuf>,
 }
 
+/// Beside whom an image is looked at.
+#[derive(Clone, Copy, Debug, Arguments)]
+pub struct Sharing {
+    /// Read an image that another program writes to, too: what is found may be half written
+    #[arg(short = 'U', long)]
+    pub force_share: bool,
+}
+
+impl Sharing {
+    /// In the engine's word.
+    pub fn beside(self) -> Beside {
+        if self.force_share { Beside::Anybody } else { Beside::RawWriters }
+    }
+}
+
 /// TLS for NBD clients, on sockets of every kind.
 #[derive(Debug, Arguments)]
 pub struct TlsArgs {
@@ -254,6 +269,8 @@ pub struct Convert {
     #[arg(long, default_value = "none", value_parser = copy_caches())]
     pub cache: Cache,
     #[command(flatten)]
+    pub sharing: Sharing,
+    #[command(flatten)]
     pub servers: Servers,
     #[command(flatten)]
     pub form: Form,
@@ -275,6 +292,8 @@ pub struct Compare {
     #[arg(long)]
     pub strict: bool,
     #[command(flatten)]
+    pub sharing: Sharing,
+    #[command(flatten)]
     pub servers: Servers,
     #[command(flatten)]
     pub form: Form,
@@ -288,6 +307,8 @@ pub struct Info {
     #[arg(long)]
     pub backing_chain: bool,
     #[command(flatten)]
+    pub sharing: Sharing,
+    #[command(flatten)]
     pub servers: Servers,
     #[command(flatten)]
     pub form: Form,
@@ -300,6 +321,8 @@ pub struct Map {
     /// The image's format; by its header where it is not given
     #[arg(long, value_name = "FORMAT", value_parser = formats())]
     pub format: Option<TargetFormat>,
+    #[command(flatten)]
+    pub sharing: Sharing,
     #[command(flatten)]
     pub servers: Servers,
     #[command(flatten)]
@@ -318,6 +341,8 @@ pub struct Check {
     /// The image's format; by its header where it is not given
     #[arg(long, value_name = "FORMAT", value_parser = formats())]
     pub format: Option<TargetFormat>,
+    #[command(flatten)]
+    pub sharing: Sharing,
     #[command(flatten)]
     pub form: Form,
 }

@@ -1,5 +1,5 @@
 //! Looks at the first bytes of what may be an image.
-use crate::args::Servers;
+use crate::args::{Servers, Sharing};
 use engine::chain::Chain;
 use engine::control::TargetFormat;
 use engine::control::options::Reach;
@@ -21,13 +21,14 @@ const PROBE_LEN: u64 = 512;
 ///
 /// # Errors
 /// The engine's, with the path.
-pub fn open_chain(path: &Path, named: Option<TargetFormat>, servers: &Servers) -> Result<Chain> {
+pub fn open_chain(path: &Path, named: Option<TargetFormat>, servers: &Servers, sharing: Sharing) -> Result<Chain> {
     let location = Location::of_argument(path)?;
     let format = match (named, &location) {
         (None, Location::File(path)) if probe(path)? == Probed::Unknown => Some(TargetFormat::Raw),
         (named, _) => named,
     };
-    let reach = Reach { certificates: servers.client_certificates.clone(), ..Reach::default() };
+    let certificates = servers.client_certificates.clone();
+    let reach = Reach { certificates, beside: sharing.beside(), ..Reach::default() };
     open::open_chain(&location, format, Access::read_only(&reach))
 }
 

@@ -182,7 +182,7 @@ fn an_image_is_read_and_served_through_an_export_below_it() {
         std::fs::remove_file(&out).expect("a file of ours");
         if !options.is_empty() {
             refused(
-                blkmirror(&["map", &over]),
+                blkmirror(&["map", "-U", &over]),
                 &[&unnamed, "name one by tls-certificates=DIR in the address, or by --tls"],
             );
         }

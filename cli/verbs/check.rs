@@ -4,7 +4,7 @@ use crate::failure::Failure;
 use crate::image;
 use crate::output::{remark, say, say_json};
 use engine::control::TargetFormat;
-use engine::open::open_alone;
+use engine::open::open_tables;
 use formats::error::{Context, Error};
 use formats::probe::Probed;
 use formats::qcow2::{self, Check};
@@ -20,7 +20,8 @@ const UNSUPPORTED: u8 = 63;
 pub fn run(args: &args::Check) -> Result<(), Failure> {
     let in_words = |error: Error| Failure::new(error.at(args.file.display()).one_line());
     refuse_other_formats(&args.file, args.format)?;
-    let storage = open_alone(&args.file, args.repair.is_some()).map_err(|error| Failure::new(error.one_line()))?;
+    let storage = open_tables(&args.file, args.repair.is_some(), args.sharing.beside());
+    let storage = storage.map_err(|error| Failure::new(error.one_line()))?;
     let found = match args.repair {
         None => qcow2::check(&storage),
         Some(what) => qcow2::repair(&storage, &|| storage.flush().context(|| "flush"), what),

@@ -43,7 +43,8 @@ pub fn run(args: &Compare) -> Result<(), Failure> {
 }
 
 fn open(args: &Compare, path: &Path, named: Option<TargetFormat>) -> Result<Disk, Failure> {
-    let chain = image::open_chain(path, named, &args.servers).map_err(|error| failed(NOT_OPENED, &error))?;
+    let chain =
+        image::open_chain(path, named, &args.servers, args.sharing).map_err(|error| failed(NOT_OPENED, &error))?;
     Ok(Disk::new(chain, true))
 }
 

@@ -24,7 +24,11 @@ pub fn run(args: Convert) -> Result<(), Failure> {
         shallow: args.shallow,
         compress: args.compress,
         reuse_external: args.reuse_external,
-        reach: Reach { cache: args.cache, certificates: args.servers.client_certificates },
+        reach: Reach {
+            cache: args.cache,
+            certificates: args.servers.client_certificates,
+            beside: args.sharing.beside(),
+        },
     };
     let begun = Instant::now();
     let bar = Bar::new("convert");

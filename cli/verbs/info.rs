@@ -1,14 +1,15 @@
 //! `info`: what an image file is, by its header.
 mod kept;
 
-use crate::args::{Info, Servers};
+use crate::args::{Info, Sharing};
 use crate::failure::Failure;
 use crate::image;
 use crate::output::{say, say_json};
 use crate::size;
+use engine::control::TargetFormat;
 use engine::io::FileStorage;
 use engine::io::remote::Remote;
-use engine::open::{LAYERS_MAX, identity_at};
+use engine::open::{LAYERS_MAX, identity_at, to_read};
 use formats::backing::{BackingName, Location};
 use formats::error::{Context, Error, Result};
 use formats::probe::Probed;
@@ -23,8 +24,8 @@ use std::sync::Arc;
 /// Says what an image is, or each of its chain.
 pub fn run(args: &Info) -> std::result::Result<(), Failure> {
     let layers = Location::of_argument(&args.file).and_then(|top| match args.backing_chain {
-        true => chain(top, &args.servers),
-        false => facts(top, None, &args.servers).map(|only| vec![only]),
+        true => chain(top, args),
+        false => facts(top, None, args).map(|only| vec![only]),
     });
     let layers = layers.map_err(|error| Failure::new(error.one_line()))?;
     match (args.form.json, &layers[..]) {
@@ -111,14 +112,14 @@ struct Qcow2 {
 }
 
 /// The facts of each layer, the top first.
-fn chain(top: Location, servers: &Servers) -> Result<Vec<Facts>> {
+fn chain(top: Location, args: &Info) -> Result<Vec<Facts>> {
     let mut seen = vec![identity_at(&top)?];
-    let mut layers = vec![facts(top, None, servers)?];
+    let mut layers = vec![facts(top, None, args)?];
     loop {
         let above = &layers[layers.len() - 1];
         let (Some((location, format)), parent) = (above.below()?, above.filename.clone()) else { return Ok(layers) };
         let below =
-            facts(location, format.as_deref(), servers).and_then(|facts| Ok((identity_at(&facts.location)?, facts)));
+            facts(location, format.as_deref(), args).and_then(|facts| Ok((identity_at(&facts.location)?, facts)));
         let (identity, below) = below.map_err(|error| error.at(format!("backing of {parent}")))?;
         if seen.contains(&identity) {
             return Err(Error::malformed(format!(
@@ -135,11 +136,11 @@ fn chain(top: Location, servers: &Servers) -> Result<Vec<Facts>> {
 }
 
 /// The facts of one image: of `format` where the layer above names it, or by its header.
-fn facts(location: Location, format: Option<&str>, servers: &Servers) -> Result<Facts> {
+fn facts(location: Location, format: Option<&str>, args: &Info) -> Result<Facts> {
     let opened = match &location {
-        Location::File(path) => open_file(path).map_err(|error| error.at(&location))?,
+        Location::File(path) => open_file(path, format, args.sharing).map_err(|error| error.at(&location))?,
         Location::Nbd(address) => {
-            let remote = Remote::open(address, false, servers.client_certificates.as_deref())?;
+            let remote = Remote::open(address, false, args.servers.client_certificates.as_deref())?;
             Opened { storage: remote, format: "nbd", actual_size: None, dirty_flag: None }
         }
     };
@@ -154,12 +155,16 @@ struct Opened {
     dirty_flag: Option<bool>,
 }
 
-fn open_file(path: &Path) -> Result<Opened> {
+fn open_file(path: &Path, format: Option<&str>, sharing: Sharing) -> Result<Opened> {
     let file = image::open(path)?;
     let metadata = file.metadata().context(|| "stat")?;
-    let format = if metadata.is_file() { "file" } else { "host_device" };
+    let holder = if metadata.is_file() { "file" } else { "host_device" };
     let actual_size = Some(metadata.blocks() * 512);
-    Ok(Opened { storage: Arc::new(FileStorage::new(file)), format, actual_size, dirty_flag: Some(false) })
+    let storage = Arc::new(FileStorage::new(file.try_clone().context(|| "open")?));
+    let is_raw = format == Some("raw") || image::probe_storage(&*storage)? == Probed::Unknown;
+    let format = if is_raw { TargetFormat::Raw } else { TargetFormat::Qcow2 };
+    to_read(path, &file, format, sharing.beside())?;
+    Ok(Opened { storage, format: holder, actual_size, dirty_flag: Some(false) })
 }
 
 fn look(location: &Location, opened: Opened, format: Option<&str>) -> Result<Facts> {

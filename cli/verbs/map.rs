@@ -11,7 +11,7 @@ use std::path::Path;
 
 /// Tells of each run as it is found.
 pub fn run(args: &Map) -> Result<(), Failure> {
-    let chain = image::open_chain(&args.file, args.format, &args.servers).map_err(in_words)?;
+    let chain = image::open_chain(&args.file, args.format, &args.servers, args.sharing).map_err(in_words)?;
     if args.form.json { array(&chain) } else { table(&chain, &args.file) }
 }
 

@@ -28,7 +28,7 @@ fn options(args: Serve) -> ServeOptions {
         listeners: unix.chain(args.addresses).collect(),
         control: args.control,
         state: args.state,
-        reach: Reach { cache: args.cache, certificates: args.servers.client_certificates },
+        reach: Reach { cache: args.cache, certificates: args.servers.client_certificates, ..Reach::default() },
         tls: tls(args.tls),
     }
 }

@@ -149,7 +149,7 @@ impl Layer {
     }
 
     /// Leaves the image as tidy as it can be: durable, and no longer than it has to be. As
-    /// `settle_now`.
+    /// `settle_now`. Nobody writes to it any more.
     pub fn close(&self) -> Result<()> {
         self.close_by(&|file| file.flush_now().context(|| "flush"))
     }
@@ -205,7 +205,10 @@ impl Layer {
             self.settle_by(flush)?;
             let flush = || flush(self.tables());
             self.image.close(&flush)?;
-            flush()
+            flush()?;
+            self.tables().only_read();
+            self.file.only_read();
+            Ok(())
         });
         closed.map_err(|error| error.at(self.path.display()))
     }

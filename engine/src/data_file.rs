@@ -50,6 +50,12 @@ impl DataFile {
         self.direct.is_some()
     }
 
+    /// Nothing is written to it any more: others may read it.
+    pub fn only_read(&self) {
+        self.buffered.only_read();
+        self.direct.iter().for_each(|direct| direct.file.only_read());
+    }
+
     /// The file to flush and to zero.
     pub fn file(&self) -> &File {
         &self.buffered

@@ -52,6 +52,8 @@ pub enum Fault {
     ForgetTheWrongGeneration,
     /// 10: the seeder's progress is noted ahead of its marks.
     SeenBeforeMarks,
+    /// 10: a guest writes past the mirror of a job that ends before the planes say that they count no more.
+    PassBeforeUnfollowed,
     /// 12: a server that said ACK to STARTTLS is spoken to in plain.
     PlainBehindStartTls,
     /// 13: a write to another server's export is done while its bytes are still being sent.

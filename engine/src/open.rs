@@ -3,10 +3,15 @@
 //! Raw is never guessed: a guest can write another format's header into a raw disk, and would choose
 //! by that which of the host's files it reads. A file with no known magic number, and no format named
 //! for it, is an error that says how to name it.
+mod held;
+
+pub use held::{alone, to_read, to_write};
+
 use crate::chain::{Apart, Chain, Layer};
 use crate::control::TargetFormat;
-use crate::control::options::{Cache, Reach};
+use crate::control::options::{Beside, Cache, Reach};
 use crate::disk::{DataFile, Disk};
+use crate::io::lock::Hold;
 use crate::io::remote::Remote;
 use crate::io::{File, FileStorage, PAGE, is_in_memory};
 use formats::backing::{BackingName, Location};
@@ -18,7 +23,7 @@ use formats::probe::{Probed, probe};
 use formats::qcow2::{Backing, Open, Qcow2, Repair, read_header, repair};
 use formats::raw::Raw;
 use formats::storage::Storage;
-use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, StatxFlags};
+use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use std::fs;
@@ -106,23 +111,32 @@ pub fn open_chain(location: &Location, format: Option<TargetFormat>, access: Acc
                 "{parent}: the chain has more than {LAYERS_MAX} layers: commit or convert some"
             )));
         }
+        refuse_again(&location, format, &parent, &seen)?;
         let opened = Opened::at(&location, format, &Access::read_only(&access.reach));
         let opened = opened.map_err(|error| error.at(format!("backing of {parent}")))?;
-        if seen.contains(&opened.identity) {
-            return Err(Error::malformed(format!(
-                "{parent}: its backing {location} is a layer above it: the chain is a loop"
-            )));
-        }
-        if opened.data_identity.as_ref().is_some_and(|identity| seen.contains(identity)) {
-            return Err(Error::malformed(format!(
-                "{parent}: its backing {location} has a file of a layer above it for its data file"
-            )));
-        }
         seen.extend(std::iter::once(opened.identity).chain(opened.data_identity));
         layers.push(Arc::new(opened.layer));
         below = opened.below;
     }
     Ok(Chain::new(layers))
+}
+
+/// Refuses a layer in files of those above it, which our own locks would keep us off.
+fn refuse_again(location: &Location, format: Option<TargetFormat>, parent: &str, seen: &[Identity]) -> Result<()> {
+    let own = |identity: Result<Identity>| identity.is_ok_and(|identity| seen.contains(&identity));
+    if own(identity_at(location)) {
+        return Err(Error::malformed(format!(
+            "{parent}: its backing {location} is a layer above it: the chain is a loop"
+        )));
+    }
+    match location {
+        Location::File(path) if files_of(path, format).iter().skip(1).any(|data| own(identity(data))) => {
+            Err(Error::malformed(format!(
+                "{parent}: its backing {location} has a file of a layer above it for its data file"
+            )))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Opens an image alone, on the layers that are below it already.
@@ -133,10 +147,14 @@ pub fn open_on(path: &Path, format: TargetFormat, access: Access, below: &[Arc<L
     Ok(Disk::new(Chain::new(layers.collect()), read_only))
 }
 
-/// The file of an image that is used alone: neither read nor written by anybody else of this program.
-pub fn open_alone(path: &Path, writable: bool) -> Result<FileStorage> {
+/// The file of a qcow2 image whose tables are looked at, or mended.
+pub fn open_tables(path: &Path, writable: bool, beside: Beside) -> Result<FileStorage> {
     let file = open_file(path, writable)?.buffered;
-    lock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|error| error.at(path.display()))?;
+    let held = match writable {
+        true => to_write(path, &file, TargetFormat::Qcow2).map(drop),
+        false => to_read(path, &file, TargetFormat::Qcow2, beside),
+    };
+    held.map_err(|error| error.at(path.display()))?;
     Ok(FileStorage::new(file))
 }
 
@@ -200,6 +218,28 @@ pub fn lasting_name(path: &Path) -> std::io::Result<PathBuf> {
             }
         }
     }
+}
+
+/// Refuses to rely on an open file that its name does not lead to any more: the next start would not find it.
+pub fn refuse_lost(path: &Path, file: &File) -> Result<()> {
+    let Some(fd) = file.as_fd() else { return Ok(()) };
+    let named = || format!("{}: stat", path.display());
+    let open = fd.try_clone_to_owned().map(fs::File::from).and_then(|file| file.metadata());
+    if identity(path).is_ok_and(|found| open.as_ref().is_ok_and(|open| identity_of(open) == found)) {
+        return Ok(());
+    }
+    open.context(named)?;
+    Err(Error::invalid(format!(
+        "{}: the file that is open has no longer this name, for it was removed or renamed, or its folder was: a restart \
+         would not find it; bring it back",
+        path.display()
+    )))
+}
+
+/// The same of all files of an image.
+pub fn refuse_lost_image(layer: &Layer) -> Result<()> {
+    refuse_lost(&layer.path, layer.tables())?;
+    layer.apart.as_ref().map_or(Ok(()), |apart| refuse_lost(&apart.data_path, layer.file.file()))
 }
 
 /// Makes the names durable that were made in `folder`: a flush of a file does not promise its name.
@@ -269,26 +309,25 @@ impl Opened {
     }
 
     /// Locks the file first, for opening may change it: a header's bits, or what a dirty bit says of its tables.
-    fn from_file(path: &Path, file: OpenFile, format: Option<TargetFormat>, access: &Access) -> Result<Self> {
-        if access.writable {
-            lock(&file.buffered, FlockOperation::NonBlockingLockExclusive)?;
-        }
+    fn from_file(path: &Path, mut file: OpenFile, format: Option<TargetFormat>, access: &Access) -> Result<Self> {
         let storage = Arc::new(FileStorage::new(file.buffered.try_clone().context(|| "open")?));
-        if access.writable {
-            mend_dirty(path, &storage, format)?;
+        let format = decide_format(&*storage, format)?;
+        file.hold(path, format, access)?;
+        if access.writable && format == TargetFormat::Qcow2 {
+            mend_dirty(path, &storage)?;
         }
         let (location, identity) = (Location::File(path.to_owned()), file.identity.clone());
-        let (image, below) = open_image(&location, &identity, Arc::clone(&storage) as _, format, access)?;
+        let (image, below) = open_image(&location, &identity, Arc::clone(&storage) as _, Some(format), access)?;
         if image.flush_first {
             storage.flush().context(|| "flush")?;
         }
         // Metadata goes through the page cache: direct payload may not share a page with it.
         let cache = if image.grain < PAGE as u64 { Cache::Writeback } else { access.reach.cache };
         let (file, apart, data_identity) = match image.data {
-            None => (file.data_file(path, access.writable, cache)?, None, None),
+            None => (file.data_file(path, cache)?, None, None),
             Some(data) => {
                 let identity = data.file.identity.clone();
-                let tables = file.data_file(path, access.writable, Cache::Writeback)?.file().clone();
+                let tables = file.data_file(path, Cache::Writeback)?.file().clone();
                 let (data_path, file) = data.taken(access)?;
                 (file, Some(Apart { tables, data_path }), Some(identity))
             }
@@ -401,20 +440,18 @@ impl External {
         file.map(FileStorage::new).context(|| format!("its data file {}: open", self.path.display()))
     }
 
-    /// Its full name and the ways to it, locked where it is written to.
-    fn taken(self, access: &Access) -> Result<(PathBuf, DataFile)> {
+    /// Its full name and the ways to it, locked as the image that it is a part of.
+    fn taken(mut self, access: &Access) -> Result<(PathBuf, DataFile)> {
         let named = format!("its data file {}", self.path.display());
         let path = lasting_name(&self.path).context(|| format!("{named}: looking up its full name"))?;
-        let file = self.file.data_file(&self.path, access.writable, access.reach.cache);
+        let held = self.file.hold(&self.path, TargetFormat::Qcow2, access);
+        let file = held.and_then(|()| self.file.data_file(&self.path, access.reach.cache));
         Ok((path, file.map_err(|error| error.at(named))?))
     }
 }
 
 /// Makes the refcounts right of an image that its last writer left with the dirty bit.
-fn mend_dirty(path: &Path, storage: &FileStorage, format: Option<TargetFormat>) -> Result<()> {
-    if decide_format(storage, format)? != TargetFormat::Qcow2 {
-        return Ok(());
-    }
+fn mend_dirty(path: &Path, storage: &FileStorage) -> Result<()> {
     let header = read_header(storage)?;
     if !header.is_dirty() || header.is_corrupt() {
         return Ok(());
@@ -472,6 +509,9 @@ fn decide_format(storage: &dyn Storage, named: Option<TargetFormat>) -> Result<T
 struct OpenFile {
     buffered: fs::File,
     identity: Identity,
+    writable: bool,
+    /// The locks that a second way into it has to have as well.
+    held: Option<Hold>,
 }
 
 fn open_file(path: &Path, writable: bool) -> Result<OpenFile> {
@@ -488,7 +528,7 @@ fn open_file(path: &Path, writable: bool) -> Result<OpenFile> {
     if !kind.is_file() && !kind.is_block_device() {
         return Err(no_image(path));
     }
-    Ok(OpenFile { buffered, identity: identity_of(&metadata) })
+    Ok(OpenFile { buffered, identity: identity_of(&metadata), writable, held: None })
 }
 
 fn no_image(path: &Path) -> Error {
@@ -496,21 +536,25 @@ fn no_image(path: &Path) -> Error {
 }
 
 impl OpenFile {
-    fn data_file(self, path: &Path, writable: bool, cache: Cache) -> Result<DataFile> {
-        if writable {
-            // It was alone, and is shared with our own second way in: the lock is kept by each open file,
-            // and by every operation that the kernel still has of it.
-            lock(&self.buffered, FlockOperation::NonBlockingLockShared)?;
+    /// Keeps others off an image of `format` that is in it, as it is opened.
+    fn hold(&mut self, path: &Path, format: TargetFormat, access: &Access) -> Result<()> {
+        match self.writable {
+            true => self.held = to_write(path, &self.buffered, format)?,
+            false => to_read(path, &self.buffered, format, access.reach.beside)?,
         }
+        Ok(())
+    }
+
+    fn data_file(self, path: &Path, cache: Cache) -> Result<DataFile> {
         if is_in_memory(&self.buffered) {
             return Ok(DataFile::buffered(File::of_memory(self.buffered)));
         }
         let direct = match cache {
-            Cache::None => direct_file(path, &self.buffered, writable),
+            Cache::None => direct_file(path, &self.buffered, self.writable),
             Cache::Writeback | Cache::Unsafe => None,
         };
-        if let (true, Some((direct, _))) = (writable, &direct) {
-            lock(direct, FlockOperation::NonBlockingLockShared)?;
+        if let (Some(hold), Some((direct, _))) = (self.held, &direct) {
+            held::shared(&self.buffered, direct, hold)?;
         }
         let buffered = File::new(self.buffered);
         Ok(match direct {
@@ -518,11 +562,6 @@ impl OpenFile {
             None => DataFile::buffered(buffered),
         })
     }
-}
-
-fn lock(file: &fs::File, how: FlockOperation) -> Result<()> {
-    rustix::fs::flock(file, how)
-        .map_err(|_| Error::invalid("another export or another blkmirror writes to it, and an image has one writer"))
 }
 
 /// The same file once more for direct I/O, and its alignment; `None` where there is none.

@@ -15,6 +15,8 @@
 //!    begins; so what is noted in the old one was there when the settle began, and may be forgotten when it is
 //!    over, and not before.
 //! 4. The seeder marks, and then says how far it has come.
+//! 5. A job that ends says that its planes count no more, and then lets the guest write past its mirror. A kill between
+//!    that and the end of the job leaves them behind.
 //!
 //! After another run of the system none of this holds, for a power cut takes what was not flushed from either
 //! side: then source and target are compared, unless the last daemon left in order.
@@ -28,7 +30,8 @@ use crate::fault::{Fault, planted};
 use crate::io::{View, Words};
 use crate::sync::{AtomicU64, Ordering, fence};
 use formats::planes::{
-    COMPARE, FIXED_WORDS, GENERATION, HEADER_WORDS, Header, IN_ORDER, IN_ORDER_MARK, SEAL, SEEN, TAKING, seal,
+    COMPARE, FIXED_WORDS, GENERATION, HEADER_WORDS, Header, IN_ORDER, IN_ORDER_MARK, SEAL, SEEN, TAKING, UNFOLLOWED,
+    seal,
 };
 use formats::range::ByteRange;
 use std::sync::Arc;
@@ -134,6 +137,13 @@ impl Planes {
     pub fn seen(&self, at: u64) {
         if let Some(kept) = &self.kept {
             kept.header.store(SEEN, at);
+        }
+    }
+
+    /// The guest is about to write past the mirror.
+    pub fn unfollow(&self) {
+        if let Some(kept) = self.kept.as_ref().filter(|_| !planted(Fault::PassBeforeUnfollowed)) {
+            kept.header.store(UNFOLLOWED, 1);
         }
     }
 

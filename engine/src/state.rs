@@ -19,13 +19,12 @@ pub use show::{Entry, What, show};
 use crate::control::MirrorRequest;
 use crate::io::{File, Words};
 use crate::journal::{BootId, Owner, WORDS, WordJournal};
-use crate::open::{Identity, export_named, sync_folder};
+use crate::open::{Identity, alone, export_named, sync_folder};
 use crate::pivot::RecordFile;
 use formats::error::{Context, Error, Result};
 use formats::journal::Change;
 use formats::nbd::Address;
 use formats::record::{Record, SLOT_LEN};
-use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 use std::fs;
 use std::io::{Read, Write};
@@ -53,9 +52,10 @@ impl StateFolder {
         let folder = folder.canonicalize().context(|| named("it cannot be looked up"))?;
         let lock = fs::File::options().create(true).truncate(false).write(true).open(folder.join("lock"));
         let lock = lock.context(|| named("its lock file cannot be opened"))?;
-        rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
-            Error::invalid(named("another blkmirror uses it; end that one, or name another folder with --state"))
-        })?;
+        if !alone(&folder, &lock)? {
+            let what = "another blkmirror uses it; end that one, or name another folder with --state";
+            return Err(Error::invalid(named(what)));
+        }
         Ok(Self { boot: boot_id()?, _lock: lock, folder })
     }
 
@@ -83,9 +83,9 @@ impl StateFolder {
             file.sync_all().context(|| named("flush"))?;
             self.sync()?;
         }
-        lock(&file, &path)?;
+        lock(&path, &file)?;
         let newest = Record::newest(&bytes).map_err(|error| error.at(named(REMEDY)))?;
-        Ok(RecordFile::new(File::new(file), newest))
+        Ok(RecordFile::new(File::new(file), path, newest))
     }
 
     /// Where the record of an export is.
@@ -258,12 +258,11 @@ const REMEDY: &str = "the record is damaged, so nobody knows which image is the 
                       move this file away and start with the right one";
 
 /// Locks a file that operations will be under way on.
-///
-/// The lock is the open file's own, and an operation that the kernel still has keeps that open: so
-/// whoever gets the lock after a kill knows that nothing of the dead process can land any more.
-fn lock(file: &fs::File, path: &Path) -> Result<()> {
-    rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive)
-        .map_err(|_| Error::invalid(format!("{}: another process has it locked", path.display())))
+fn lock(path: &Path, file: &fs::File) -> Result<()> {
+    match alone(path, file)? {
+        true => Ok(()),
+        false => Err(Error::invalid(format!("{}: another blkmirror has it locked", path.display()))),
+    }
 }
 
 /// True where a reboot empties the file system that `folder` is on.

@@ -29,7 +29,7 @@ use crate::disk::Disk;
 use crate::io::FileStorage;
 use crate::io::remote::Remote;
 use crate::open::{
-    Access, files_of, identity, lasting_name, open_disk, open_export, open_on, probe_format, sync_folder,
+    Access, files_of, identity, lasting_name, open_disk, open_export, open_on, probe_format, sync_folder, to_write,
 };
 use creation::{Creation, SECTOR, Upon};
 use formats::backing::Location;
@@ -184,7 +184,9 @@ pub fn plan(
 impl Plan {
     /// Makes or opens the target. What was made is removed again where that fails.
     pub fn open(&self, source: &Disk, reach: &Reach, journals: Journals) -> std::result::Result<Target, Refusal> {
-        self.try_open(source, reach, journals).map_err(|error| {
+        // Whatever is wrong with it by then is not of our making.
+        let file = self.creation.is_some().then(|| self.take_file()).transpose().map_err(|error| failed(&error))?;
+        self.try_open(file, source, reach, journals).map_err(|error| {
             self.unmake();
             failed(&error)
         })
@@ -233,9 +235,9 @@ impl Plan {
         if sparse { Zeroing::Unmap } else { Zeroing::Keep }
     }
 
-    fn try_open(&self, source: &Disk, reach: &Reach, journals: Journals) -> Result<Target> {
-        if let Some(creation) = &self.creation {
-            self.make(creation)?;
+    fn try_open(&self, file: Option<fs::File>, source: &Disk, reach: &Reach, journals: Journals) -> Result<Target> {
+        if let (Some(creation), Some(file)) = (&self.creation, file) {
+            self.make(creation, file)?;
         }
         if let Some(remote) = &self.remote {
             // Shallow, what is below it has to stay.
@@ -259,10 +261,17 @@ impl Plan {
         Ok(Target { disk, is_zero: is_zero || self.format == TargetFormat::Qcow2 && create })
     }
 
-    fn make(&self, creation: &Creation) -> Result<()> {
+    /// The file in which the target is made, and nobody else in it.
+    fn take_file(&self) -> Result<fs::File> {
         let named = |what: &str| format!("{}: {what}", self.path.display());
         let file = fs::File::options().read(true).write(true).create(true).truncate(false).open(&self.path);
         let file = file.context(|| named("create"))?;
+        to_write(&self.path, &file, self.format).map_err(|error| error.at(self.path.display()))?;
+        Ok(file)
+    }
+
+    fn make(&self, creation: &Creation, file: fs::File) -> Result<()> {
+        let named = |what: &str| format!("{}: {what}", self.path.display());
         let is_file = file.metadata().context(|| named("stat"))?.is_file();
         if let (true, Some(folder)) = (is_file, self.path.parent()) {
             // The record will name it.

@@ -4,7 +4,7 @@
 //! word 0        1          2, 3     4    5     6                  7        8, 9    10, 11
 //!      magic    version,   boot id  job  size  chunk bits, flags  flights  source  target
 //!               checksum
-//! from 16       live: seen, generation, in order, checksum of what follows, compare
+//! from 16       live: seen, generation, in order, checksum of what follows, compare, unfollowed
 //! from 512      marks │ claims │ unsettled, two generations │ flights: start and length each
 //! ```
 //!
@@ -33,6 +33,8 @@ pub const IN_ORDER: usize = 18;
 pub const SEAL: usize = 19;
 /// Not 0 where marked chunks are to be compared first, for most of them may be the same.
 pub const COMPARE: usize = 20;
+/// Not 0 where the guest may have written since without a mark: nothing else here is to be believed then.
+pub const UNFOLLOWED: usize = 21;
 
 /// What `IN_ORDER` holds then.
 pub const IN_ORDER_MARK: u64 = u64::from_le_bytes(*b"in order");
@@ -215,6 +217,11 @@ impl<'a> Left<'a> {
     /// True where marked chunks were to be compared.
     pub fn compares(&self) -> bool {
         self.words[COMPARE] != 0
+    }
+
+    /// True where the guest's writes were followed no more.
+    pub fn is_unfollowed(&self) -> bool {
+        self.words[UNFOLLOWED] != 0
     }
 
     /// True where it was left in order, and nothing has changed since.

@@ -55,6 +55,17 @@ impl Daemon {
     /// Starts it again with the same command line, and waits until it serves.
     #[track_caller]
     pub fn start(&mut self) {
+        self.begin();
+        eventually("the daemon serves", || {
+            let ended = self.child.as_mut().and_then(|child| child.try_wait().expect("waiting for our child"));
+            assert!(ended.is_none(), "the daemon ended ({ended:?}) instead of serving:\n{}", self.log());
+            (greets(&self.socket()) && greets(&self.control_socket())).then_some(())
+        });
+    }
+
+    /// Starts it again, and waits for nothing.
+    #[track_caller]
+    pub fn begin(&mut self) {
         assert!(self.child.is_none(), "the daemon runs already");
         let log = File::options().create(true).append(true).open(self.log_file()).expect("the daemon's log");
         let child = Command::new(&self.args[0])
@@ -65,11 +76,6 @@ impl Daemon {
             .spawn()
             .unwrap_or_else(|error| panic!("{}: {error}", self.args[0]));
         self.child = Some(child);
-        eventually("the daemon serves", || {
-            let ended = self.child.as_mut().and_then(|child| child.try_wait().expect("waiting for our child"));
-            assert!(ended.is_none(), "the daemon ended ({ended:?}) instead of serving:\n{}", self.log());
-            (greets(&self.socket()) && greets(&self.control_socket())).then_some(())
-        });
     }
 
     /// `kill -9`.

@@ -206,13 +206,21 @@ impl Client {
     /// The whole disk.
     #[track_caller]
     pub fn content(&mut self) -> Vec<u8> {
+        self.try_content().unwrap_or_else(|error| panic!("reading the whole disk: {error}"))
+    }
+
+    /// The whole disk, where the server lives as long.
+    #[track_caller]
+    pub fn try_content(&mut self) -> io::Result<Vec<u8>> {
         const STEP: u64 = 1 << 20;
         let mut bytes = Vec::with_capacity(self.size() as usize);
         while (bytes.len() as u64) < self.size() {
             let at = bytes.len() as u64;
-            bytes.extend(self.ask(&Request::Read { at, len: STEP.min(self.size() - at) as u32 }));
+            let read = Request::Read { at, len: STEP.min(self.size() - at) as u32 };
+            self.send(&read);
+            bytes.extend(self.receive()?.result.unwrap_or_else(|number| panic!("{read}: error {number}")));
         }
-        bytes
+        Ok(bytes)
     }
 }
 

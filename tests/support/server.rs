@@ -55,6 +55,13 @@ impl Server {
         Self::eval(folder, disk, "true", &fail)
     }
 
+    /// A server of `disk` that cannot read its bytes `from..to`.
+    #[track_caller]
+    pub fn failing_range(folder: &Path, disk: &Path, from: u64, to: u64) -> Self {
+        let elsewhere = format!("[ $(($4 + $3)) -le {from} ] || [ $4 -ge {to} ]");
+        Self::eval(folder, disk, &format!("{elsewhere} || {{ echo EIO it fails >&2; exit 1; }}"), "true")
+    }
+
     /// A server of `disk` by shell scripts, several at a time; reads and writes run `first`, with their length in `$3`
     /// and their offset in `$4`, and a flush runs `flush`.
     #[track_caller]

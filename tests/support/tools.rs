@@ -83,14 +83,15 @@ pub fn check_leaks_allowed(image: &Path, format: &str) {
     }
 }
 
-/// The whole disk as QEMU reads it through the chain of `image`.
+/// The whole disk as QEMU reads it through the chain of `image`, also while that is served.
 #[track_caller]
 pub fn content(image: &Path, format: &str) -> Vec<u8> {
     // Not beside the image, which may be a device.
     let folder = super::folder();
     let flat = folder.path().join("flat");
-    let args: [&OsStr; 7] = [
+    let args: [&OsStr; 8] = [
         "convert".as_ref(),
+        "-U".as_ref(),
         "-f".as_ref(),
         format.as_ref(),
         "-O".as_ref(),

@@ -198,22 +198,24 @@ impl Guest {
     fn come_back(&mut self) {
         let begun = Instant::now();
         let unanswered: Vec<Asked> = std::mem::take(&mut self.in_flight).into_values().collect();
-        loop {
+        // A server may be killed again while it is looked at.
+        let found = loop {
             assert!(begun.elapsed() < PATIENCE, "the guest's server did not come back");
             std::thread::sleep(Duration::from_millis(20));
             let Ok(client) = Client::connect(&self.socket, &self.export, Replies::Structured) else { continue };
             self.client = client;
-            break;
-        }
-        self.look_after_kill(&unanswered);
+            if let Ok(found) = self.client.try_content() {
+                break found;
+            }
+        };
+        self.look_after_kill(&found, &unanswered);
         for asked in unanswered {
             self.send(asked);
         }
     }
 
     /// The whole disk: answered requests are there, each unanswered one is there or not, sector by sector.
-    fn look_after_kill(&mut self, unanswered: &[Asked]) {
-        let found = self.client.content();
+    fn look_after_kill(&mut self, found: &[u8], unanswered: &[Asked]) {
         // A disk that has grown meanwhile: what is new reads as zeroes.
         self.truth.resize(self.truth.len().max(found.len()), 0);
         let mut wanted = self.truth.clone();
@@ -232,7 +234,7 @@ impl Guest {
                 self.truth[sector.clone()].copy_from_slice(&found[sector.clone()]);
             }
         }
-        assert_same("the disk after the server came back", &found, &self.truth);
+        assert_same("the disk after the server came back", found, &self.truth);
     }
 
     fn learn_trim(&mut self, at: u64, found: &[u8]) {

@@ -88,6 +88,20 @@ pub struct Reach {
     pub cache: Cache,
     /// The folder of certificates for servers inside TLS, where an address names none.
     pub certificates: Option<PathBuf>,
+    /// Beside whom they are read.
+    pub beside: Beside,
+}
+
+/// Who else may write to an image while it is read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Beside {
+    /// Nobody.
+    #[default]
+    Nobody,
+    /// Whoever writes to a raw image, as qemu-img reads one.
+    RawWriters,
+    /// Anybody: no lock is looked at, and what is read may be of no instant.
+    Anybody,
 }
 
 /// Whether images go through the page cache.

@@ -71,7 +71,7 @@ impl ControlThread {
         credentials: Option<Arc<Credentials>>,
         state: StateFolder,
     ) -> io::Result<Self> {
-        let (arena, waker) = (Arena::new(ARENA_LEN), Waker::new()?);
+        let (arena, waker) = (Arena::allocate(ARENA_LEN)?, Waker::new()?);
         let (signals, signalled) = UnixStream::pair()?;
         for signal in [SIGTERM, SIGINT] {
             signal_hook::low_level::pipe::register(signal, signalled.try_clone()?)?;

@@ -57,6 +57,7 @@ pub struct Copied {
 /// Copies a chain. `progress` is called now and then. The answer is notes on what was done, and how
 /// much.
 pub fn convert(options: &ConvertOptions, mut progress: impl FnMut(Copied)) -> Result<(Vec<String>, Copied)> {
+    super::outlive_size_limit()?;
     let access = Access::read_only(&options.reach);
     let source = Arc::new(open_disk_at(&options.source, options.source_format, access)?);
     let request = MirrorRequest {

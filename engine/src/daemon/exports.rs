@@ -36,13 +36,12 @@ pub(super) struct Export {
 impl Export {
     /// Waits until a killed daemon has nothing under way on what `open` will open.
     pub fn wait_until_free(options: &ExportOptions, state: &StateFolder) -> Result<()> {
-        if options.readonly {
-            return Ok(());
-        }
-        until_free(&state.record_path(&options.name))?;
-        let record = state.record(&options.name)?;
+        let path = state.record_path(&options.name);
+        until_free(&path)?;
+        let record = (!options.readonly || path.exists()).then(|| state.record(&options.name)).transpose()?;
         let origin = lasting_name(&options.file).context(|| options.file.display().to_string())?;
-        let truth = record.newest().filter(|record| same_image(Path::new(&record.origin), &origin));
+        let newest = record.as_ref().and_then(RecordFile::newest);
+        let truth = newest.filter(|record| same_image(Path::new(&record.origin), &origin));
         match truth {
             None => until_image_is_free(&origin, options.format),
             Some(record) => until_image_is_free(Path::new(&record.truth), Some(format_of(record))),

@@ -38,10 +38,11 @@ use control_thread::ControlThread;
 use exports::{Export, Table, refuse_shared, refuse_twice};
 use formats::error::{Context, Error, Result};
 use listen::Listening;
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 /// Serves until it is told to end, by a signal or by `quit`. `ready` is called once, when the
 /// sockets are there, with a sentence that says so.
@@ -57,6 +58,7 @@ pub fn serve(options: &ServeOptions, ready: impl FnOnce(&str)) -> Result<()> {
         ));
     }
     allow_descriptors();
+    outlive_size_limit()?;
     let credentials = options.tls.as_ref().map(Credentials::open).transpose()?.map(Arc::new);
     let state = StateFolder::open(&state_folder(options))?;
     if is_volatile(state.path()) {
@@ -110,6 +112,13 @@ fn allow_descriptors() {
     {
         tracing::warn!(%error, "the limit of open files stays at {}", limit.current.unwrap_or(0));
     }
+}
+
+/// A write past the limit of a file's size is an error of that file; the signal that comes with it would end the process.
+fn outlive_size_limit() -> Result<()> {
+    let seen = Arc::new(AtomicBool::new(false));
+    let taken = signal_hook::flag::register(Signal::XFSZ.as_raw(), seen);
+    taken.map(drop).context(|| "taking the signal of a file's size limit")
 }
 
 /// The named one; or one beside the control socket; or, where a reboot would empty that, one beside

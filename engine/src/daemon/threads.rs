@@ -123,7 +123,7 @@ fn serve(
     waker: Waker,
     stop: Arc<AtomicBool>,
 ) -> io::Result<()> {
-    let arena = Arena::new(ARENA_LEN);
+    let arena = Arena::allocate(ARENA_LEN)?;
     let mut ring = Remotes::new(Ring::new(RING_DEPTH, &arena)?.helped_by(pool(), Turn::Guest)?);
     let session = Session::new(socket.clone(), directory, arena, waker, Token(0));
     let mut session = session.with_tls(credentials).stopped_by(stop);
@@ -138,7 +138,7 @@ fn serve(
 }
 
 fn copy(mirror: &Arc<Mirror>, depth: Depth, start: u64, waker: &Waker, stop: &AtomicBool) -> io::Result<()> {
-    let arena = Arena::new(depth.memory());
+    let arena = Arena::allocate(depth.memory())?;
     let mut ring = Remotes::new(Ring::new(depth.operations(), &arena)?.helped_by(pool(), Turn::Copy)?);
     let mut copier = Copier::new(Arc::clone(mirror), depth, start);
     let mut done = Vec::new();

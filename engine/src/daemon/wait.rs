@@ -1,12 +1,12 @@
 //! Waits for what a killed daemon left under way.
 //!
 //! The kernel ends a dead process's operations after the process: a write of it could land on what
-//! the next daemon wrote already. Each such operation keeps its open file, and that its lock.
+//! the next daemon wrote already. Each such operation keeps its open file, and that its locks.
 use crate::control::TargetFormat;
+use crate::io::lock::{Denied, is_written};
 use crate::open::{export_named, files_of};
 use formats::error::{Context, Error, Result};
-use rustix::fs::{FlockOperation, OFlags, flock};
-use rustix::io::Errno;
+use rustix::fs::OFlags;
 use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 const MAX: Duration = Duration::from_secs(30);
 const PAUSE: Duration = Duration::from_millis(5);
 
-/// Until nobody has a file of the image at `path` locked. Another server's export is its server's affair: what a
+/// Until no blkmirror writes to a file of the image at `path`. Another server's export is its server's affair: what a
 /// dead daemon had under way there is in that server's hands, or lost.
 pub(super) fn until_image_is_free(path: &Path, format: Option<TargetFormat>) -> Result<()> {
     if export_named(path).is_some() {
@@ -25,7 +25,8 @@ pub(super) fn until_image_is_free(path: &Path, format: Option<TargetFormat>) -> 
     files_of(path, format).iter().try_for_each(|file| until_free(file))
 }
 
-/// Until nobody has the file at `path` locked; a file that is not there is nobody's.
+/// Until no blkmirror writes to the file at `path`; a file that is not there is nobody's. Other programs are not waited
+/// for: who opens it next finds their locks.
 pub(super) fn until_free(path: &Path) -> Result<()> {
     let named = |what: &str| format!("{}: {what}", path.display());
     // Not blocking, for what is no image yet may be a FIFO.
@@ -36,13 +37,11 @@ pub(super) fn until_free(path: &Path) -> Result<()> {
     };
     let begin = Instant::now();
     loop {
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => return Ok(()),
-            Err(Errno::WOULDBLOCK) if begin.elapsed() < MAX => std::thread::sleep(PAUSE),
-            Err(Errno::WOULDBLOCK) => {
-                return Err(Error::invalid(named("another blkmirror uses it: end that one first")));
-            }
-            Err(error) => return Err(Error::io(named("lock"), error.into())),
+        match is_written(&file) {
+            Ok(false) | Err(Denied::ToEverybody) => return Ok(()),
+            Ok(true) if begin.elapsed() < MAX => std::thread::sleep(PAUSE),
+            Ok(true) => return Err(Error::invalid(named("another blkmirror uses it: end that one first"))),
+            Err(denied) => return Err(Error::invalid(named(&format!("looking for locks: {denied:?}")))),
         }
     }
 }

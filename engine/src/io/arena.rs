@@ -6,6 +6,7 @@
 // UNSAFETY: aligned allocation and views of parts of it need raw pointers.
 #![expect(unsafe_code)]
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::io;
 use std::ops::{Deref, DerefMut, Range};
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -28,7 +29,20 @@ impl Arena {
     ///
     /// The system backs it with memory as it is first used.
     pub fn new(len: usize) -> Self {
-        let region = Region::new(len.max(1).next_multiple_of(PAGE));
+        let len = len.max(1).next_multiple_of(PAGE);
+        Self::of(Region::new(len))
+    }
+
+    /// The same for what others can go on without: an error where the process may not have so much memory.
+    pub fn allocate(len: usize) -> io::Result<Self> {
+        let len = len.max(1).next_multiple_of(PAGE);
+        let region = Region::allocate(len).ok_or_else(|| {
+            io::Error::new(io::ErrorKind::OutOfMemory, format!("no memory for buffers of {len} bytes in all"))
+        });
+        region.map(Self::of)
+    }
+
+    fn of(region: Region) -> Self {
         let pages = Mutex::new(Pages::new(region.len / PAGE));
         Self(Arc::new(Inner { region, pages }))
     }
@@ -142,10 +156,13 @@ unsafe impl Sync for Region {}
 
 impl Region {
     fn new(len: usize) -> Self {
-        let layout = Self::layout(len);
+        Self::allocate(len).unwrap_or_else(|| handle_alloc_error(Self::layout(len)))
+    }
+
+    fn allocate(len: usize) -> Option<Self> {
         // SAFETY: the layout's size is a whole number of pages and not zero.
-        let start = unsafe { alloc_zeroed(layout) };
-        Self { start: NonNull::new(start).unwrap_or_else(|| handle_alloc_error(layout)), len }
+        let start = unsafe { alloc_zeroed(Self::layout(len)) };
+        Some(Self { start: NonNull::new(start)?, len })
     }
 
     fn layout(len: usize) -> Layout {
@@ -161,7 +178,7 @@ impl Region {
 
 impl Drop for Region {
     fn drop(&mut self) {
-        // SAFETY: allocated in `new` with this very layout.
+        // SAFETY: allocated in `allocate` with this very layout.
         unsafe { dealloc(self.start.as_ptr(), Self::layout(self.len)) }
     }
 }

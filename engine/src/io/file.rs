@@ -1,4 +1,5 @@
 //! Open files and sockets, exports of other servers, and the bell-push of a thread that waits in its ring.
+use super::lock;
 use super::remote::Remote;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use std::io;
@@ -94,6 +95,13 @@ impl File {
         if let Some(fd) = self.as_fd().filter(|fd| sockopt::socket_domain(fd) == Ok(AddressFamily::UNIX)) {
             // Less is only slower. The system doubles what it is told, for its own bookkeeping.
             let _ = sockopt::set_socket_send_buffer_size(fd, len / 2);
+        }
+    }
+
+    /// Nothing is written to it any more: others may read it.
+    pub fn only_read(&self) {
+        if let Some(fd) = self.as_fd() {
+            lock::only_read(fd);
         }
     }
 

@@ -5,10 +5,11 @@
 //! queue is `Ring`; a simulator implements `Io` too and drives the same code in any order.
 //!
 //! This folder is the only one that has `unsafe`: memory that the kernel writes to, the ring's
-//! entries, and memory that outlives the process. What the processor does for long goes to a `Pool`.
+//! entries, memory that outlives the process, and the locks of open files. What the processor does for long goes to a `Pool`.
 mod arena;
 mod file;
 mod gather;
+pub mod lock;
 mod memory;
 mod pool;
 mod registered;

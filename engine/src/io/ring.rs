@@ -115,13 +115,7 @@ impl Ring {
             Err(error) if error.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => IoUring::new(depth),
             other => other,
         }
-        .map_err(|error| match error.raw_os_error() {
-            Some(number) if number == Errno::PERM.raw_os_error() => io::Error::new(
-                error.kind(),
-                "io_uring is switched off on this system: set the sysctl kernel.io_uring_disabled to 0",
-            ),
-            _ => error,
-        })
+        .map_err(with_remedy)
     }
 
     fn entry(&mut self, op: &mut Op, extra: &mut Extra) -> squeue::Entry {
@@ -267,6 +261,23 @@ impl Ring {
             }
         }
     }
+}
+
+/// Why there is no ring, and what helps.
+fn with_remedy(error: io::Error) -> io::Error {
+    let words = match Errno::from_io_error(&error) {
+        Some(Errno::PERM | Errno::ACCESS) => {
+            "io_uring is not allowed: set the sysctl kernel.io_uring_disabled to 0 or, in a container, have its seccomp \
+             filter allow io_uring_setup, io_uring_enter and io_uring_register"
+        }
+        Some(Errno::NOSYS) => {
+            "there is no io_uring: it takes Linux 5.19 or newer, or a seccomp filter that does not hide io_uring_setup"
+        }
+        Some(Errno::NOMEM) => "no memory for an io_uring: raise the limit of locked memory (ulimit -l)",
+        Some(Errno::MFILE) => "no descriptor is left for an io_uring: raise the limit of open files (ulimit -n)",
+        _ => return error,
+    };
+    io::Error::new(error.kind(), words)
 }
 
 impl Io for Ring {

@@ -204,6 +204,7 @@ impl Job {
     pub(super) fn detach(&mut self) {
         let route = Route { disk: Arc::clone(&self.parts.mirror.source), mirror: None };
         self.parts.mirror.hold(true);
+        self.parts.mirror.planes.unfollow();
         self.stage = Stage::Detaching(self.parts.gate.replace(route));
     }
 

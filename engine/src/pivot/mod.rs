@@ -31,6 +31,7 @@ use crate::fault::{Fault, planted};
 use crate::io::{Completion, Io, Token};
 use crate::journal::WordJournal;
 use crate::mirror::Mirror;
+use crate::open::refuse_lost_image;
 use confirm::Confirm;
 use formats::error::{Error, Result};
 use formats::record::Record;
@@ -261,6 +262,7 @@ impl Pivot {
 
     /// The guest stays on the source, and the mirror follows it no more.
     fn stay(&mut self, outcome: Result<()>) -> Step {
+        self.mirror.planes.unfollow();
         self.open(Route { disk: Arc::clone(&self.mirror.source), mirror: None });
         Step::Done(outcome)
     }
@@ -292,6 +294,9 @@ impl Pivot {
         let (End::Switch { record, journal, member }, Some(file)) = (&mut self.end, &self.record_file) else {
             return Err(Error::invalid("a pivot without a record"));
         };
+        // The last look at what the record relies on; from the next instant on it decides.
+        file.refuse_lost()?;
+        refuse_lost_image(self.mirror.target.chain().top())?;
         if let Some(journal) = journal {
             // Everything is settled: what comes after the switch is noted from its first write on.
             journal.wake();

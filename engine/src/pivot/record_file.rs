@@ -1,8 +1,10 @@
 //! The files that say which image is the truth: an export's own record, and the one of a group.
 use crate::fault::{Fault, planted};
 use crate::io::{Buffer, File, Op};
+use crate::open::refuse_lost;
 use formats::error::Result;
 use formats::record::{GROUP_SLOT_LEN, Group, Record, SLOT_LEN};
+use std::path::PathBuf;
 
 /// The file of an export's record, and what it says now.
 #[derive(Clone)]
@@ -10,15 +12,22 @@ pub struct RecordFile {
     slots: Slots,
     /// What counts.
     newest: Option<Record>,
+    /// Where the next start looks for it.
+    path: PathBuf,
     /// It is in the group's record alone.
     lags: bool,
 }
 
 impl RecordFile {
-    /// The file, and what was read from it: what counts, and its slot.
-    pub fn new(file: File, newest: Option<(Record, usize)>) -> Self {
+    /// The file at `path`, and what was read from it: what counts, and its slot.
+    pub fn new(file: File, path: PathBuf, newest: Option<(Record, usize)>) -> Self {
         let slots = Slots { file, len: SLOT_LEN, newest: newest.as_ref().map(|(_, slot)| *slot) };
-        Self { slots, newest: newest.map(|(record, _)| record), lags: false }
+        Self { slots, newest: newest.map(|(record, _)| record), path, lags: false }
+    }
+
+    /// Refuses to record what nobody would find.
+    pub(super) fn refuse_lost(&self) -> Result<()> {
+        refuse_lost(&self.path, &self.slots.file)
     }
 
     /// The slot that does not count.
@@ -61,13 +70,19 @@ impl RecordFile {
 pub struct GroupFile {
     slots: Slots,
     newest: Group,
+    path: PathBuf,
 }
 
 impl GroupFile {
-    /// The file, and what was read from it: what counts, and its slot.
-    pub fn new(file: File, newest: Option<(Group, usize)>) -> Self {
+    /// The file at `path`, and what was read from it: what counts, and its slot.
+    pub fn new(file: File, path: PathBuf, newest: Option<(Group, usize)>) -> Self {
         let slots = Slots { file, len: GROUP_SLOT_LEN, newest: newest.as_ref().map(|(_, slot)| *slot) };
-        Self { slots, newest: newest.map(|(group, _)| group).unwrap_or_default() }
+        Self { slots, newest: newest.map(|(group, _)| group).unwrap_or_default(), path }
+    }
+
+    /// Refuses to record what nobody would find.
+    pub(super) fn refuse_lost(&self) -> Result<()> {
+        refuse_lost(&self.path, &self.slots.file)
     }
 
     /// What counts now.

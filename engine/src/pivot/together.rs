@@ -95,6 +95,7 @@ impl Member {
             return Ok(Arrival::Wait);
         }
         let file = &self.together.file;
+        file.refuse_lost()?;
         let new = bytes_of_group(file, 1, std::mem::take(&mut state.records))?;
         // A group of nobody outdoes nobody: each one's own record counts again.
         let old = bytes_of_group(file, 2, Vec::new())?;

@@ -50,6 +50,9 @@ impl TakenUp {
     /// What was left behind, in the run of the system that is `boot`.
     pub fn of(left: &Left, boot: [u64; 2]) -> Self {
         let header = &left.header;
+        if left.is_unfollowed() {
+            return Self::everything(header, "the job was ending, and the guest's writes were followed no more");
+        }
         let why = match (left.is_in_order(), header.boot == boot) {
             (true, _) => Why::Left,
             (false, true) => Why::Killed,

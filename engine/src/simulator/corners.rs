@@ -18,6 +18,7 @@ use formats::range::ByteRange;
 use formats::raw::Raw;
 use formats::record::{Record, SLOT_LEN};
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -103,7 +104,10 @@ impl Stage {
             format: text("raw"),
             size: DISK,
         };
-        (End::Switch { record, journal: None, member: None }, RecordFile::new(File::simulated(self.record), None))
+        (
+            End::Switch { record, journal: None, member: None },
+            RecordFile::new(File::simulated(self.record), PathBuf::new(), None),
+        )
     }
 }
 

@@ -3,6 +3,7 @@
 //! A file is two arrays of bytes: what the page cache has, and what is durable. A flush copies the
 //! first, as it was when the flush was asked for, onto the second. A kill keeps the first; a power
 //! cut keeps the second, and of each sector that differs one or the other.
+use super::pages::Pages;
 use crate::io::{Completion, Io, Op, Token, Wait};
 use formats::storage::Storage;
 use std::cell::RefCell;
@@ -36,8 +37,8 @@ impl Dice {
 /// What follows the bytes that were ever written is a hole, up to `len`.
 #[derive(Default)]
 pub struct FileBytes {
-    cached: Vec<u8>,
-    durable: Vec<u8>,
+    cached: Pages,
+    durable: Pages,
     len: usize,
     /// Which flush made `durable` what it is.
     flush: u64,
@@ -51,7 +52,8 @@ impl Files {
     /// One more file, durable as it is.
     pub fn add(&self, bytes: Vec<u8>) -> u32 {
         let mut files = self.lock();
-        files.push(FileBytes { durable: bytes.clone(), len: bytes.len(), cached: bytes, flush: 0 });
+        let cached = Pages::new(&bytes);
+        files.push(FileBytes { durable: cached.clone(), len: bytes.len(), cached, flush: 0 });
         files.len() as u32 - 1
     }
 
@@ -68,11 +70,13 @@ impl Files {
         for file in self.lock().iter_mut() {
             let keep_all = dice.one_in(4);
             let len = file.cached.len().max(file.durable.len());
-            file.cached.resize(len, 0);
-            file.durable.resize(len, 0);
-            for (cached, durable) in file.cached.chunks_mut(SECTOR).zip(file.durable.chunks(SECTOR)) {
-                if cached != durable && (keep_all || dice.one_in(2)) {
-                    cached.copy_from_slice(durable);
+            file.cached.resize(len);
+            file.durable.resize(len);
+            for (cached, durable) in file.cached.differing(&file.durable) {
+                for (cached, durable) in cached.chunks_mut(SECTOR).zip(durable.chunks(SECTOR)) {
+                    if cached != durable && (keep_all || dice.one_in(2)) {
+                        cached.copy_from_slice(durable);
+                    }
                 }
             }
             file.durable.clone_from(&file.cached);
@@ -132,29 +136,30 @@ impl FileBytes {
     /// How many bytes there were to be read.
     pub fn read(&self, at: usize, bytes: &mut [u8]) -> usize {
         let count = self.len.saturating_sub(at).min(bytes.len());
-        let written = self.cached.get(at..).unwrap_or_default();
-        let written = &written[..written.len().min(count)];
-        bytes[..written.len()].copy_from_slice(written);
-        bytes[written.len()..count].fill(0);
+        let written = self.cached.len().saturating_sub(at).min(count);
+        if written > 0 {
+            self.cached.read(at, &mut bytes[..written]);
+        }
+        bytes[written..count].fill(0);
         count
     }
 
     /// A bit of the device is not what it was.
     pub fn rot(&mut self, at: usize) {
-        self.cached[at] ^= 1;
+        self.cached.flip(at);
     }
 
     pub fn set_len(&mut self, len: usize) {
-        self.cached.truncate(len);
+        self.cached.resize(self.cached.len().min(len));
         self.len = len;
     }
 
     fn write(&mut self, at: usize, bytes: &[u8]) {
         if self.cached.len() < at + bytes.len() {
-            self.cached.resize(at + bytes.len(), 0);
+            self.cached.resize(at + bytes.len());
             self.len = self.len.max(self.cached.len());
         }
-        self.cached[at..at + bytes.len()].copy_from_slice(bytes);
+        self.cached.write(at, bytes);
     }
 }
 
@@ -172,7 +177,7 @@ struct Queued {
     token: Token,
     op: Op,
     /// What a flush makes durable: its file's bytes when it was asked for, and its number.
-    snapshot: Option<(Vec<u8>, u64)>,
+    snapshot: Option<(Pages, u64)>,
 }
 
 impl SimIo {
@@ -213,7 +218,7 @@ impl SimIo {
             Op::Zero { file: of, at, len, .. } => {
                 let file = &mut files[file(of)];
                 let end = ((*at + *len) as usize).min(file.cached.len());
-                file.cached[(*at as usize).min(end)..end].fill(0);
+                file.cached.fill_zeroes((*at as usize).min(end)..end);
                 Ok(0)
             }
             Op::Flush { file: of } => {

@@ -13,6 +13,7 @@ use crate::pivot::{End, GroupFile, RecordFile, members};
 use formats::raw::Raw;
 use formats::record::{GROUP_SLOT_LEN, Group, Record, SLOT_LEN};
 use std::panic::catch_unwind;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -89,7 +90,7 @@ impl World {
 
     /// Wishes for the pivot of all.
     fn pivot(&mut self) {
-        let file = GroupFile::new(File::simulated(self.group), self.group());
+        let file = GroupFile::new(File::simulated(self.group), PathBuf::new(), self.group());
         let names: Vec<String> = self.actors.iter().map(|actor| actor.name.clone()).collect();
         for member in members(file, names.iter().map(String::as_str), &self.waker) {
             let actor = self.actors.iter().position(|actor| actor.name == member.export()).expect("one of them");
@@ -112,7 +113,7 @@ impl World {
         let record = self.actors[number].record;
         let mut bytes = vec![0; 2 * SLOT_LEN];
         self.files.lock()[record as usize].read(0, &mut bytes);
-        RecordFile::new(File::simulated(record), Record::newest(&bytes).expect("one slot is whole"))
+        RecordFile::new(File::simulated(record), PathBuf::new(), Record::newest(&bytes).expect("one slot is whole"))
     }
 
     /// True where the target of an export is its truth, as a daemon finds it at its start.

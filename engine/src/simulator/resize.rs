@@ -65,7 +65,8 @@ impl World {
         let words = Arc::new(Words::in_memory(WORDS));
         let disk = open(&files, image, base, &words);
         let gate = Arc::new(Gate::new(Route { disk: Arc::clone(&disk), mirror: None }));
-        let record = RecordFile::new(File::simulated(files.add(vec![0; 2 * SLOT_LEN])), None);
+        let record =
+            RecordFile::new(File::simulated(files.add(vec![0; 2 * SLOT_LEN])), std::path::PathBuf::new(), None);
         let replace = Replace::new(Arc::clone(&gate), record, New::Grown(NEW, None), Duration::from_secs(60));
         let guest = |number: u64| Guest {
             io: SimIo::new(&files, seed ^ number, 0),
@@ -174,7 +175,9 @@ impl World {
         self.check(&found);
         // What is in flight has its own end; here nobody comes to that.
         self.guests.drain(..).for_each(std::mem::forget);
-        self.replace.into_iter().for_each(std::mem::forget);
+        if let Some(replace) = self.replace.take() {
+            std::mem::forget(replace);
+        }
         size
     }
 

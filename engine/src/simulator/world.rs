@@ -3,13 +3,15 @@ use super::files::{Dice, Files, SECTOR, SimIo};
 use super::guest::{Guest, fill, value_of};
 use super::history::{History, Trust};
 use super::kept::Kept;
+use super::life::Life;
+use super::plan::{Fate, Plan};
 use crate::chain::{Apart, Chain, Layer, Look, Source};
-use crate::control::{Mode, OnError};
-use crate::copier::{Copier, Depth, Progress};
+use crate::control::OnError;
+use crate::copier::{Copier, Depth};
 use crate::disk::{DataFile, Disk, Tools};
 use crate::export::gate::{Gate, Route};
 use crate::fault::Killed;
-use crate::io::{Arena, Completion, File, Io, Token, Wait, Waker, Words};
+use crate::io::{Arena, File, Io, Token, Wait, Waker, Words};
 use crate::job::{Job, Parts, Phase};
 use crate::journal::{WORDS, WordJournal};
 use crate::mirror::Mirror;
@@ -23,73 +25,13 @@ use formats::record::{Record, SLOT_LEN};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 const DISK: u64 = 96 << 10;
 const CHUNK_BITS: u32 = 12;
 const GUESTS: u64 = 3;
 const BOOT: [u64; 2] = [7, 7];
-
-/// How a life of the daemon ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fate {
-    /// When everything is done.
-    Lives,
-    /// The process is killed at this step.
-    Killed(u64),
-    /// The process is killed in the middle of a step: after so many stores to the planes of its job.
-    KilledAtStore(u64),
-    /// The power goes at this step.
-    PowerCut(u64),
-    /// The process is told to end at this step, and the power goes when it has.
-    Stopped(u64),
-}
-
-/// What a world is like.
-#[derive(Clone, Copy, Debug)]
-pub struct Plan {
-    pub seed: u64,
-    pub fate: Fate,
-    pub raw_source: bool,
-    pub raw_target: bool,
-    pub shallow: bool,
-    pub mode: Mode,
-    /// One operation in so many fails; 0 for none.
-    pub fail_one_in: u64,
-    /// The job starts while a guest makes zeroes, and its copier moves far more often than the guests.
-    pub eager: bool,
-    /// The qcow2 images among the two have external data files.
-    pub data_files: bool,
-    /// The pivot waits to be finalized, until a guest was answered meanwhile.
-    pub held: bool,
-}
-
-impl Plan {
-    /// Everything by the seed.
-    pub fn of(seed: u64) -> Self {
-        let mut dice = Dice::new(seed ^ 0x5eed);
-        let fate = match dice.roll(6) {
-            0 => Fate::Lives,
-            1 | 2 => Fate::Killed(dice.roll(1500)),
-            3 => Fate::KilledAtStore(1 + dice.roll(400)),
-            4 => Fate::Stopped(dice.roll(1500)),
-            _ => Fate::PowerCut(dice.roll(1500)),
-        };
-        let raw_source = dice.one_in(4);
-        Self {
-            seed,
-            fate,
-            raw_source,
-            raw_target: dice.one_in(3),
-            shallow: !raw_source && dice.one_in(3),
-            mode: [Mode::Background, Mode::WriteBlocking, Mode::Auto][dice.roll(3) as usize],
-            fail_one_in: if dice.one_in(3) { 40 } else { 0 },
-            eager: false,
-            data_files: false,
-            held: dice.one_in(4),
-        }
-    }
-}
 
 /// An image of the world: its file, its journal's memory, how to open it.
 struct ImageFile {
@@ -117,26 +59,6 @@ pub struct World {
     pivots: u32,
     /// The steps between the beginning of the pivot and its end.
     pivoting: Option<(u64, u64)>,
-}
-
-/// One life of the daemon.
-struct Life {
-    gate: Arc<Gate>,
-    guests: Vec<Guest>,
-    control: SimIo,
-    arena: Arena,
-    waker: Waker,
-    job: Option<(Job, Arc<WordJournal>, Copier, SimIo)>,
-    copier_arena: Arena,
-    copier_waker: Waker,
-    copier_waits: bool,
-    /// The guests are on the target.
-    switched: bool,
-    /// How many requests were answered, and how many had been when the job became pending.
-    answered: u64,
-    answered_before: Option<u64>,
-    /// It was told to end.
-    stopping: bool,
 }
 
 impl World {
@@ -197,6 +119,9 @@ impl World {
                 3 => Fate::Stopped(100 + self.dice.roll(300)),
                 _ => Fate::PowerCut(200 + self.dice.roll(300)),
             };
+            if self.plan.mends {
+                self.plan.fail_one_in = 0;
+            }
             self.step = 0;
             crashed = self.live(false);
             self.check(crashed);
@@ -408,7 +333,7 @@ impl World {
         let mut bytes = vec![0; 2 * SLOT_LEN];
         self.files.lock()[self.record as usize].read(0, &mut bytes);
         let newest = Record::newest(&bytes).expect("one side is named");
-        RecordFile::new(File::simulated(self.record), newest)
+        RecordFile::new(File::simulated(self.record), PathBuf::new(), newest)
     }
 
     /// As the daemon opens an image at its start: what a kill left behind first.
@@ -505,8 +430,8 @@ impl World {
         self.files.cut_power(&mut self.dice);
         self.kept.reboot();
         // Another boot: what memory kept through a kill is gone.
-        for image in [&mut self.source, &mut self.target] {
-            image.words = Arc::new(Words::in_memory(WORDS));
+        for image in [&self.source, &self.target] {
+            image.words.iter().for_each(|word| word.store(0, Ordering::Relaxed));
         }
         self.plan.fate
     }
@@ -532,56 +457,6 @@ impl World {
             self.history.settle(sector, value);
         }
         self.files.sync();
-    }
-}
-
-impl Life {
-    /// True where no guest has anything left to ask.
-    fn is_silent(&self) -> bool {
-        self.guests.iter().all(|guest| guest.left == 0 && guest.is_idle())
-    }
-
-    /// True where no job is ending: then the daemon sees to that first.
-    fn may_stop(&self) -> bool {
-        self.job.as_ref().is_some_and(|(job, ..)| !job.is_ending() && job.phase() != Phase::Pivoting)
-    }
-
-    fn step_copier(&mut self) {
-        let Some((_, _, copier, io)) = &mut self.job else { return };
-        // As its thread does: it waits in its ring for an operation's end, or for its waker.
-        if self.copier_waits && io.is_empty() && !self.copier_waker.was_woken() {
-            return;
-        }
-        self.copier_waits = true;
-        let mut done: Vec<Completion> = Vec::new();
-        io.reap(Wait::No, &mut done).expect("a simulated queue");
-        let progress = copier.step(&mut Tools { io, arena: &self.copier_arena, waker: &self.copier_waker }, &mut done);
-        assert!(!matches!(progress, Progress::Throttled(_)), "nobody set a limit");
-    }
-
-    /// Who waits for what.
-    fn describe(&self) -> String {
-        let guests: Vec<bool> = self.guests.iter().map(Guest::is_idle).collect();
-        let job = self.job.as_ref().map(|(job, _, copier, io)| {
-            let mirror = job.mirror();
-            let (left, settled) = (mirror.dirty.marked_bytes(), mirror.is_settled());
-            format!(
-                "{:?}, {left} marked, settled: {settled}, copier idle: {} {}",
-                job.phase(),
-                copier.is_idle(),
-                io.is_empty()
-            )
-        });
-        format!("guests idle: {guests:?}; job: {job:?}")
-    }
-
-    fn die(mut self) {
-        self.control.abandon();
-        self.guests.drain(..).for_each(Guest::die);
-        if let Some((job, journal, copier, mut io)) = self.job.take() {
-            io.abandon();
-            std::mem::forget((job, journal, copier));
-        }
     }
 }
 

@@ -24,9 +24,9 @@ impl StateFolder {
             file.sync_all().context(|| named("flush"))?;
             self.sync()?;
         }
-        lock(&file, &path)?;
+        lock(&path, &file)?;
         let newest = Group::newest(&bytes).map_err(|error| error.at(named(REMEDY)))?;
-        Ok(GroupFile::new(File::new(file), newest))
+        Ok(GroupFile::new(File::new(file), path, newest))
     }
 
     /// Where the record of groups is.

@@ -165,7 +165,7 @@ fn planes(path: &Path, boot: BootId) -> Result<What> {
             (false, false) => "copying",
         },
         same_boot: header.boot == boot,
-        in_order: left.is_in_order(),
+        in_order: left.is_in_order() && !left.is_unfollowed(),
         size: header.size,
         chunk_size: 1 << header.chunk_bits,
         seen_bytes: left.seen(),

@@ -3,6 +3,8 @@
 //! Held here, of `SEMANTICS` §5: every acknowledged write is there, flushed or not (8); a kill in the middle of a
 //! job loses neither the guest's writes nor the job (10); after a pivot it is the target, and only the target, that
 //! is served (7, 9). A kill may leave clusters that nobody uses, as a power cut may; nothing worse.
+mod rounds;
+#[path = "../support/mod.rs"]
 mod support;
 
 use std::path::{Path, PathBuf};

@@ -1,0 +1,67 @@
+//! What a world is like, by its seed.
+use super::files::Dice;
+use crate::control::Mode;
+
+/// How a life of the daemon ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// When everything is done.
+    Lives,
+    /// The process is killed at this step.
+    Killed(u64),
+    /// The process is killed in the middle of a step: after so many stores to the planes of its job.
+    KilledAtStore(u64),
+    /// The power goes at this step.
+    PowerCut(u64),
+    /// The process is told to end at this step, and the power goes when it has.
+    Stopped(u64),
+}
+
+/// What a world is like.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    pub seed: u64,
+    pub fate: Fate,
+    pub raw_source: bool,
+    pub raw_target: bool,
+    pub shallow: bool,
+    pub mode: Mode,
+    /// One operation in so many fails; 0 for none.
+    pub fail_one_in: u64,
+    /// The job starts while a guest makes zeroes, and its copier moves far more often than the guests.
+    pub eager: bool,
+    /// The qcow2 images among the two have external data files.
+    pub data_files: bool,
+    /// The pivot waits to be finalized, until a guest was answered meanwhile.
+    pub held: bool,
+    /// Nothing fails any more after the first life.
+    pub mends: bool,
+}
+
+impl Plan {
+    /// Everything by the seed.
+    pub fn of(seed: u64) -> Self {
+        let mut dice = Dice::new(seed ^ 0x5eed);
+        let fate = match dice.roll(6) {
+            0 => Fate::Lives,
+            1 | 2 => Fate::Killed(dice.roll(1500)),
+            3 => Fate::KilledAtStore(1 + dice.roll(400)),
+            4 => Fate::Stopped(dice.roll(1500)),
+            _ => Fate::PowerCut(dice.roll(1500)),
+        };
+        let raw_source = dice.one_in(4);
+        Self {
+            seed,
+            fate,
+            raw_source,
+            raw_target: dice.one_in(3),
+            shallow: !raw_source && dice.one_in(3),
+            mode: [Mode::Background, Mode::WriteBlocking, Mode::Auto][dice.roll(3) as usize],
+            fail_one_in: if dice.one_in(3) { 40 } else { 0 },
+            eager: false,
+            data_files: false,
+            held: dice.one_in(4),
+            mends: false,
+        }
+    }
+}
