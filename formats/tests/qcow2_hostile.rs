@@ -47,7 +47,27 @@ fn use_it(image: &Qcow2, random: &mut Random) {
     }
     let mut progress = Progress::default();
     while let Ok(Settle::Flush | Settle::FlushPayload) = image.settle(&mut progress) {}
+    drop(progress);
     image.recycle();
+    grow(image, random);
+}
+
+/// A larger disk, or an error; what is new is inside it and nowhere else.
+fn grow(image: &Qcow2, random: &mut Random) {
+    let old = image.size();
+    let new = old.saturating_add(512 << random.below(40));
+    match image.grow(new, random.below(3) * old, &|| Ok(())) {
+        Ok(range) => {
+            assert!(image.size() == new && range.start == old && (old..=new).contains(&range.end), "{range}");
+            look(image, ByteRange { start: old, end: new });
+            let _ = image.zero(ByteRange { start: old, end: new }, Zeroing::Unmap);
+            match random.one_in(2) {
+                true => _ = image.keep_size(&|| Ok(())),
+                false => image.ungrow(old),
+            }
+        }
+        Err(error) => assert!(image.size() == old && error.one_line().contains(' '), "{error}"),
+    }
 }
 
 /// What is inside the disk is an extent inside the disk, or an error; what is outside is refused.
@@ -144,7 +164,8 @@ fn made_up_notes_are_errors_or_another_image() {
         let changes: Vec<Change> = (0..1 + random.below(6))
             .map(|_| Change {
                 table: 1 + random.below(2) as u8,
-                index: random.below(size / 256),
+                // What is behind the disk's end is of a growth that a kill cut short.
+                index: if random.one_in(3) { random.below(size / 256) } else { random.below(2) },
                 value: if random.one_in(3) { random.next() } else { (random.below(clusters) * 512) | 1 << 63 },
             })
             .collect();

@@ -80,7 +80,7 @@ enum Deed {
     Event(u8, bool),
 }
 
-const COMMANDS: [&str; 39] = [
+const COMMANDS: [&str; 41] = [
     "qmp_capabilities",
     "blkmirror-cancel",
     "blkmirror-finish",
@@ -120,8 +120,10 @@ const COMMANDS: [&str; 39] = [
     "blkmirror-pivot-together",
     "blkmirror-snapshot",
     "blockdev-snapshot-sync",
+    "blkmirror-resize",
+    "block_resize",
 ];
-const MEMBERS: [&str; 31] = [
+const MEMBERS: [&str; 34] = [
     "device",
     "target",
     "format",
@@ -153,6 +155,9 @@ const MEMBERS: [&str; 31] = [
     "name",
     "exports",
     "snapshot-file",
+    "size",
+    "node-name",
+    "chain",
 ];
 const WORDS: [&str; 15] = [
     "full",
