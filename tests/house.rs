@@ -345,7 +345,7 @@ fn files_that_are_only_tests_are_found_by_their_declaration() {
     let declared = |path: &str, text: &str| (path.to_owned(), text.to_owned());
     let files = [
         declared("engine/src/lib.rs", "pub mod io;\n#[cfg(test)]\nmod simulator;\n"),
-        declared("engine/src/dirty.rs", "#[cfg(all(test, feature = "loom"))]\nmod model;\n"),
+        declared("engine/src/dirty.rs", "#[cfg(all(test, feature = \"loom\"))]\nmod model;\n"),
     ];
     let tests = test_modules(&files);
     for path in ["engine/src/simulator.rs", "engine/src/simulator/", "engine/src/dirty/model.rs"] {

@@ -47,8 +47,6 @@ pub const REQUESTS_MAX: usize = 64;
 pub const PAYLOAD_MAX: u64 = 64 << 20;
 /// Memory that a session should be given, in bytes; payload that does not fit there gets its own.
 pub const ARENA_LEN: usize = (16 << 20) + STAGING_LEN + (64 << 10);
-/// Bytes of replies that a Unix socket may hold for a client that is slow to take them.
-const SOCKET_HOLDS: usize = 1 << 20;
 /// Operations that a session has under way, most of the time.
 pub const RING_DEPTH: u32 = 128;
 /// A client that has not chosen an export by then is dropped.
@@ -160,7 +158,6 @@ impl Session {
     /// A session with the client at the other end of `socket`, whose operations are numbered from
     /// `base` on. `waker` wakes the thread that steps it, which keeps no `Op::Wake` of its own.
     pub fn new(socket: File, directory: Arc<dyn Directory>, arena: Arena, waker: Waker, base: Token) -> Self {
-        socket.hold_to_send(SOCKET_HOLDS);
         Self {
             inbound: Inbound::new(socket.clone(), &arena),
             outbound: Outbound::new(socket.clone()),

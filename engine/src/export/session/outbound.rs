@@ -9,6 +9,11 @@ use crate::io::{Buffer, File, Gather, Io, Op, Token};
 use crate::tls::Tls;
 use std::io;
 
+/// Bytes that a Unix socket holds by itself for a client that has not taken them yet.
+const HOLDS: usize = 208 << 10;
+/// How much it is asked to hold at most.
+const HOLDS_MAX: usize = 2 << 20;
+
 /// The sending half of a connection.
 pub(super) struct Outbound {
     socket: File,
@@ -18,6 +23,9 @@ pub(super) struct Outbound {
     /// Memory of the last send, to be used again.
     spare: Gather,
     sending: Option<Load>,
+    /// How much the socket holds: two replies, the one that the client takes and the next. Less makes long replies
+    /// slow; with more, a client that takes all that is there before it asks again leaves the disk idle meanwhile.
+    holds: usize,
     /// The client cannot be reached any more.
     broken: bool,
 }
@@ -31,6 +39,7 @@ impl Outbound {
             waiting_load: Load::default(),
             spare: Gather::default(),
             sending: None,
+            holds: HOLDS,
             broken: false,
         }
     }
@@ -42,6 +51,11 @@ impl Outbound {
 
     /// Adds a buffer, which is not.
     pub fn buffer(&mut self, buffer: Buffer) {
+        let wanted = (2 * buffer.len()).min(HOLDS_MAX);
+        if wanted > self.holds {
+            self.holds = wanted;
+            self.socket.hold_to_send(wanted);
+        }
         self.waiting.push_buffer(buffer);
     }
 
