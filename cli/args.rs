@@ -5,7 +5,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgAction, ArgGroup, Args as Arguments, Parser, Subcommand, ValueHint};
 use clap_complete::Shell;
 use engine::control::options::{Beside, Cache, ExportOptions, Listener};
-use engine::control::{Mode, OnError, TargetFormat};
+use engine::control::{Mode, OnError, PAUSE_BUDGET, PAUSE_BUDGET_MAX, TargetFormat};
 use formats::nbd::Tls;
 use formats::qcow2::Repair;
 use serde::de::DeserializeOwned;
@@ -479,9 +479,22 @@ pub struct Mirror {
     /// Bytes a chunk, a power of two; chosen where it is not given
     #[arg(long, value_name = "BYTES", default_value = "0", hide_default_value = true, value_parser = size::parse)]
     pub granularity: u64,
-    /// What to do when the target fails
-    #[arg(long, value_name = "POLICY", default_value = "report", value_parser = policies())]
+    /// What to do when the target fails: end the job, pause it, pause it when there is no space, try again, or rest for
+    /// longer each time until it can be written again
+    #[arg(long, value_name = "POLICY", default_value = "back-off", value_parser = policies())]
     pub on_target_error: OnError,
+    /// What to do when the source fails
+    #[arg(long, value_name = "POLICY", default_value = "report", value_parser = policies())]
+    pub on_source_error: OnError,
+    /// How long a pivot may keep the guest waiting for its last pass, in milliseconds; else it is undone
+    #[arg(long = "max-pause", value_name = "MS", default_value_t = PAUSE_BUDGET, value_parser = pauses())]
+    pub pause_budget: u64,
+    /// Bytes under way at a time, with K, M, G or T; 0 leaves the choice to the daemon
+    #[arg(long, value_name = "BYTES", default_value = "0", hide_default_value = true, value_parser = size::parse)]
+    pub buf_size: u64,
+    /// Where data becomes zeroes, write them and keep the space
+    #[arg(long)]
+    pub no_unmap: bool,
     /// The job's name; the export's where it is not given
     #[arg(long, value_name = "NAME")]
     pub job_id: Option<String>,
@@ -521,7 +534,9 @@ pub struct Cancel {
 }
 
 #[derive(Debug, Arguments)]
-#[command(group = ArgGroup::new("what").args(["speed", "mode"]).required(true).multiple(true))]
+#[command(group = ArgGroup::new("what").required(true).multiple(true).args([
+    "speed", "mode", "on_target_error", "on_source_error", "pause_budget", "buf_size"
+]))]
 pub struct Set {
     #[command(flatten)]
     pub job: Job,
@@ -531,6 +546,18 @@ pub struct Set {
     /// How guest writes are handled
     #[arg(long, value_parser = modes())]
     pub mode: Option<Mode>,
+    /// What to do when the target fails; an error that stands is decided upon anew
+    #[arg(long, value_name = "POLICY", value_parser = policies())]
+    pub on_target_error: Option<OnError>,
+    /// What to do when the source fails
+    #[arg(long, value_name = "POLICY", value_parser = policies())]
+    pub on_source_error: Option<OnError>,
+    /// How long a pivot may keep the guest waiting for its last pass, in milliseconds; else it is undone
+    #[arg(long = "max-pause", value_name = "MS", value_parser = pauses())]
+    pub pause_budget: Option<u64>,
+    /// Bytes under way at a time, with K, M, G or T, up to what the job began with; 0 is all of that
+    #[arg(long, value_name = "BYTES", value_parser = size::parse)]
+    pub buf_size: Option<u64>,
 }
 
 /// In a terminal: up and down choose the export that is looked at closely, q ends.
@@ -574,7 +601,11 @@ fn modes() -> impl TypedValueParser<Value = Mode> {
 }
 
 fn policies() -> impl TypedValueParser<Value = OnError> {
-    named(&["report", "stop", "enospc", "ignore"])
+    named(&["report", "stop", "enospc", "ignore", "back-off"])
+}
+
+fn pauses() -> impl TypedValueParser<Value = u64> {
+    clap::value_parser!(u64).range(1..=PAUSE_BUDGET_MAX)
 }
 
 fn caches() -> impl TypedValueParser<Value = Cache> {

@@ -21,6 +21,7 @@ pub fn lines(status: &Status) -> Vec<String> {
         facts.push(("rate", rates(status)));
         facts.extend(lag(status).map(|lag| ("lag", lag)));
         facts.push(("speed", speed(status)));
+        facts.extend((status.failed_bytes > 0).then(|| ("failed", failed(status))));
     }
     facts.extend(status.redundancy.filter(|_| status.phase != "none").map(|times| ("copies", copies(times))));
     facts.extend(status.notes.iter().map(|note| ("note", note.clone())));
@@ -51,10 +52,14 @@ pub fn line(status: &Status) -> String {
     format!("{export}  {}  {}  {} left{error}", phase(status), percent(status), remaining(status))
 }
 
-/// The phase, and whether the job is paused in it.
+/// The phase, and whether the job rests in it.
 pub fn phase(status: &Status) -> String {
-    let paused = if status.paused { ", paused" } else { "" };
-    format!("{}{paused}", status.phase)
+    let rests = match status.back_off_ms {
+        _ if status.paused => ", paused",
+        Some(_) => ", backing off",
+        None => "",
+    };
+    format!("{}{rests}", status.phase)
 }
 
 /// What is left, and for how long.
@@ -89,6 +94,12 @@ pub fn rates(status: &Status) -> String {
 pub fn lag(status: &Status) -> Option<String> {
     let (bytes, seconds) = (status.lag_bytes?, status.lag_s?);
     Some(format!("{}, {seconds:.1} s", size::format(bytes)))
+}
+
+/// What could not be copied, and when it is tried again.
+fn failed(status: &Status) -> String {
+    let again = status.back_off_ms.map(|rest| format!(", tried again every {:.1} s", rest as f64 / 1000.0));
+    format!("{}{}", size::format(status.failed_bytes), again.unwrap_or_default())
 }
 
 /// How often the disk's data was copied.

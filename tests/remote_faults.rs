@@ -94,10 +94,12 @@ fn what_the_policy_says_of_an_error_is_done_and_the_guest_never_hears_of_it() {
         ("EIO", "Input/output error", "stop", Pauses),
         ("EIO", "Input/output error", "enospc", Fails),
         ("EIO", "Input/output error", "ignore", GoesOn),
+        ("EIO", "Input/output error", "back-off", GoesOn),
         ("ENOSPC", "No space left", "report", Fails),
         ("ENOSPC", "No space left", "stop", Pauses),
         ("ENOSPC", "No space left", "enospc", Pauses),
         ("ENOSPC", "No space left", "ignore", GoesOn),
+        ("ENOSPC", "No space left", "back-off", GoesOn),
     ]) {
         let failing = |folder: &Path| {
             let file = |what: &str| format!("error-{what}-file={}", folder.join("fail").display());
@@ -134,6 +136,7 @@ fn what_the_policy_says_of_an_error_is_done_and_the_guest_never_hears_of_it() {
                 assert!(status["paused"] == false && status["phase"] != "failed", "{error}, {policy}: {status}");
                 assert_told(&status);
                 scene.guest.wait(50);
+                assert_ne!(scene.daemon.status("vda")["phase"], "ready", "{error}, {policy}");
                 std::fs::remove_file(&trigger).expect("a file of ours");
             }
         }

@@ -54,12 +54,17 @@ pub fn resume(job: &Job) -> Result<(), Failure> {
 
 /// Changes a running job.
 pub fn set(set: &Set) -> Result<(), Failure> {
+    let changes = [
+        ("speed", json!(set.speed)),
+        ("mode", json!(set.mode)),
+        ("on-target-error", json!(set.on_target_error)),
+        ("on-source-error", json!(set.on_source_error)),
+        ("pause-budget", json!(set.pause_budget)),
+        ("buf-size", json!(set.buf_size)),
+    ];
     let mut arguments = json!({ "export": set.job.export });
-    if let Some(speed) = set.speed {
-        arguments["speed"] = json!(speed);
-    }
-    if let Some(mode) = set.mode {
-        arguments["mode"] = json!(mode);
+    for (name, value) in changes.into_iter().filter(|(_, value)| !value.is_null()) {
+        arguments[name] = value;
     }
     change(&set.job, "blkmirror-set", &arguments, ["changed", "changed"])
 }

@@ -188,6 +188,9 @@ impl Copier {
         self.mirror.rate.check(tools.io.now())?;
         let size = self.mirror.source.size();
         let chunks_max = (self.run_len as u64 / self.mirror.dirty.chunk_len()).max(1);
+        if let Some(range) = self.mirror.probe() {
+            return Ok(self.mirror.take(range, chunks_max));
+        }
         let from_here = ByteRange { start: self.cursor.min(size), end: size };
         let everything = ByteRange { start: 0, end: size };
         Ok(self.mirror.take(from_here, chunks_max).or_else(|| self.mirror.take(everything, chunks_max)))
@@ -324,17 +327,13 @@ impl Slot {
 
     /// Marks again what failed, and only then lets go.
     fn finish(self, mirror: &Mirror) {
-        if self.failed {
-            if !planted(Fault::NoMarkAgain) {
-                mirror.dirty.mark(self.range);
-            }
-        } else {
+        if !self.failed {
             mirror.stats.copied.fetch_add(self.range.len(), Ordering::Relaxed);
         }
-        mirror.put(self.claim, self.brought);
+        mirror.put(self.claim, self.brought, self.failed);
         if planted(Fault::ClearAfterCopy) {
             while let Some(claim) = mirror.take(self.range, 1) {
-                mirror.put(claim, false);
+                mirror.put(claim, false, false);
             }
         }
     }

@@ -12,10 +12,16 @@ pub enum Fault {
     MarkBeforeWrite,
     /// 2: a guest write that failed marks nothing.
     NoMarkOnFailure,
+    /// 2: a write to both sides whose target failed marks nothing.
+    NoMarkOnTargetFailure,
     /// 3: the copier looks where a chunk lives and reads it before it clears the mark.
     ClearAfterCopy,
     /// 3: a copy that failed does not mark again.
     NoMarkAgain,
+    /// 3: a job is called ready while what failed was not brought over.
+    ReadyWithoutWhatFailed,
+    /// 3: a target that failed is tried again at once.
+    TryAtOnce,
     /// 4: a write to both sides claims its chunks around the target's write alone.
     ClaimTargetOnly,
     /// 5: zeroes are taken for "nothing to do".

@@ -110,8 +110,7 @@ fn a_mirror_is_not_settled_while_a_copy_may_fail() {
             let mirror = Arc::clone(&mirror);
             loom::thread::spawn(move || {
                 if let Some(claim) = mirror.take(CHUNK, 1) {
-                    mirror.dirty.mark(CHUNK);
-                    mirror.put(claim, false);
+                    mirror.put(claim, false, true);
                 }
             })
         };

@@ -1,4 +1,6 @@
 //! What sessions and copiers of one job share: the two disks, the bitmap, the limits.
+mod missed;
+
 use crate::bell::Bell;
 use crate::dirty::{Claim, DirtyBitmap};
 use crate::disk::{Disk, Task};
@@ -9,6 +11,7 @@ use crate::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard, Ordering};
 use formats::error::{Error, Result};
 use formats::image::Zeroing;
 use formats::range::ByteRange;
+use missed::Missed;
 use std::sync::{Arc, PoisonError};
 
 /// One mirror: a source that guests write to, and a target that follows.
@@ -43,7 +46,16 @@ pub struct Mirror {
     /// Claims that copiers took so far, and those that they hold.
     taken: AtomicU64,
     claims: AtomicU64,
+    /// How many claims copiers may hold at a time.
+    runs_max: AtomicU64,
     fault: Mutex<Option<Fault>>,
+    /// Whether something that failed is tried again, by one copy at a time.
+    probe: AtomicBool,
+    /// How many copies have said since the start that what had failed is possible again.
+    answers: AtomicU64,
+    missed: Mutex<Missed>,
+    /// Bytes of that.
+    missed_len: AtomicU64,
 }
 
 /// Counters, in bytes unless they say otherwise.
@@ -106,7 +118,12 @@ impl Mirror {
             held: AtomicBool::new(false),
             taken: AtomicU64::new(0),
             claims: AtomicU64::new(0),
+            runs_max: AtomicU64::new(u64::MAX),
             fault: Mutex::default(),
+            probe: AtomicBool::new(false),
+            answers: AtomicU64::new(0),
+            missed: Mutex::default(),
+            missed_len: AtomicU64::new(0),
         }
     }
 
@@ -210,10 +227,81 @@ impl Mirror {
         self.held.load(Ordering::Acquire) || self.fault().is_some()
     }
 
-    /// One side failed: the first fault counts, and copying rests until `clear_fault`.
+    /// One side failed: the first fault counts, and copying rests until `clear_fault`. Guests write to a target that
+    /// failed no more, before the job is asked.
     pub fn fail(&self, target: bool, error: Error) {
+        if target {
+            self.set_write_both(false);
+        }
         self.fault().get_or_insert(Fault { target, error });
         self.progress.ring();
+    }
+
+    /// `range` could not be brought over, and is marked again.
+    pub fn miss(&self, range: ByteRange) {
+        let chunk = self.dirty.chunk_len();
+        let end = range.end.next_multiple_of(chunk).min(self.source.size());
+        let mut missed = self.missed.lock().unwrap_or_else(PoisonError::into_inner);
+        missed.add(ByteRange { start: range.start / chunk * chunk, end });
+        self.missed_len.store(missed.len(), Ordering::SeqCst);
+    }
+
+    /// `range` was brought over; `changed` where the target had to be written for that.
+    fn hit(&self, range: ByteRange, changed: bool) {
+        let answers = match self.missed_len() {
+            0 => changed,
+            _ => {
+                let mut missed = self.missed.lock().unwrap_or_else(PoisonError::into_inner);
+                let found = missed.remove(range);
+                self.missed_len.store(missed.len(), Ordering::SeqCst);
+                found
+            }
+        };
+        if answers {
+            self.answers.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    /// Bytes that could not be brought over and were not since; never 0 where there are any.
+    pub fn missed_len(&self) -> u64 {
+        self.missed_len.load(Ordering::SeqCst)
+    }
+
+    /// Nothing is marked and nothing claimed, so nothing is missing.
+    pub fn forget_missed(&self) {
+        if self.missed_len() > 0 {
+            *self.missed.lock().unwrap_or_else(PoisonError::into_inner) = Missed::default();
+            self.missed_len.store(0, Ordering::SeqCst);
+        }
+    }
+
+    /// Has copiers try again what failed, one copy at a time; or go on as before.
+    pub fn set_probe(&self, on: bool) {
+        self.probe.store(on, Ordering::SeqCst);
+        self.work.ring();
+    }
+
+    /// What is tried again, if something is: what failed, or anything.
+    pub fn probe(&self) -> Option<ByteRange> {
+        let everything = ByteRange { start: 0, end: self.source.size() };
+        let first = || self.missed.lock().unwrap_or_else(PoisonError::into_inner).first();
+        self.probe.load(Ordering::SeqCst).then(|| first().unwrap_or(everything))
+    }
+
+    /// How many copies have said since the start that what had failed is possible again.
+    pub fn answers(&self) -> u64 {
+        self.answers.load(Ordering::SeqCst)
+    }
+
+    /// How many copies may be under way at a time.
+    pub fn set_runs_max(&self, runs_max: u64) {
+        self.runs_max.store(runs_max.max(1), Ordering::SeqCst);
+        self.work.ring();
+    }
+
+    /// The side that failed (true: the target), the system's number and the words of the fault that stands.
+    pub fn standing_fault(&self) -> Option<(bool, Option<i32>, String)> {
+        self.fault().as_ref().map(|Fault { target, error }| (*target, error.raw_os_error(), error.one_line()))
     }
 
     /// The fault, if there is one; copiers go on.
@@ -231,7 +319,13 @@ impl Mirror {
     /// A copier's next claim; its marks are cleared.
     pub fn take(&self, within: ByteRange, chunks_max: u64) -> Option<Claim> {
         // Counted first, so that nobody who looks for claims misses one: see `is_settled`.
-        self.claims.fetch_add(1, Ordering::SeqCst);
+        let others = self.claims.fetch_add(1, Ordering::SeqCst);
+        let runs_max = if self.probe.load(Ordering::SeqCst) { 1 } else { self.runs_max.load(Ordering::SeqCst) };
+        if others >= runs_max {
+            // Whoever puts one of the others rings.
+            self.claims.fetch_sub(1, Ordering::SeqCst);
+            return None;
+        }
         self.taken.fetch_add(1, Ordering::SeqCst);
         let claim = self.dirty.take(within, chunks_max);
         match &claim {
@@ -241,9 +335,18 @@ impl Mirror {
         claim
     }
 
-    /// A copier is done with a claim, and has marked again what failed; `brought` where the target was changed.
-    pub fn put(&self, claim: Claim, brought: bool) {
+    /// A copier is done with a claim; `brought` where the target was changed. What `failed` is marked again first.
+    pub fn put(&self, claim: Claim, brought: bool, failed: bool) {
         let range = self.dirty.claimed(&claim);
+        match failed {
+            true => {
+                if !planted(fault::Fault::NoMarkAgain) {
+                    self.dirty.mark(range);
+                }
+                self.miss(range);
+            }
+            false => self.hit(range, brought),
+        }
         self.stats.underway.fetch_sub(range.len(), Ordering::Relaxed);
         self.release_brought(claim, brought.then_some(range));
         self.claims.fetch_sub(1, Ordering::SeqCst);

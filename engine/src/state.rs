@@ -198,7 +198,10 @@ pub struct KeptJob {
     /// Ties the planes to it; none where they count no more, for the source was served without the job.
     #[serde(default)]
     pub planes: Option<u64>,
-    /// What was asked for; its target is there already.
+    /// An operator has it rest.
+    #[serde(default)]
+    pub paused: bool,
+    /// What was asked for, as it was changed since; its target is there already.
     pub request: MirrorRequest,
 }
 

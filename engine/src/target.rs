@@ -17,6 +17,7 @@ mod chain;
 mod creation;
 mod data_file;
 mod overlay;
+mod space;
 
 pub use chain::{ChainPlan, LowerFile, plan_chain};
 pub use overlay::plan_overlay;
@@ -173,10 +174,14 @@ pub fn plan(
         }
         false => None,
     };
-    let plan = Plan { path, format, shallow, below, creation, found, remote, chunk_bits, notes };
+    let mut plan = Plan { path, format, shallow, below, creation, found, remote, chunk_bits, notes };
     plan.check_options(request)?;
     if plan.creation.is_none() || found == Found::Device {
         plan.check_size(source)?;
+    }
+    if let Some(warning) = space::warning(&plan, request, source) {
+        tracing::warn!("{}: {warning}", plan.path.display());
+        plan.notes.push(warning);
     }
     Ok(plan)
 }
@@ -229,10 +234,11 @@ impl Plan {
         remote.refuse_following().map_err(|error| unsupported(error.one_line()))
     }
 
-    /// How zeroes of the source are brought over: space that was taken in advance is kept.
-    pub fn zeroing(&self) -> Zeroing {
+    /// How zeroes of the source are brought over: space that was taken in advance is kept, and all where that was asked
+    /// for.
+    pub fn zeroing(&self, request: &MirrorRequest) -> Zeroing {
         let sparse = self.creation.as_ref().is_none_or(Creation::is_sparse);
-        if sparse { Zeroing::Unmap } else { Zeroing::Keep }
+        if sparse && request.unmap { Zeroing::Unmap } else { Zeroing::Keep }
     }
 
     fn try_open(&self, file: Option<fs::File>, source: &Disk, reach: &Reach, journals: Journals) -> Result<Target> {

@@ -14,7 +14,9 @@ mod watch;
 use assert_cmd::Command;
 use engine::control::creation::{Compat, CreateOptions};
 use engine::control::qmp::Call;
-use engine::control::{Code, MirrorRequest, Mode, OnError, Refusal, Reply, Request, Started, Status, TargetFormat};
+use engine::control::{
+    Changes, Code, MirrorRequest, Mode, OnError, Refusal, Reply, Request, Started, Status, TargetFormat,
+};
 use fake::Fake;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -185,6 +187,13 @@ fn a_mirror_has_every_word_of_its_request() {
             "64K",
             "--on-target-error",
             "enospc",
+            "--on-source-error",
+            "ignore",
+            "--max-pause",
+            "250",
+            "--buf-size",
+            "1M",
+            "--no-unmap",
             "--job-id",
             "j",
             "-o",
@@ -206,6 +215,10 @@ fn a_mirror_has_every_word_of_its_request() {
         speed: 10 << 20,
         granularity: 64 << 10,
         on_target_error: OnError::Enospc,
+        on_source_error: OnError::Ignore,
+        pause_budget: 250,
+        buf_size: 1 << 20,
+        unmap: false,
         dry_run: false,
         job_id: Some("j".into()),
         options: CreateOptions { cluster_size: Some(8192), compat: Some(Compat::V2), ..CreateOptions::default() },
@@ -395,7 +408,7 @@ fn the_short_verbs_say_what_was_done() {
         _ => Ok(Reply::Done {}),
     });
     let vda = || String::from("vda");
-    let cases: [(&[&str], &str, Request); 7] = [
+    let cases: [(&[&str], &str, Request); 8] = [
         (&["pivot", "vda"], "vda: pivoted, serving /images/old.qcow2\n", Request::Pivot(vda())),
         (
             &["cancel", "vda"],
@@ -412,12 +425,37 @@ fn the_short_verbs_say_what_was_done() {
         (
             &["set", "vda", "--speed", "2G"],
             "vda: changed\n",
-            Request::Set { export: vda(), speed: Some(2 << 30), mode: None },
+            Request::Set { export: vda(), changes: Changes { speed: Some(2 << 30), ..Changes::default() } },
         ),
         (
             &["set", "vda", "--mode", "background"],
             "vda: changed\n",
-            Request::Set { export: vda(), speed: None, mode: Some(Mode::Background) },
+            Request::Set { export: vda(), changes: Changes { mode: Some(Mode::Background), ..Changes::default() } },
+        ),
+        (
+            &[
+                "set",
+                "vda",
+                "--on-target-error",
+                "back-off",
+                "--on-source-error",
+                "stop",
+                "--max-pause",
+                "9",
+                "--buf-size",
+                "4M",
+            ],
+            "vda: changed\n",
+            Request::Set {
+                export: vda(),
+                changes: Changes {
+                    on_target_error: Some(OnError::BackOff),
+                    on_source_error: Some(OnError::Stop),
+                    pause_budget: Some(9),
+                    buf_size: Some(4 << 20),
+                    ..Changes::default()
+                },
+            },
         ),
     ];
     for (words, expected, request) in cases {
@@ -465,7 +503,10 @@ fn sizes_are_understood_wherever_one_is_asked_for() {
         let words = ["mirror", "vda", "/t", "--speed", text, "--granularity", text, "-o", &options];
         assert_eq!(ask(&fake, &words).code, Some(0), "{text}");
         assert_eq!(ask(&fake, &["set", "vda", "--speed", text]).code, Some(0), "{text}");
-        let [.., Request::Mirror(mirror), Request::Set { speed, .. }] = &fake.requests()[..] else { panic!("{text}") };
+        let [.., Request::Mirror(mirror), Request::Set { changes: Changes { speed, .. }, .. }] = &fake.requests()[..]
+        else {
+            panic!("{text}")
+        };
         let found = (mirror.speed, mirror.granularity, mirror.options.cluster_size, *speed);
         assert_eq!(found, (bytes, bytes, Some(bytes), Some(bytes)), "{text}");
     }

@@ -97,7 +97,7 @@ fn bash_completes_verbs_options_values_and_files() {
     let set = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<BTreeSet<String>>();
     assert_eq!(offer(&["blkmirror", "sta"]), set(&["status"]));
     assert!(offer(&["blkmirror", ""]).is_superset(&verbs()));
-    assert_eq!(offer(&["blkmirror", "mirror", "--on"]), set(&["--on-target-error"]));
+    assert_eq!(offer(&["blkmirror", "mirror", "--on"]), set(&["--on-source-error", "--on-target-error"]));
     assert_eq!(offer(&["blkmirror", "mirror", "--mode", ""]), set(&["auto", "background", "write-blocking"]));
     assert_eq!(offer(&["blkmirror", "set", "--mode", "w"]), set(&["write-blocking"]));
     let image = folder.path().join("disk.qcow2").to_str().unwrap().to_owned();

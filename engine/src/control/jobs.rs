@@ -85,9 +85,9 @@ pub enum IoStatus {
     /// Nothing.
     #[default]
     Ok,
-    /// It rests.
+    /// It rests, until it is resumed or by itself.
     Failed,
-    /// It rests, for its target has no space.
+    /// It rests likewise, for there is no space.
     Nospace,
 }
 

@@ -1,6 +1,6 @@
 //! The same requests by libvirt's numbers: `virDomainBlockRebase` with its copy flags, and
 //! `virDomainBlockJobAbort`.
-use crate::control::{Code, MirrorRequest, Refusal, Request, TargetFormat};
+use crate::control::{Code, MirrorRequest, OnError, Refusal, Request, TargetFormat};
 
 /// `VIR_DOMAIN_BLOCK_REBASE_SHALLOW`: copy only what the top layer holds.
 pub const REBASE_SHALLOW: u32 = 1;
@@ -53,6 +53,8 @@ pub fn rebase(export: String, base: Option<String>, bandwidth: u64, flags: u32) 
         format: (flags & REBASE_COPY_RAW != 0).then_some(TargetFormat::Raw),
         block_device: flags & REBASE_COPY_DEV != 0,
         speed: bytes_per_s(bandwidth, flags)?,
+        // As libvirt has QEMU do it.
+        on_target_error: OnError::Report,
         ..MirrorRequest::default()
     })
 }

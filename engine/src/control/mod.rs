@@ -16,7 +16,7 @@ pub mod options;
 pub mod qmp;
 
 use creation::CreateOptions;
-use jobs::{ErrorAction, JobInfo, JobStatus};
+use jobs::{ErrorAction, IoStatus, JobInfo, JobStatus};
 use options::ExportOptions;
 use serde::{Deserialize, Serialize};
 
@@ -59,14 +59,12 @@ pub enum Request {
     Pause(String),
     /// Go on copying.
     Resume(String),
-    /// Change a running job.
+    /// Change a running job, also for its next life.
     Set {
         /// Whose job.
         export: String,
-        /// Bytes a second, 0 for no limit.
-        speed: Option<u64>,
-        /// How guest writes are handled.
-        mode: Option<Mode>,
+        /// What.
+        changes: Changes,
     },
     /// Make the targets of several exports the disks that are served, at one instant. Answered when it is done.
     PivotTogether(Vec<String>),
@@ -91,6 +89,41 @@ pub enum Request {
     /// End the daemon.
     Quit,
 }
+
+/// What of a running job is changed, in whatever phase it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// Bytes a second, 0 for no limit.
+    pub speed: Option<u64>,
+    /// How guest writes are handled.
+    pub mode: Option<Mode>,
+    /// What to do when the source fails.
+    pub on_source_error: Option<OnError>,
+    /// What to do when the target fails.
+    pub on_target_error: Option<OnError>,
+    /// How long guests may be kept waiting for the last pass of an end, in milliseconds.
+    pub pause_budget: Option<u64>,
+    /// How many bytes may be under way, 0 for as many as there is memory for.
+    pub buf_size: Option<u64>,
+}
+
+impl Changes {
+    /// Changes what is asked of a job that has not begun.
+    pub fn apply(self, request: &mut MirrorRequest) {
+        request.speed = self.speed.unwrap_or(request.speed);
+        request.mode = self.mode.unwrap_or(request.mode);
+        request.on_source_error = self.on_source_error.unwrap_or(request.on_source_error);
+        request.on_target_error = self.on_target_error.unwrap_or(request.on_target_error);
+        request.pause_budget = self.pause_budget.unwrap_or(request.pause_budget);
+        request.buf_size = self.buf_size.unwrap_or(request.buf_size);
+    }
+}
+
+/// How long guests may be kept waiting for the last pass of an end, in milliseconds: from 1 to this.
+pub const PAUSE_BUDGET_MAX: u64 = 60 * 60 * 1000;
+
+/// The same where nobody said it.
+pub const PAUSE_BUDGET: u64 = 5000;
 
 /// Into how many parts a map can divide a disk.
 pub const CELLS_MAX: u64 = 4096;
@@ -126,9 +159,21 @@ pub struct MirrorRequest {
     /// Bytes a chunk: a power of two from 512 to 64 MiB; 0 leaves the choice to the engine.
     #[serde(default)]
     pub granularity: u64,
-    /// What to do when the target fails.
+    /// What to do when the source fails.
     #[serde(default)]
+    pub on_source_error: OnError,
+    /// What to do when the target fails.
+    #[serde(default = "back_off")]
     pub on_target_error: OnError,
+    /// How long guests may be kept waiting for the last pass of an end, in milliseconds.
+    #[serde(default = "pause_budget")]
+    pub pause_budget: u64,
+    /// How many bytes may be under way; 0 leaves the choice to the engine.
+    #[serde(default)]
+    pub buf_size: u64,
+    /// Zeroes become holes, where data becomes zeroes.
+    #[serde(default = "yes")]
+    pub unmap: bool,
     /// Answer whether it could be done, and do nothing.
     #[serde(default)]
     pub dry_run: bool,
@@ -194,7 +239,11 @@ impl Default for MirrorRequest {
             mode: Mode::default(),
             speed: 0,
             granularity: 0,
-            on_target_error: OnError::default(),
+            on_source_error: OnError::Report,
+            on_target_error: OnError::BackOff,
+            pause_budget: PAUSE_BUDGET,
+            buf_size: 0,
+            unmap: true,
             dry_run: false,
             job_id: None,
             auto_finalize: true,
@@ -208,6 +257,14 @@ impl Default for MirrorRequest {
 
 fn yes() -> bool {
     true
+}
+
+fn back_off() -> OnError {
+    OnError::BackOff
+}
+
+fn pause_budget() -> u64 {
+    PAUSE_BUDGET
 }
 
 /// Formats that a target can have.
@@ -244,8 +301,10 @@ pub enum OnError {
     Stop,
     /// Pause when there is no space, else end.
     Enospc,
-    /// Try again.
+    /// Try again, and again.
     Ignore,
+    /// Rest, try again with what failed, and go on when that succeeds; the rests grow.
+    BackOff,
 }
 
 /// An answer.
@@ -324,6 +383,27 @@ pub struct Status {
     pub dirty_bytes: u64,
     /// The limit; 0 is none.
     pub speed_bytes_per_s: u64,
+    /// What is done when the source fails.
+    #[serde(default)]
+    pub on_source_error: Option<OnError>,
+    /// What is done when the target fails.
+    #[serde(default)]
+    pub on_target_error: Option<OnError>,
+    /// What its last error did to the job: `ok`, `failed` or `nospace`.
+    #[serde(default)]
+    pub io_status: IoStatus,
+    /// For how long the job rests before it tries again what failed; none where it does not back off.
+    #[serde(default)]
+    pub back_off_ms: Option<u64>,
+    /// What could not be copied, and was not since.
+    #[serde(default)]
+    pub failed_bytes: u64,
+    /// How long guests may be kept waiting for the last pass of an end.
+    #[serde(default)]
+    pub pause_budget_ms: Option<u64>,
+    /// How many bytes may be under way.
+    #[serde(default)]
+    pub buf_size_bytes: Option<u64>,
     /// When the job may be ready, at the present rate.
     pub eta_s: Option<u64>,
     /// When it would be at the rate of the fastest second of late.
@@ -441,5 +521,16 @@ pub enum Event {
         action: ErrorAction,
         /// The error.
         message: String,
+    },
+    /// A job backs off, or goes on.
+    BackOff {
+        /// Whose job.
+        export: String,
+        /// The job's name.
+        job: String,
+        /// For how long it rests first; `None` where it goes on.
+        rest_ms: Option<u64>,
+        /// Why it rests.
+        message: Option<String>,
     },
 }

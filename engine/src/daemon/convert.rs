@@ -75,7 +75,7 @@ pub fn convert(options: &ConvertOptions, mut progress: impl FnMut(Copied)) -> Re
     }
     let target = plan.open(&source, &target_reach(options), &|_| Ok(Arc::new(Forgetful))).map_err(refused)?;
     let mut mirror = Mirror::new(source, Arc::new(target.disk), plan.chunk_bits, plan.shallow);
-    mirror.zeroing = plan.zeroing();
+    mirror.zeroing = plan.zeroing(&request);
     mirror.compress = mirror.target.chain().top().image.compressible().filter(|_| options.compress);
     let mirror = Arc::new(mirror);
     let copied = copy(&mirror, options.reach.cache, target.is_zero, &mut progress).inspect_err(|_| {
@@ -94,7 +94,7 @@ fn target_reach(options: &ConvertOptions) -> Reach {
 }
 
 fn copy(mirror: &Arc<Mirror>, cache: Cache, target_is_zero: bool, progress: &mut impl FnMut(Copied)) -> Result<Copied> {
-    let threads = copiers(mirror).context(|| "starting the copy threads")?;
+    let (threads, _) = copiers(mirror, 0).context(|| "starting the copy threads")?;
     let outcome = watch(mirror, Seeder::new(target_is_zero), progress);
     mirror.hold(true);
     threads.into_iter().for_each(Worker::end);

@@ -2,6 +2,7 @@
 use super::exports::Export;
 use super::pace::{Counters, Eta, Pace};
 use super::resume::{self, Begin};
+use super::retune::{Room, Seldom, millis, refuse_pause};
 use super::threads::Worker;
 use super::wait::until_image_is_free;
 use crate::control::creation::{CreateOptions, Preallocation};
@@ -32,8 +33,6 @@ use std::time::{Duration, Instant, SystemTime};
 /// What one copy thread has under way. Runs of 1 MiB took a seventh longer with direct I/O, and four times
 /// the memory; runs of 64 KiB took as long as these and more of the processor.
 pub(super) const DEPTH: Depth = Depth { slots: 16, run_len: 256 << 10, beside: 256 << 10 };
-/// How long a pivot may keep the guest waiting for its last pass.
-const PAUSE_MAX: Duration = Duration::from_secs(5);
 /// Guest writes that can be under way on a mirrored disk: as many as all connections together may send.
 const FLIGHTS: u32 = 8192;
 /// How long lies between two settles of a target at least.
@@ -52,8 +51,18 @@ pub(super) struct Active {
     auto_dismiss: bool,
     /// What was told of it last.
     told: Option<Told>,
-    begun: Instant,
+    pub begun: Instant,
     pace: Pace,
+    /// What the state folder has of it.
+    pub kept: KeptJob,
+    pub room: Room,
+    /// Bytes that may be under way, as they were asked for.
+    pub buf_size: u64,
+    /// When its errors, its back-offs and where it stands were told last, and whether it was told that it backs off.
+    pub errors_told: Seldom,
+    pub back_off_told: Seldom,
+    pub stands_told: Seldom,
+    pub told_backs_off: bool,
 }
 
 /// What a job is told by.
@@ -76,18 +85,20 @@ impl Active {
         state: &StateFolder,
         check: &dyn Fn(&MirrorRequest) -> Result<(), Refusal>,
     ) -> Result<(Started, Option<Self>), Refusal> {
-        Self::begin(request, Begin::New(reached), export, reach, state, check)
+        Self::begin(request, Begin::New(reached), false, export, reach, state, check)
     }
 
     fn begin(
         request: &MirrorRequest,
         begin: Begin,
+        paused: bool,
         export: &Export,
         reach: &Reach,
         state: &StateFolder,
         check: &dyn Fn(&MirrorRequest) -> Result<(), Refusal>,
     ) -> Result<(Started, Option<Self>), Refusal> {
         check(request)?;
+        refuse_pause(request.pause_budget)?;
         let source = export.gate.route().disk;
         if source.read_only() {
             let message =
@@ -147,11 +158,11 @@ impl Active {
         let target = Arc::new(target.disk);
         let settles = target.is_remote() || plan.format != TargetFormat::Raw;
         let mut mirror = Mirror::on(Planes::on(&words, &header, settles), source, target, plan.shallow);
-        mirror.zeroing = plan.zeroing();
+        mirror.zeroing = plan.zeroing(request);
         let mirror = Arc::new(mirror);
         mirror.rate.set(request.speed);
         mirror.set_compare(taken.compare);
-        let kept = MirrorRequest {
+        let kept_request = MirrorRequest {
             target: path.display().to_string(),
             shallow: plan.shallow,
             reuse_external: true,
@@ -166,13 +177,18 @@ impl Active {
             source: mirror.source.name(),
             target_identity,
             planes: Some(number),
-            request: kept,
+            paused,
+            request: kept_request,
         };
-        let threads = identity(&path)
-            .and_then(|identity| state.keep_job(&keep(identity)))
-            .and_then(|()| copiers(&mirror).context(|| format!("starting the copy threads of export {}", export.name)));
-        let threads = threads.inspect_err(|_| unbegin(is_new, &plan, export, state))?;
-        let job = Job::start(Parts {
+        let buf_size = request.buf_size;
+        let threads =
+            identity(&path).map(keep).and_then(|kept| state.keep_job(&kept).map(|()| kept)).and_then(|kept| {
+                let threads = copiers(&mirror, buf_size);
+                Ok((kept, threads.context(|| format!("starting the copy threads of export {}", export.name))?))
+            });
+        let (kept, (threads, room)) = threads.inspect_err(|_| unbegin(is_new, &plan, export, state))?;
+        mirror.set_runs_max(room.runs_in(buf_size));
+        let mut job = Job::start(Parts {
             id,
             mirror,
             gate: Arc::clone(&export.gate),
@@ -180,9 +196,13 @@ impl Active {
             seen: taken.seen,
             sync_rest: SYNC_REST,
             mode: request.mode,
+            on_source_error: request.on_source_error,
             on_target_error: request.on_target_error,
-            pause_max: PAUSE_MAX,
+            pause_max: Duration::from_millis(request.pause_budget),
         });
+        if paused {
+            job.pause(true);
+        }
         let brought_before = if let Reached::Lower { bytes, .. } = reached { bytes } else { 0 };
         let (begun, pace) = (Instant::now(), Pace::default());
         let active = Self {
@@ -197,6 +217,13 @@ impl Active {
             told: None,
             begun,
             pace,
+            kept,
+            room,
+            buf_size,
+            errors_told: Seldom::default(),
+            back_off_told: Seldom::default(),
+            stands_told: Seldom::default(),
+            told_backs_off: false,
         };
         Ok((started, Some(active)))
     }
@@ -209,10 +236,10 @@ impl Active {
         state: &StateFolder,
         check: &dyn Fn(&MirrorRequest) -> Result<(), Refusal>,
     ) -> Result<Option<Self>, Box<(MirrorRequest, Refusal)>> {
-        let Some((request, begin)) = resume::find(export, state)? else { return Ok(None) };
+        let Some((request, begin, paused)) = resume::find(export, state)? else { return Ok(None) };
         let resumed = until_image_is_free(Path::new(&request.target), request.format)
             .map_err(Refusal::from)
-            .and_then(|()| Self::begin(&request, begin, export, reach, state, check));
+            .and_then(|()| Self::begin(&request, begin, paused, export, reach, state, check));
         match resumed {
             Ok((_, active)) => Ok(active),
             Err(refusal) => Err(resume::refused(export, state, request, refusal)),
@@ -294,8 +321,9 @@ impl Active {
         let (counters, remaining, backlog) = (self.counters(), self.job.remaining(), mirror.backlog());
         let (copied, seeded) = (counters.copied, mirror.stats.seeded.load(Ordering::Relaxed));
         let (phase, rates) = (self.job.phase(), self.pace.rates());
+        let rests = self.job.is_paused() || self.job.backs_off().is_some();
         let eta = match phase {
-            Phase::Seeding | Phase::Converging if !self.job.is_paused() => self.pace.eta(remaining),
+            Phase::Seeding | Phase::Converging if !rests => self.pace.eta(remaining),
             Phase::Ready | Phase::Pivoting => Eta { likely: Some(0), low: Some(0), high: Some(0) },
             _ => Eta::default(),
         };
@@ -314,6 +342,13 @@ impl Active {
             remaining_bytes: remaining,
             dirty_bytes: mirror.dirty.marked_bytes(),
             speed_bytes_per_s: mirror.rate.limit(),
+            on_source_error: Some(self.job.on_error()[0]),
+            on_target_error: Some(self.job.on_error()[1]),
+            io_status: self.job.io_status(),
+            back_off_ms: self.job.backs_off().map(millis),
+            failed_bytes: mirror.missed_len(),
+            pause_budget_ms: Some(millis(self.job.pause_max())),
+            buf_size_bytes: Some(self.room.runs_in(self.buf_size) * self.room.run_len),
             eta_s: eta.likely,
             eta_low_s: eta.low,
             eta_high_s: eta.high,
@@ -386,24 +421,30 @@ fn job_number() -> u64 {
     (now.as_nanos() as u64) ^ u64::from(std::process::id()) << 48
 }
 
-/// As many copy threads as pay: direct I/O does not need this thread's processor, the page cache does.
-pub(super) fn copiers(mirror: &Arc<Mirror>) -> std::io::Result<Vec<Worker>> {
+/// As many copy threads as pay: direct I/O does not need this thread's processor, the page cache does. With memory for
+/// `buf_size` bytes under way, if that is more than what is usual.
+pub(super) fn copiers(mirror: &Arc<Mirror>, buf_size: u64) -> std::io::Result<(Vec<Worker>, Room)> {
     let direct = mirror.target.chain().top().file.is_direct();
     let count = if direct { 1 } else { 2 };
-    let depth = depth(mirror);
-    (0..count).map(|number| Worker::copier(Arc::clone(mirror), depth, number, count)).collect()
+    let depth = depth(mirror, buf_size / count);
+    let run_len = (depth.run_len as u64).max(mirror.dirty.chunk_len());
+    let room = Room { run_len, runs: depth.slots as u64 * count };
+    let workers = (0..count).map(|number| Worker::copier(Arc::clone(mirror), depth, number, count));
+    Ok((workers.collect::<std::io::Result<_>>()?, room))
 }
 
 /// Runs of whole clusters, for one that is compressed would be inflated once for each run that it is in;
 /// fewer of them where those are long, and a few always.
-fn depth(mirror: &Mirror) -> Depth {
+fn depth(mirror: &Mirror, buf_size: u64) -> Depth {
     const SLOTS_MIN: usize = 4;
+    const SLOTS_MAX: usize = 64;
     const RUNS_MAX: usize = 8 << 20;
     let layers = mirror.source.chain().layers();
     let clusters: Vec<u32> = layers.iter().filter_map(|layer| layer.image.compressible()).collect();
     let (compressible, longest) = (!clusters.is_empty(), clusters.into_iter().max().unwrap_or(0) as usize);
     let run_len = longest.max(DEPTH.run_len);
-    let slots = (RUNS_MAX / run_len).clamp(SLOTS_MIN, DEPTH.slots);
+    let wanted = usize::try_from(buf_size / run_len as u64).unwrap_or(SLOTS_MAX).min(SLOTS_MAX);
+    let slots = (RUNS_MAX / run_len).clamp(SLOTS_MIN, DEPTH.slots).max(wanted);
     // Each run may be read as compressed clusters, which have whole pages each.
     let beside = if compressible { slots * run_len * 5 / 4 } else { DEPTH.beside };
     Depth { slots, run_len, beside }

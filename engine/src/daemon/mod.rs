@@ -23,6 +23,7 @@ mod map;
 mod pace;
 mod pool;
 mod resume;
+mod retune;
 mod threads;
 mod wait;
 

@@ -37,11 +37,11 @@ impl Begin {
 /// A job that does not go on, and why.
 pub(super) type Unresumed = Box<(MirrorRequest, Refusal)>;
 
-/// The job that was under way, and from where it goes on; `None` where there was none, or its pivot happened.
+/// The job that was under way, from where it goes on, and whether an operator had it rest; `None` where there was none, or its pivot happened.
 pub(super) fn find(
     export: &Export,
     state: &StateFolder,
-) -> std::result::Result<Option<(MirrorRequest, Begin)>, Unresumed> {
+) -> std::result::Result<Option<(MirrorRequest, Begin, bool)>, Unresumed> {
     let kept = match state.kept_job(&export.name) {
         Ok(Some(kept)) => kept,
         Ok(None) => return Ok(None),
@@ -66,7 +66,7 @@ pub(super) fn find(
             if let Begin::Taken { chunk_len, .. } = begin {
                 request.granularity = chunk_len;
             }
-            Ok(Some((request, begin)))
+            Ok(Some((request, begin, kept.paused)))
         }
         Err(error) => Err(refused(export, state, kept.request, error.into())),
     }

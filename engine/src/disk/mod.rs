@@ -123,6 +123,13 @@ impl Disk {
         }
     }
 
+    /// Who uses it tries again by itself when its server is out of reach, and has to hear of that soon.
+    pub fn fail_soon(&self, on: bool) {
+        if let Some(remote) = self.remote() {
+            remote.fail_soon(on);
+        }
+    }
+
     /// What its server may have lost of what was written, since this was asked last. Asked after a flush: what is
     /// not in the answer is durable.
     pub fn take_doubtful(&self) -> Vec<ByteRange> {

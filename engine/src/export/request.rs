@@ -338,7 +338,10 @@ impl GuestRequest {
                 Some(run)
             }
             Err(error) => {
-                mirror.written(run);
+                if !planted(Fault::NoMarkOnTargetFailure) {
+                    mirror.written(run);
+                }
+                mirror.miss(run);
                 mirror.fail(true, error);
                 None
             }

@@ -171,6 +171,8 @@ impl Job {
         self.paused = false;
         self.flushed = false;
         self.parts.mirror.hold(false);
+        // From the switch on nobody else tries again for the guest.
+        self.parts.mirror.target.fail_soon(false);
         let (mirror, gate) = (Arc::clone(&self.parts.mirror), Arc::clone(&self.parts.gate));
         self.stage = Stage::Ending(Box::new(Pivot::begin(mirror, gate, end, record, now, self.parts.pause_max)));
         self.happened(Happened::EndBegan);
@@ -190,6 +192,7 @@ impl Job {
             }
             Err(error) => {
                 self.pending = false;
+                self.choose_patience();
                 self.undone = Some(error.one_line());
                 self.happened(Happened::EndUndone);
                 if self.parts.mirror.target.is_poisoned() {

@@ -3,25 +3,27 @@
 //! The phases are a table, in `phase`. `Job` is stepped by the control thread: it puts the mirror in
 //! the guest's way, lets the seeder look when it may, and watches the backlog. How it ends is in `ending`.
 mod ending;
+mod errors;
 mod life;
 mod phase;
 mod sync;
 
 pub use ending::Goal;
+pub use errors::IoError;
 pub use life::path;
 pub use phase::{Happened, Phase};
 
-use crate::control::jobs::{ErrorAction, IoStatus};
+use crate::control::jobs::IoStatus;
 use crate::control::{Mode, OnError};
 use crate::disk::{Disk, Status, Task, Tools};
 use crate::export::gate::{Gate, Leaving, Route};
 use crate::fault::{self, planted};
 use crate::io::{Completion, Io, Token};
-use crate::mirror::{Fault, Mirror};
+use crate::mirror::Mirror;
 use crate::pivot::{Pivot, RecordFile, Step};
 use crate::seed::Seeder;
 use ending::Wish;
-use rustix::io::Errno;
+use errors::Rest;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -33,8 +35,6 @@ const BACKLOG_READY: u64 = 8 << 20;
 const BACKLOG_BOTH: u64 = 64 << 20;
 /// How many runs of the mapping one step of the seeding looks at.
 const LOOKS: usize = 256;
-/// How long a copy that goes on after an error waits first.
-const RETRY: Duration = Duration::from_millis(500);
 
 /// What a job is made of.
 pub struct Parts {
@@ -52,20 +52,12 @@ pub struct Parts {
     pub sync_rest: Duration,
     /// How guest writes are handled.
     pub mode: Mode,
+    /// What to do when the source fails.
+    pub on_source_error: OnError,
     /// What to do when the target fails.
     pub on_target_error: OnError,
     /// How long the guest may be kept waiting for the last pass.
     pub pause_max: Duration,
-}
-
-/// One side failed, and what is done about it.
-pub struct IoError {
-    /// The target failed; else the source.
-    pub target: bool,
-    /// What is done.
-    pub action: ErrorAction,
-    /// How it failed.
-    pub message: String,
 }
 
 /// One mirror job.
@@ -80,14 +72,17 @@ pub struct Job {
     /// It has come to where it waits; or it waited, and is being carried out.
     pending: bool,
     paused: bool,
-    /// What the seeder marked.
+    /// Not by an operator, but by an error.
+    stopped: bool,
+    /// When so many bytes are copied, everything that the seeder marked was brought over.
     seeded: u64,
     error: Option<String>,
     io_status: IoStatus,
     /// What failed since it was asked last.
     io_error: Option<IoError>,
     undone: Option<String>,
-    retry_at: Option<Duration>,
+    /// It rests after an error, or tries again what had failed.
+    rest: Option<Rest>,
     /// The record as a finished pivot left it.
     record: Option<RecordFile>,
     /// It was ready once.
@@ -126,7 +121,7 @@ impl Job {
         // would take for something that need not be brought.
         parts.mirror.hold(!planted(fault::Fault::CopyBeforeOldWritesEnd));
         let stage = Stage::Attaching(parts.gate.replace(route));
-        Self {
+        let job = Self {
             syncs: Syncs::new(parts.sync_rest),
             parts,
             phase: Phase::Seeding,
@@ -135,18 +130,21 @@ impl Job {
             held: false,
             pending: false,
             paused: false,
+            stopped: false,
             seeded: 0,
             error: None,
             io_status: IoStatus::Ok,
             io_error: None,
             undone: None,
-            retry_at: None,
+            rest: None,
             record: None,
             was_ready: false,
             flushed: false,
             complete: false,
             broken: false,
-        }
+        };
+        job.choose_patience();
+        job
     }
 
     /// Where it stands.
@@ -169,6 +167,21 @@ impl Job {
         self.paused
     }
 
+    /// True while an operator has it rest.
+    pub fn is_paused_by_hand(&self) -> bool {
+        self.paused && !self.stopped
+    }
+
+    /// How long the guest may be kept waiting for the last pass.
+    pub fn pause_max(&self) -> Duration {
+        self.parts.pause_max
+    }
+
+    /// Changes that for ends that begin from now on.
+    pub fn set_pause_max(&mut self, pause_max: Duration) {
+        self.parts.pause_max = pause_max;
+    }
+
     /// How guest writes are handled.
     pub fn mode(&self) -> Mode {
         self.parts.mode
@@ -177,16 +190,6 @@ impl Job {
     /// Why it failed or rests.
     pub fn error(&self) -> Option<&str> {
         self.error.as_deref()
-    }
-
-    /// What its last error did to it.
-    pub fn io_status(&self) -> IoStatus {
-        self.io_status
-    }
-
-    /// What failed since it was asked last.
-    pub fn take_io_error(&mut self) -> Option<IoError> {
-        self.io_error.take()
     }
 
     /// True where it has ended and the target is a whole copy.
@@ -211,16 +214,19 @@ impl Job {
         if before_ready { left.max(1) } else { left }
     }
 
-    /// Stops copying, or goes on. A job that is being given up rests for good.
+    /// Stops copying, or goes on; what failed is tried again at once. A job that is being given up rests for good.
     pub fn pause(&mut self, paused: bool) {
         if matches!(self.stage, Stage::Detaching(_) | Stage::Resting | Stage::Over) {
             return;
         }
-        self.paused = paused;
-        if !paused {
-            self.error = None;
-            self.io_status = IoStatus::Ok;
-            self.parts.mirror.clear_fault();
+        (self.paused, self.stopped) = (paused, false);
+        match &mut self.rest {
+            _ if paused => {}
+            Some(rest) => rest.end_now(),
+            None => {
+                (self.error, self.io_status) = (None, IoStatus::Ok);
+                self.parts.mirror.clear_fault();
+            }
         }
         self.parts.mirror.hold(paused || self.is_attaching());
     }
@@ -252,13 +258,14 @@ impl Job {
 
     /// Does what can be done. Never waits. True where something is to be done at once again.
     pub fn step<I: Io>(&mut self, tools: &mut Tools<I>, base: Token) -> bool {
-        self.look_at_faults(tools.io.now());
+        self.look_at_errors(tools.io.now());
         if matches!(self.wish, Some(Wish::GiveUp)) {
             // What is under way has to end first.
             self.parts.mirror.target.hurry(true);
         }
         let copying = matches!(self.stage, Stage::Seeding(_) | Stage::Copying) && self.wish.is_none();
-        self.syncs.step(&self.parts.mirror, tools, base, copying && !self.parts.mirror.has_fault());
+        let fails = self.rest.is_some() || self.parts.mirror.has_fault();
+        self.syncs.step(&self.parts.mirror, tools, base, copying && !fails);
         match &mut self.stage {
             Stage::Attaching(leaving) => {
                 if leaving.is_empty(tools.waker) || planted(fault::Fault::LookBeforeOldWritesEnd) {
@@ -285,11 +292,14 @@ impl Job {
                 self.begin_seeding();
                 true
             }
+            // It would fail again, and at once.
+            Stage::Seeding(_) if self.parts.mirror.has_fault() => self.look_at_wishes(tools),
             Stage::Seeding(seeder) => {
                 match seeder.step(&self.parts.mirror, LOOKS) {
                     Ok(false) => {}
                     Ok(true) => {
-                        self.seeded = self.parts.mirror.dirty.marked_bytes();
+                        let mirror = &self.parts.mirror;
+                        self.seeded = mirror.stats.copied.load(Ordering::Relaxed) + mirror.backlog();
                         self.stage = Stage::Copying;
                     }
                     Err(error) => self.parts.mirror.fail(false, error),
@@ -308,7 +318,12 @@ impl Job {
                         // What is doubtful is copied again, and flushed again.
                         Ok(true) => {}
                         Ok(false) if self.phase == Phase::Ready => self.flushed = true,
-                        Ok(false) => self.happened(Happened::CaughtUp),
+                        // Nor is it ready with what has failed meanwhile.
+                        Ok(false) if self.lacks_something() => {}
+                        Ok(false) => {
+                            self.recover();
+                            self.happened(Happened::CaughtUp);
+                        }
                         Err(error) => self.parts.mirror.fail(true, error),
                     }
                     return true;
@@ -341,22 +356,35 @@ impl Job {
         self.choose_mode();
     }
 
+    /// True where something failed, and was not brought over since.
+    fn lacks_something(&self) -> bool {
+        let mirror = &self.parts.mirror;
+        (mirror.has_fault() || mirror.missed_len() > 0) && !planted(fault::Fault::ReadyWithoutWhatFailed)
+    }
+
     /// Looks at the backlog.
     fn watch<I: Io>(&mut self, tools: &Tools<I>) {
         self.parts.mirror.progress.listen(tools.waker);
         self.choose_mode();
         let mirror = &self.parts.mirror;
         let settled = mirror.is_settled();
+        if settled {
+            mirror.forget_missed();
+        }
         let backlog = mirror.dirty.marked_bytes();
         match self.phase {
             Phase::Seeding if settled || mirror.stats.copied.load(Ordering::Relaxed) >= self.seeded => {
                 self.happened(Happened::SeedDone);
             }
             Phase::Converging if self.paused || mirror.has_fault() || self.syncs.is_under_way() => {}
-            Phase::Converging if settled || (!mirror.write_both() && backlog <= BACKLOG_READY) => {
+            // Where it is being tried again and nothing is left to copy, a flush is what can be tried.
+            Phase::Converging if settled => self.stage = Stage::Settling(Box::new(mirror.begin_settle())),
+            Phase::Converging if self.lacks_something() || self.is_trying() => {}
+            Phase::Converging if !mirror.write_both() && backlog <= BACKLOG_READY => {
                 self.stage = Stage::Settling(Box::new(mirror.begin_settle()));
             }
             Phase::Ready if backlog > 4 * BACKLOG_READY => self.happened(Happened::FellBehind),
+            Phase::Ready if !self.paused && self.lacks_something() => self.happened(Happened::FellBehind),
             _ => {}
         }
     }
@@ -367,6 +395,8 @@ impl Job {
         let both = match self.parts.mode {
             Mode::Background => false,
             _ if self.is_attaching() => false,
+            // It could not be reached, or has no space: what guests write is marked until that is over.
+            _ if self.rest.is_some() || mirror.has_fault() => false,
             // A guest does not wait for a server that may be out of reach.
             _ if mirror.target.is_remote() => false,
             Mode::WriteBlocking => true,
@@ -378,56 +408,6 @@ impl Job {
         if both != mirror.write_both() {
             mirror.set_write_both(both);
         }
-    }
-
-    fn look_at_faults(&mut self, now: Duration) {
-        if self.retry_at.is_some_and(|at| at <= now) {
-            self.retry_at = None;
-            self.parts.mirror.clear_fault();
-        }
-        let active = matches!(self.stage, Stage::Seeding(_) | Stage::Copying);
-        if !active || self.paused || self.retry_at.is_some() || !self.parts.mirror.has_fault() {
-            return;
-        }
-        let Some(fault) = self.parts.mirror.clear_fault() else { return };
-        let policy = match fault.target && !self.parts.mirror.target.is_poisoned() {
-            true => self.parts.on_target_error,
-            // No retry makes good what a flush has lost.
-            false => OnError::Report,
-        };
-        let no_space = fault.error.raw_os_error() == Some(Errno::NOSPC.raw_os_error());
-        let message = self.describe(&fault);
-        self.error = Some(message.clone());
-        let target = fault.target;
-        let action = match policy {
-            OnError::Stop => ErrorAction::Stop,
-            OnError::Enospc if no_space => ErrorAction::Stop,
-            OnError::Ignore => ErrorAction::Ignore,
-            OnError::Report | OnError::Enospc => ErrorAction::Report,
-        };
-        match action {
-            ErrorAction::Stop => self.stop(fault, no_space),
-            ErrorAction::Ignore => {
-                self.parts.mirror.fail(fault.target, fault.error);
-                self.retry_at = Some(now + RETRY);
-            }
-            ErrorAction::Report => {
-                self.broken = true;
-                self.detach();
-            }
-        }
-        self.io_error = Some(IoError { target, action, message });
-    }
-
-    fn describe(&self, fault: &Fault) -> String {
-        format!("{}: {}", if fault.target { "target" } else { "source" }, fault.error.one_line())
-    }
-
-    /// Rests until it is resumed.
-    fn stop(&mut self, fault: Fault, no_space: bool) {
-        self.io_status = if no_space { IoStatus::Nospace } else { IoStatus::Failed };
-        self.parts.mirror.fail(fault.target, fault.error);
-        self.paused = true;
     }
 
     fn happened(&mut self, happened: Happened) {

@@ -81,6 +81,9 @@ pub struct Pivot {
     record_file: Option<RecordFile>,
     /// Nobody is inside and the last pass is over by then, or the pivot is undone.
     deadline: Duration,
+    pause_max: Duration,
+    /// Bytes that were left when the gate was closed.
+    left: u64,
 }
 
 enum Stage {
@@ -118,7 +121,8 @@ impl Pivot {
     ) -> Self {
         let stage = Stage::Drain(gate.close());
         mirror.target.hurry(true);
-        Self { mirror, gate, end, stage, record_file, deadline: now.saturating_add(pause_max) }
+        let (deadline, left) = (now.saturating_add(pause_max), mirror.backlog());
+        Self { mirror, gate, end, stage, record_file, deadline, pause_max, left }
     }
 
     /// True while guests wait at the gate.
@@ -215,12 +219,15 @@ impl Pivot {
         if self.mirror.is_settled() || planted(Fault::PivotWithoutLastPass) {
             return Some(Ok(()));
         }
-        if self.mirror.has_fault() {
-            return Some(Err(Error::invalid("the copy failed during the last pass")));
+        if let Some((_, _, why)) = self.mirror.standing_fault() {
+            return Some(Err(Error::invalid(format!("the copy failed during the last pass: {why}"))));
         }
         (tools.io.now() > self.deadline).then(|| {
-            let left = self.mirror.dirty.marked_bytes();
-            Err(Error::invalid(format!("the last pass took longer than the pause allows, {left} bytes are left")))
+            let (left, before, pause) = (self.mirror.backlog(), self.left, self.pause_max.as_millis());
+            Err(Error::invalid(format!(
+                "the last pass took longer than the pause allows ({pause} ms): {left} bytes of {before} were still to \
+                 copy; allow a longer pause, or ask again when the guest writes less"
+            )))
         })
     }
 
@@ -244,11 +251,12 @@ impl Pivot {
         self.mirror.target.hurry(false);
         self.gate.reopen();
         self.stage = Stage::Over;
-        Step::Done(Err(Self::too_long()))
+        Step::Done(Err(Self::too_long(self.pause_max)))
     }
 
-    fn too_long() -> Error {
-        Error::invalid("requests that were under way took longer than the pause allows")
+    fn too_long(pause_max: Duration) -> Error {
+        let pause = pause_max.as_millis();
+        Error::invalid(format!("requests that were under way took longer than the pause allows ({pause} ms)"))
     }
 
     /// Everything before the record is undone by opening the gate on the source, mirrored as before.

@@ -99,7 +99,7 @@ impl Replace {
                         }
                         self.gate.reopen();
                         self.stage = Stage::Over;
-                        return Step::Done(Err(Pivot::too_long()));
+                        return Step::Done(Err(Pivot::too_long(self.pause_max)));
                     }
                     self.stage = Stage::Flush(Box::new(Task::flush(Arc::clone(&self.old))));
                 }

@@ -7,6 +7,7 @@ use crate::copier::{Copier, Depth};
 use crate::disk::{DataFile, Disk, Status, Task, Tools};
 use crate::export::gate::{Gate, Route};
 use crate::export::request::{Action, GuestRequest};
+use crate::fault::{Fault, plant};
 use crate::io::{Arena, Buffer, Completion, File, Io, Op, Token, Wait, Waker};
 use crate::job::{Job, Parts, Phase};
 use crate::mirror::Mirror;
@@ -57,7 +58,11 @@ impl Stage {
     }
 
     fn job(&self, on_target_error: OnError) -> Job {
-        Job::start(Parts {
+        Job::start(self.parts(on_target_error))
+    }
+
+    fn parts(&self, on_target_error: OnError) -> Parts {
+        Parts {
             id: "job".to_owned(),
             mirror: Arc::clone(&self.mirror),
             gate: Arc::clone(&self.gate),
@@ -65,9 +70,10 @@ impl Stage {
             seen: 0,
             sync_rest: Duration::from_secs(1),
             mode: Mode::Background,
+            on_source_error: OnError::Report,
             on_target_error,
             pause_max: Duration::from_secs(1),
-        })
+        }
     }
 
     fn copier(&self) -> (Copier, SimIo) {
@@ -76,22 +82,25 @@ impl Stage {
     }
 
     /// Steps a job and its copier until `until`, or says where it stands after so many steps.
-    fn run<I: Io>(&self, job: &mut Job, io: &mut I, copier: &mut (Copier, SimIo), until: Phase) -> Phase {
+    fn run<I: Io, J: Io>(&self, job: &mut Job, io: &mut I, copier: &mut (Copier, J), until: Phase) -> Phase {
         for _ in 0..2_000 {
             if job.phase() == until {
                 break;
             }
-            let mut done = Vec::new();
-            io.reap(Wait::No, &mut done).expect("a simulated queue");
-            let mut tools = Tools { io, arena: &self.arena, waker: &self.waker };
-            done.into_iter().for_each(|completion| job.complete(&mut tools, Token(0), completion));
-            job.step(&mut tools, Token(0));
-            let (copier, io) = &mut *copier;
-            let mut done = Vec::new();
-            io.reap(Wait::No, &mut done).expect("a simulated queue");
-            copier.step(&mut Tools { io, arena: &self.arena, waker: &self.waker }, &mut done);
+            self.step(job, io, copier);
         }
         job.phase()
+    }
+
+    fn step<I: Io, J: Io>(&self, job: &mut Job, io: &mut I, (copier, copies): &mut (Copier, J)) {
+        let mut done = Vec::new();
+        io.reap(Wait::No, &mut done).expect("a simulated queue");
+        let mut tools = Tools { io, arena: &self.arena, waker: &self.waker };
+        done.into_iter().for_each(|completion| job.complete(&mut tools, Token(0), completion));
+        job.step(&mut tools, Token(0));
+        let mut done = Vec::new();
+        copies.reap(Wait::No, &mut done).expect("a simulated queue");
+        copier.step(&mut Tools { io: copies, arena: &self.arena, waker: &self.waker }, &mut done);
     }
 
     fn switch(&self) -> (End, RecordFile) {
@@ -266,7 +275,7 @@ fn a_request_that_waits_for_a_claim_does_not_wake_itself() {
 /// ready again.
 #[test]
 fn a_failed_flush_of_the_target_ends_the_job_whatever_was_said_of_errors() {
-    for policy in [OnError::Report, OnError::Stop, OnError::Enospc, OnError::Ignore] {
+    for policy in [OnError::Report, OnError::Stop, OnError::Enospc, OnError::Ignore, OnError::BackOff] {
         let stage = Stage::new();
         let mut io = NoFlush { io: SimIo::new(&stage.files, 2, 0), fails: true };
         let phase = stage.run(&mut stage.job(policy), &mut io, &mut stage.copier(), Phase::Failed);
@@ -277,7 +286,7 @@ fn a_failed_flush_of_the_target_ends_the_job_whatever_was_said_of_errors() {
 /// The pivot was undone, and the job stayed ready with a target that nothing is promised of.
 #[test]
 fn a_failed_flush_of_the_target_in_a_pivot_ends_the_job() {
-    for policy in [OnError::Report, OnError::Ignore] {
+    for policy in [OnError::Report, OnError::Ignore, OnError::BackOff] {
         let stage = Stage::new();
         let (mut job, mut copier) = (stage.job(policy), stage.copier());
         let mut io = NoFlush { io: SimIo::new(&stage.files, 2, 0), fails: false };
@@ -416,4 +425,122 @@ fn a_finalize_that_is_undone_leaves_a_ready_job() {
     let (end, record) = stage.switch();
     job.pivot(end, record);
     assert_eq!(stage.run(&mut job, &mut io, &mut copier, Phase::Pivoted), Phase::Pivoted, "once more, at once");
+}
+
+/// A job that backs off from a target without space for so long: how often it was refused, for how long it rests then,
+/// and what has become of it when there was space and it was resumed.
+fn full_target(seconds: u64) -> (u64, Option<Duration>, Phase) {
+    let stage = Stage::new();
+    let (mut io, mut copier) = (SimIo::new(&stage.files, 2, 0), stage.copier());
+    let mut job = stage.job(OnError::BackOff);
+    stage.files.set_full(1, true);
+    while io.now() < Duration::from_secs(seconds) {
+        stage.step(&mut job, &mut io, &mut copier);
+    }
+    let (refused, rest) = (stage.files.set_full(1, false), job.backs_off());
+    job.pause(false);
+    (refused, rest, stage.run(&mut job, &mut io, &mut copier, Phase::Ready))
+}
+
+/// The rests grow from 100 ms to 10 s, so that two minutes are a dozen tries; when it is resumed it tries at once.
+#[test]
+fn a_target_that_is_full_is_tried_seldom_and_gets_everything_when_it_has_space() {
+    let (refused, rest, phase) = full_target(120);
+    assert!((8..40).contains(&refused), "{refused} writes");
+    assert_eq!((rest, phase), (Some(Duration::from_secs(10)), Phase::Ready));
+}
+
+#[test]
+fn a_target_that_is_tried_at_once_is_caught() {
+    plant(Some(Fault::TryAtOnce));
+    let (refused, ..) = full_target(120);
+    plant(None);
+    assert!(refused > 1000, "{refused} writes");
+}
+
+/// A policy that is changed holds for the error that stands, too.
+#[test]
+fn an_error_that_stands_is_decided_upon_anew() {
+    for (first, then, phase) in [
+        (OnError::Stop, OnError::Report, Phase::Failed),
+        (OnError::BackOff, OnError::Report, Phase::Failed),
+        (OnError::BackOff, OnError::Stop, Phase::Seeding),
+        (OnError::Stop, OnError::BackOff, Phase::Seeding),
+    ] {
+        let stage = Stage::new();
+        let (mut io, mut copier) = (SimIo::new(&stage.files, 2, 0), stage.copier());
+        let mut job = stage.job(first);
+        stage.files.set_full(1, true);
+        while job.error().is_none() {
+            stage.step(&mut job, &mut io, &mut copier);
+        }
+        assert_eq!((job.is_paused(), job.is_paused_by_hand()), (first == OnError::Stop, false), "{first:?}");
+        job.set_on_error([OnError::Report, then]);
+        stage.run(&mut job, &mut io, &mut copier, Phase::Failed);
+        assert_eq!(job.phase(), phase, "{first:?}, {then:?}");
+        assert_eq!((job.is_paused(), job.backs_off().is_some()), (then == OnError::Stop, then == OnError::BackOff));
+    }
+}
+
+/// What could not be read is never called copied: the job is not ready, however little that is.
+#[test]
+fn a_source_whose_errors_are_ignored_is_never_ready_before_it_could_be_read() {
+    let stage = Stage::new();
+    let (mut io, (copier, copies)) = (SimIo::new(&stage.files, 2, 0), stage.copier());
+    let mut copier = (copier, NoRead { io: copies, fails: true });
+    let mut job = Job::start(Parts { on_source_error: OnError::Ignore, ..stage.parts(OnError::Report) });
+    for _ in 0..5_000 {
+        stage.step(&mut job, &mut io, &mut copier);
+        assert!(!matches!(job.phase(), Phase::Ready | Phase::Failed));
+    }
+    assert!(stage.mirror.missed_len() > 0 && job.error().is_some_and(|error| error.starts_with("source")));
+    copier.1.fails = false;
+    while job.phase() != Phase::Ready {
+        stage.step(&mut job, &mut io, &mut copier);
+    }
+    assert_eq!(stage.mirror.missed_len(), 0);
+}
+
+/// Fewer copies are under way at a time than there is memory for, and again as many.
+#[test]
+fn as_many_copies_are_under_way_as_the_buffer_allows() {
+    let most = |runs_max: u64| {
+        let stage = Stage::new();
+        stage.mirror.set_runs_max(runs_max);
+        stage.mirror.seed(ByteRange { start: 0, end: DISK });
+        let (mut copier, mut io) = stage.copier();
+        let mut most = 0;
+        while !stage.mirror.is_settled() {
+            let mut done = Vec::new();
+            io.reap(Wait::No, &mut done).expect("a simulated queue");
+            copier.step(&mut Tools { io: &mut io, arena: &stage.arena, waker: &stage.waker }, &mut done);
+            most = most.max(stage.mirror.stats.underway.load(std::sync::atomic::Ordering::Relaxed));
+        }
+        most
+    };
+    assert_eq!((most(1), most(2), most(u64::MAX)), (16 << 10, 32 << 10, 32 << 10));
+}
+
+/// A queue in which reads fail, or all but.
+struct NoRead {
+    io: SimIo,
+    fails: bool,
+}
+
+impl Io for NoRead {
+    fn submit(&mut self, token: Token, op: Op) {
+        self.io.submit(token, op);
+    }
+    fn reap(&mut self, wait: Wait, done: &mut Vec<Completion>) -> io::Result<()> {
+        self.io.reap(wait, done)?;
+        for completion in done.iter_mut().filter(|_| self.fails) {
+            if matches!(completion.op, Op::Read { .. }) {
+                completion.result = Err(io::Error::from_raw_os_error(5));
+            }
+        }
+        Ok(())
+    }
+    fn now(&self) -> Duration {
+        self.io.now()
+    }
 }

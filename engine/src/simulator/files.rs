@@ -12,6 +12,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 pub const SECTOR: usize = 512;
+/// ENOSPC.
+const NO_SPACE: i32 = 28;
 
 /// A small generator of numbers: the same seed, the same world.
 #[derive(Clone)]
@@ -42,6 +44,9 @@ pub struct FileBytes {
     len: usize,
     /// Which flush made `durable` what it is.
     flush: u64,
+    /// There is no space for what is written, and how often that was said.
+    full: bool,
+    refused: u64,
 }
 
 /// All files of a world, by number.
@@ -53,7 +58,8 @@ impl Files {
     pub fn add(&self, bytes: Vec<u8>) -> u32 {
         let mut files = self.lock();
         let cached = Pages::new(&bytes);
-        files.push(FileBytes { durable: cached.clone(), len: bytes.len(), cached, flush: 0 });
+        let len = bytes.len();
+        files.push(FileBytes { durable: cached.clone(), len, cached, ..FileBytes::default() });
         files.len() as u32 - 1
     }
 
@@ -81,6 +87,21 @@ impl Files {
             }
             file.durable.clone_from(&file.cached);
         }
+    }
+
+    /// From now on there is no space for what is written to a file, or there is again. How often it was refused so far.
+    pub fn set_full(&self, number: u32, full: bool) -> u64 {
+        let file = &mut self.lock()[number as usize];
+        file.full = full;
+        file.refused
+    }
+
+    /// True where what is to be written finds no space.
+    fn refuses(&self, op: &Op) -> bool {
+        let (Op::Write { file, .. } | Op::Zero { file, .. }) = op else { return false };
+        let file = &mut self.lock()[file.number().expect("a simulated file") as usize];
+        file.refused += u64::from(file.full);
+        file.full
     }
 
     pub fn sync_one(&self, number: u32) {
@@ -114,8 +135,13 @@ impl Storage for SimStorage {
         self.with(read)
     }
     fn write_at(&self, at: u64, bytes: &[u8]) -> io::Result<()> {
-        self.with(|file| file.write(at as usize, bytes));
-        Ok(())
+        self.with(|file| match file.full {
+            true => Err(io::Error::from_raw_os_error(NO_SPACE)),
+            false => {
+                file.write(at as usize, bytes);
+                Ok(())
+            }
+        })
     }
     fn len(&self) -> io::Result<u64> {
         Ok(self.with(|file| file.len as u64))
@@ -274,6 +300,7 @@ impl Io for SimIo {
         }
         let fails = self.fail_one_in > 0 && self.roll(self.fail_one_in) == 0;
         let result = match (&queued.op, fails) {
+            (op, _) if self.files.refuses(op) => Err(io::Error::from_raw_os_error(NO_SPACE)),
             // A failed write may have changed some of its sectors.
             (Op::Write { .. }, true) => {
                 self.tear(&queued.op);

@@ -170,6 +170,7 @@ impl Actor {
             gate: Arc::clone(&gate),
             target_is_zero: true,
             mode: Mode::Background,
+            on_source_error: OnError::Ignore,
             on_target_error: OnError::Report,
             pause_max: Duration::from_secs(60),
             seen: 0,

@@ -111,6 +111,40 @@ fn a_failed_copy_that_does_not_mark_again_is_caught() {
     assert_caught(Fault::NoMarkAgain, |seed| Plan { fate: Fate::Lives, fail_one_in: 40, ..Plan::of(seed) });
 }
 
+/// Promises 2 and 3, where the target has no space for some time and the job backs off.
+#[test]
+fn worlds_with_a_full_target_keep_every_promise() {
+    let pivots: u32 = (1..=600).map(|seed| World::new(with_a_full_target(seed)).run()).sum();
+    assert!(pivots > 100, "{pivots} pivots");
+}
+
+/// Promise 2.
+#[test]
+fn a_write_to_both_sides_that_the_target_refused_and_nobody_marked_is_caught() {
+    assert_caught(Fault::NoMarkOnTargetFailure, |seed| Plan {
+        mode: Mode::WriteBlocking,
+        fate: Fate::Lives,
+        ..with_a_full_target(seed)
+    });
+}
+
+/// Promise 3.
+#[test]
+fn a_copy_refused_by_a_full_target_that_does_not_mark_again_is_caught() {
+    assert_caught(Fault::NoMarkAgain, |seed| Plan { fate: Fate::Lives, ..with_a_full_target(seed) });
+}
+
+/// Promise 3.
+#[test]
+fn ready_without_what_failed_is_caught() {
+    assert_caught(Fault::ReadyWithoutWhatFailed, |seed| Plan { fate: Fate::Lives, ..with_a_full_target(seed) });
+}
+
+fn with_a_full_target(seed: u64) -> Plan {
+    let from = seed % 700;
+    Plan { full: Some((from, from + 200 + seed * 7 % 3000)), fail_one_in: 0, ..Plan::of(seed) }
+}
+
 /// Promise 4.
 #[test]
 fn claiming_around_the_targets_write_alone_is_caught() {

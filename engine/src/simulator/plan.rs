@@ -36,6 +36,8 @@ pub struct Plan {
     pub held: bool,
     /// Nothing fails any more after the first life.
     pub mends: bool,
+    /// Between these steps of the first life the target has no space, and the job backs off.
+    pub full: Option<(u64, u64)>,
 }
 
 impl Plan {
@@ -62,6 +64,7 @@ impl Plan {
             data_files: false,
             held: dice.one_in(4),
             mends: false,
+            full: None,
         }
     }
 }

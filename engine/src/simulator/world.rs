@@ -146,12 +146,14 @@ impl World {
 
     /// One life. Says how it ended, if by a crash.
     fn live(&mut self, with_job: bool) -> Option<Fate> {
+        self.fill_up(false);
         let mut life = self.open();
         self.resume_job(&mut life);
         let start = 1 + self.dice.roll(200);
         let mut started = !with_job;
         loop {
             self.step += 1;
+            self.fill_up(with_job);
             match self.plan.fate {
                 Fate::Killed(step) if step == self.step => return Some(self.kill(life)),
                 Fate::PowerCut(step) if step == self.step => return Some(self.cut_power(life)),
@@ -175,6 +177,17 @@ impl World {
                 return None;
             }
             assert!(self.step < 200_000, "the world does not come to an end: {:?}: {}", self.plan, life.describe());
+        }
+    }
+
+    /// The target has no space for some time.
+    fn fill_up(&self, first: bool) {
+        let Some((from, until)) = self.plan.full else { return };
+        let ends = matches!(self.plan.fate, Fate::Killed(step) | Fate::PowerCut(step) | Fate::Stopped(step) if step <= self.step);
+        // Whoever is on it then is no job's business.
+        let full = first && !ends && self.pivots == 0 && (from..until).contains(&self.step);
+        for file in [Some(self.target.file), self.target.data].into_iter().flatten() {
+            self.files.set_full(file, full);
         }
     }
 
@@ -218,8 +231,13 @@ impl World {
             }
         }
         let mut tools = Tools { io: &mut life.control, arena: &life.arena, waker: &life.waker };
+        let before = job.phase();
         job.step(&mut tools, Token(0));
         let phase = job.phase();
+        if (before, phase) == (Phase::Converging, Phase::Ready) {
+            let (failed, missed) = (job.mirror().has_fault(), job.mirror().missed_len());
+            assert!(!failed && missed == 0, "ready without what failed: {missed} bytes: {:?}", self.plan);
+        }
         if matches!(phase, Phase::Pivoting | Phase::Pivoted) {
             let (first, _) = self.pivoting.unwrap_or((self.step, 0));
             self.pivoting = Some((first, self.step));
@@ -257,7 +275,9 @@ impl World {
         let (disk, _) = self.open_image(self.served(), false);
         let gate = Arc::new(Gate::new(Route { disk, mirror: None }));
         let seed = self.plan.seed ^ self.step.wrapping_mul(31);
-        let requests = if self.plan.fail_one_in > 0 { 25 } else { 40 };
+        // What went wrong at the start is to be seen at the end, and not overwritten.
+        let requests = if self.plan.eager { 12 } else { 40 };
+        let requests = if self.plan.fail_one_in > 0 { 25 } else { requests };
         let guests = (0..GUESTS)
             .map(|number| {
                 let number = number + 1 + u64::from(self.pivots) * 16 + self.dice.roll(1 << 20) * 256;
@@ -312,7 +332,8 @@ impl World {
             seen: taken.seen,
             sync_rest: Duration::from_millis(20),
             mode: self.plan.mode,
-            on_target_error: OnError::Ignore,
+            on_source_error: OnError::Ignore,
+            on_target_error: if self.plan.full.is_some() { OnError::BackOff } else { OnError::Ignore },
             pause_max: Duration::from_secs(3600),
         });
         let copier = Copier::new(mirror, Depth { slots: 3, run_len: 16 << 10, beside: 16 << 10 }, 0);
@@ -438,6 +459,7 @@ impl World {
 
     /// What is served after the end of a life has everything that was promised.
     fn check(&mut self, crashed: Option<Fate>) {
+        self.fill_up(false);
         let now = self.history.tick();
         let trust = match crashed {
             Some(Fate::PowerCut(_)) => Trust::Flushed,

@@ -33,6 +33,11 @@ impl NewDataFile {
         }
     }
 
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Makes it, as long as the disk. What is in it reads as zeroes.
     pub fn make(&self, size: u64) -> Result<FileStorage> {
         let named = |what: &str| format!("data_file={}: {what}", self.path.display());

@@ -129,6 +129,19 @@ pub(super) struct Phase {
     pub(super) paused: bool,
 }
 
+/// `BLKMIRROR_BACK_OFF`.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) struct BackOff {
+    pub(super) export: String,
+    pub(super) job: String,
+    pub(super) active: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) rest_ms: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) message: Option<String>,
+}
+
 /// One entry of `query-qmp-schema`: which members there are depends on `meta-type`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]

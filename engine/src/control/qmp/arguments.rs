@@ -2,7 +2,7 @@
 use super::answers::JobType;
 use super::problem::Problem;
 use crate::control::creation::CreateOptions;
-use crate::control::{CELLS_MAX, MirrorRequest, Mode, OnError, Request, SnapshotRequest, TargetFormat};
+use crate::control::{CELLS_MAX, Changes, MirrorRequest, Mode, OnError, Request, SnapshotRequest, TargetFormat};
 use serde::Deserialize;
 
 /// No arguments.
@@ -180,21 +180,32 @@ pub(super) struct Cancel {
 }
 
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub(super) struct Set {
     export: String,
     #[serde(default)]
     speed: Option<u64>,
     #[serde(default)]
     mode: Option<Mode>,
+    #[serde(default)]
+    on_source_error: Option<OnError>,
+    #[serde(default)]
+    on_target_error: Option<OnError>,
+    #[serde(default)]
+    pause_budget: Option<u64>,
+    #[serde(default)]
+    buf_size: Option<u64>,
 }
 
 impl Set {
     pub(super) fn into_request(self) -> Result<Request, Problem> {
-        let Self { export, speed, mode } = self;
-        match (speed, mode) {
-            (None, None) => Err(Problem::invalid("blkmirror-set: give 'speed', 'mode' or both")),
-            _ => Ok(Request::Set { export, speed, mode }),
+        let Self { export, speed, mode, on_source_error, on_target_error, pause_budget, buf_size } = self;
+        let changes = Changes { speed, mode, on_source_error, on_target_error, pause_budget, buf_size };
+        match changes == Changes::default() {
+            true => Err(Problem::invalid(
+                "blkmirror-set: give 'speed', 'mode', 'on-source-error', 'on-target-error', 'pause-budget' or 'buf-size'",
+            )),
+            false => Ok(Request::Set { export, changes }),
         }
     }
 }
@@ -240,9 +251,8 @@ pub(super) struct DriveMirror {
     speed: u64,
     #[serde(default)]
     granularity: u64,
-    /// A hint that QEMU's users give; the memory of a copy is the daemon's own choice here.
-    #[serde(default, rename = "buf-size")]
-    _buf_size: u64,
+    #[serde(default)]
+    buf_size: u64,
     #[serde(default)]
     on_source_error: OnError,
     #[serde(default)]
@@ -287,8 +297,8 @@ impl DriveMirror {
     /// # Errors
     /// What QEMU has and this program has not, by the argument's name.
     pub(super) fn into_request(self) -> Result<MirrorRequest, Problem> {
-        if let Some(what) = self.unsupported() {
-            return Err(Problem::unsupported(format!("drive-mirror: {what} is not supported")));
+        if self.sync == Sync::None {
+            return Err(Problem::unsupported("drive-mirror: 'sync' 'none' is not supported: take 'full' or 'top'"));
         }
         Ok(MirrorRequest {
             export: self.device,
@@ -296,28 +306,20 @@ impl DriveMirror {
             shallow: self.sync == Sync::Top,
             reuse_external: self.mode == NewImageMode::Existing,
             format: self.format,
-            block_device: false,
             mode: self.copy_mode,
             speed: self.speed,
             granularity: self.granularity,
+            on_source_error: self.on_source_error,
             on_target_error: self.on_target_error,
+            buf_size: self.buf_size,
+            unmap: self.unmap,
             dry_run: self.dry_run,
             job_id: self.job_id,
             auto_finalize: self.auto_finalize,
             auto_dismiss: self.auto_dismiss,
             options: self.options,
-            relative_backing: false,
-            chain: false,
+            ..MirrorRequest::default()
         })
-    }
-
-    fn unsupported(&self) -> Option<&'static str> {
-        let cases = [
-            (self.sync == Sync::None, "'sync' 'none'"),
-            (self.on_source_error != OnError::Report, "'on-source-error' other than 'report'"),
-            (!self.unmap, "'unmap' false"),
-        ];
-        cases.iter().find(|(asked, _)| *asked).map(|(_, what)| *what)
     }
 }
 

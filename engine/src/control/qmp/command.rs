@@ -13,7 +13,7 @@ use super::shape::{Shape, shape};
 use super::{Call, event, version};
 use crate::control::jobs::{self, JobVerb};
 use crate::control::options::ExportOptions;
-use crate::control::{MirrorMap, MirrorRequest, Mode, Request, SnapshotRequest, Started, Status, libvirt};
+use crate::control::{Changes, MirrorMap, MirrorRequest, Mode, Request, SnapshotRequest, Started, Status, libvirt};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -73,8 +73,10 @@ impl JobCommand {
             Verb::Pause => Request::Pause(export),
             Verb::Resume if !job.at.paused => return Err(Problem::not_now("Can't resume a job that was not paused")),
             Verb::Resume => Request::Resume(export),
-            Verb::SetSpeed(speed) => Request::Set { export, speed: Some(speed), mode: None },
-            Verb::Change(mode) => Request::Set { export, speed: None, mode: Some(mode) },
+            Verb::SetSpeed(speed) => {
+                Request::Set { export, changes: Changes { speed: Some(speed), ..Changes::default() } }
+            }
+            Verb::Change(mode) => Request::Set { export, changes: Changes { mode: Some(mode), ..Changes::default() } },
             Verb::Finalize => Request::Finalize(export),
             Verb::Dismiss => Request::Dismiss(self.id),
         };

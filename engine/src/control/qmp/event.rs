@@ -1,6 +1,7 @@
-//! Writes what happens to jobs down as QEMU's events, in QEMU's order, and as one of our own.
+//! Writes what happens to jobs down as QEMU's events, in QEMU's order, and as two of our own.
 use super::answers::{
-    BlockJobCompleted, BlockJobError, BlockJobPending, BlockJobProgress, IoOperation, JobStatusChange, JobType, Phase,
+    BackOff, BlockJobCompleted, BlockJobError, BlockJobPending, BlockJobProgress, IoOperation, JobStatusChange,
+    JobType, Phase,
 };
 use super::render::{error, value};
 use super::schema::Schema;
@@ -17,6 +18,7 @@ const COMPLETED: &str = "BLOCK_JOB_COMPLETED";
 const CANCELLED: &str = "BLOCK_JOB_CANCELLED";
 const ERROR: &str = "BLOCK_JOB_ERROR";
 const PHASE: &str = "BLKMIRROR_PHASE";
+const BACK_OFF: &str = "BLKMIRROR_BACK_OFF";
 
 /// The messages that tell a client of `event`, which happened `now` after the Unix epoch.
 pub(super) fn messages(event: &Event, now: Duration) -> Vec<Value> {
@@ -35,6 +37,10 @@ pub(super) fn messages(event: &Event, now: Duration) -> Vec<Value> {
             let (device, export, message) = (job.clone(), export.clone(), message.clone());
             say(ERROR, value(&BlockJobError { device, operation, action: *action, export, message }));
         }
+        Event::BackOff { export, job, rest_ms, message } => {
+            let (export, job, message) = (export.clone(), job.clone(), message.clone());
+            say(BACK_OFF, value(&BackOff { export, job, active: rest_ms.is_some(), rest_ms: *rest_ms, message }));
+        }
     }
     messages
 }
@@ -49,6 +55,7 @@ pub(super) fn describe(schema: &mut Schema) {
     schema.event(PENDING, &shape::<BlockJobPending>());
     schema.event(ERROR, &shape::<BlockJobError>());
     schema.event(PHASE, &shape::<Phase>());
+    schema.event(BACK_OFF, &shape::<BackOff>());
 }
 
 /// One step of a job. How it ended is told before that it has.

@@ -3,6 +3,7 @@ use super::{Answer, Desk, News, refuse};
 use crate::control::jobs::{IoStatus, JobInfo, JobStatus};
 use crate::control::{Code, MirrorRequest, Refusal, Reply, Request, Started, Status};
 use crate::daemon::lower::Lower;
+use crate::daemon::retune::refuse_pause;
 use crate::job::Phase;
 use crate::target::{Reached, plan_chain};
 use formats::error::Context;
@@ -110,10 +111,12 @@ impl Desk {
         let lowering = self.lowering.get_mut(&number)?;
         let progress = &lowering.lower.progress;
         match request {
-            Request::Set { speed, mode, .. } => {
-                progress.speed.store(speed.unwrap_or(lowering.request.speed), Ordering::Relaxed);
-                lowering.request.speed = speed.unwrap_or(lowering.request.speed);
-                lowering.request.mode = mode.unwrap_or(lowering.request.mode);
+            Request::Set { changes, .. } => {
+                if let Err(refusal) = changes.pause_budget.map_or(Ok(()), refuse_pause) {
+                    return Some(Some(Err(refusal)));
+                }
+                changes.apply(&mut lowering.request);
+                progress.speed.store(lowering.request.speed, Ordering::Relaxed);
             }
             Request::Cancel { .. } => {
                 progress.stop.store(true, Ordering::SeqCst);

@@ -15,14 +15,14 @@ use super::jobs::Active;
 use crate::control::jobs::{IoStatus, JobInfo, JobStatus, is_id};
 use crate::control::options::Reach;
 use crate::control::qmp::Call;
-use crate::control::{Code, Event, MirrorRequest, Mode, Refusal, Reply, Request, Started, Status, TargetFormat};
+use crate::control::{Code, Event, MirrorRequest, Refusal, Reply, Request, Started, Status, TargetFormat};
 use crate::disk::Tools;
 use crate::io::{Completion, Io, Token, Waker};
-use crate::job::{IoError, Phase};
+use crate::job::Phase;
 use crate::mirror::Mirror;
 use crate::open::{Identity, export_named, files_of, identity};
 use crate::state::StateFolder;
-use crate::target::{NO_BLOCKING, Reached};
+use crate::target::Reached;
 use chain::Lowering;
 use changes::Removing;
 use concluded::Concluded;
@@ -205,6 +205,7 @@ impl Desk {
     /// What can be answered now; `None` where the client waits.
     pub fn handle(&mut self, client: u64, call: Call) -> Option<Answer> {
         let answer = self.act(client, call);
+        self.jobs.values_mut().for_each(|active| active.keep(&self.state));
         let numbers: Vec<usize> = self.jobs.keys().copied().collect();
         numbers.into_iter().for_each(|number| self.tell(number));
         answer
@@ -243,18 +244,12 @@ impl Desk {
             Request::Dismiss(id) => self.dismiss(&id),
             Request::Pause(name) => self.with_job(&name, |active| active.job.pause(true)),
             Request::Resume(name) => self.with_job(&name, |active| active.job.pause(false)),
-            Request::Set { export, mode: Some(Mode::WriteBlocking), .. } if self.is_remote(&export) => {
-                Err(refuse(Code::ConfigUnsupported, format!("export {export}: {NO_BLOCKING}")))
+            Request::Set { export, changes } => {
+                self.job(&export).and_then(|(_, active)| active.change(changes)).map(|()| {
+                    self.waker.wake();
+                    Reply::Done {}
+                })
             }
-            Request::Set { export, speed, mode } => self.with_job(&export, |active| {
-                if let Some(speed) = speed {
-                    active.job.mirror().rate.set(speed);
-                    active.job.mirror().work.ring();
-                }
-                if let Some(mode) = mode {
-                    active.job.set_mode(mode);
-                }
-            }),
             Request::PivotTogether(names) => match self.pivot_together(client, &names) {
                 Ok(()) => return None,
                 Err(refusal) => Err(refusal),
@@ -277,12 +272,6 @@ impl Desk {
             Request::Quit => Ok(Reply::Done {}),
         };
         Some(answer)
-    }
-
-    /// True where the export's job has another server's export for its target.
-    fn is_remote(&self, export: &str) -> bool {
-        let active = self.find(export).ok().and_then(|number| self.jobs.get(&number));
-        active.is_some_and(|active| active.job.mirror().target.is_remote())
     }
 
     fn find(&self, name: &str) -> std::result::Result<usize, Refusal> {
@@ -403,7 +392,10 @@ impl Desk {
                 let message = format!("the layers below the top of export {name} are being copied: wait for that");
                 Err(refuse(Code::BlockCopyActive, message))
             }
-            None => Err(refuse(Code::InvalidArg, format!("export {name} has no copy job"))),
+            None => {
+                let message = format!("export {name} has no copy job: start one with `blkmirror mirror` first");
+                Err(refuse(Code::InvalidArg, message))
+            }
         }
     }
 
@@ -433,11 +425,12 @@ impl Desk {
         }
         active.measure();
         let (over, undone) = (active.job.phase().is_over(), active.job.take_undone());
-        if let Some(IoError { target, action, message }) = active.job.take_io_error() {
-            let (export, job) = (self.exports[&number].name.clone(), active.job.id().to_owned());
-            self.news.push(News::Event(Event::IoError { export, job, target, action, message }));
+        let errors = active.errors();
+        let may_tell = active.may_tell();
+        self.news.extend(errors.into_iter().map(News::Event));
+        if may_tell {
+            self.tell(number);
         }
-        self.tell(number);
         if let Some(reason) = undone {
             let refusal = refuse(Code::OperationFailed, reason);
             self.answer_waiting(number, |_| Err(refusal.clone()));

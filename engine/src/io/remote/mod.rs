@@ -70,6 +70,8 @@ const REQUEST_TIME_MAX: Duration = Duration::from_secs(300);
 const HURRIED_TIME_MAX: Duration = Duration::from_secs(5);
 /// How long a server that is written to may be out of reach before requests fail.
 pub const RECONNECT_TIME_MAX: Duration = Duration::from_secs(60);
+/// The same where somebody has to hear of it soon, and tries again by itself.
+const RECONNECT_TIME_SHORT: Duration = Duration::from_secs(5);
 /// Longest request, in bytes; a power of two.
 const REQUEST_LEN_MAX: u64 = 1 << 20;
 /// Longest request for zeroes, which moves none: a server that writes them needs its time.
@@ -92,6 +94,7 @@ pub struct Remote {
     metadata: Mutex<Metadata>,
     unflushed: Mutex<Unflushed>,
     hurried: AtomicBool,
+    fails_soon: AtomicBool,
     /// Counts what has to be known the order of: connections that were made, and first writes.
     clock: AtomicU64,
     /// How many of those that hold it are connections to it.
@@ -127,6 +130,7 @@ impl Remote {
                     let metadata = Mutex::new(Metadata { connection, known: Known::default(), established: 0 });
                     let unflushed = Mutex::new(Unflushed::new(session.size));
                     let (hurried, clock) = (AtomicBool::new(false), AtomicU64::new(0));
+                    let fails_soon = AtomicBool::new(false);
                     let address = address.clone();
                     let connections = AtomicUsize::new(0);
                     return Ok(Self {
@@ -139,6 +143,7 @@ impl Remote {
                         metadata,
                         unflushed,
                         hurried,
+                        fails_soon,
                         clock,
                         connections,
                     });
@@ -246,9 +251,18 @@ impl Remote {
         self.hurried.store(on, Ordering::SeqCst);
     }
 
+    /// Whoever asks tries again by itself, and has to hear soon that it is out of reach.
+    pub fn fail_soon(&self, on: bool) {
+        self.fails_soon.store(on, Ordering::SeqCst);
+    }
+
     /// How long it may be out of reach before requests fail.
     fn reconnect_time_max(&self) -> Duration {
-        if self.hurried.load(Ordering::SeqCst) { Duration::ZERO } else { RECONNECT_TIME_MAX }
+        match (self.hurried.load(Ordering::SeqCst), self.fails_soon.load(Ordering::SeqCst)) {
+            (true, _) => Duration::ZERO,
+            (false, true) => RECONNECT_TIME_SHORT,
+            (false, false) => RECONNECT_TIME_MAX,
+        }
     }
 
     /// How long a request may take while its server answers others.

@@ -1,7 +1,7 @@
 //! Jobs as a client sees them: verbs, queries, events.
 use super::{NOW, call, client, said, send};
 use crate::control::jobs::{ErrorAction, IoStatus, JobInfo, JobStatus};
-use crate::control::{Event, Mode, Reply, Request, Status};
+use crate::control::{Changes, Event, Mode, Reply, Request, Status};
 use serde_json::{Value, json};
 
 /// The job `move` of the export `vda`.
@@ -87,13 +87,13 @@ fn qmp_verbs_begin_and_our_verbs_end() {
             "block-job-set-speed",
             &json!({ "device": "move", "speed": 9 }),
             JobStatus::Running,
-            Request::Set { export: vda(), speed: Some(9), mode: None },
+            Request::Set { export: vda(), changes: Changes { speed: Some(9), ..Changes::default() } },
         ),
         (
             "block-job-change",
             &json!({ "id": "move", "type": "mirror", "copy-mode": "write-blocking" }),
             JobStatus::Pending,
-            Request::Set { export: vda(), speed: None, mode: Some(Mode::WriteBlocking) },
+            Request::Set { export: vda(), changes: Changes { mode: Some(Mode::WriteBlocking), ..Changes::default() } },
         ),
         ("block-job-finalize", &id, JobStatus::Pending, Request::Finalize(vda())),
         ("job-finalize", &id, JobStatus::Pending, Request::Finalize(vda())),
@@ -111,7 +111,7 @@ fn qmp_verbs_begin_and_our_verbs_end() {
         (
             "blkmirror-set",
             json!({ "export": "vda", "speed": 0 }),
-            Request::Set { export: vda(), speed: Some(0), mode: None },
+            Request::Set { export: vda(), changes: Changes { speed: Some(0), ..Changes::default() } },
         ),
     ];
     for (name, arguments, request) in ours {

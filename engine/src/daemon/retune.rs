@@ -1,0 +1,165 @@
+//! What of a job can be changed while it runs, and that the next daemon goes on with it so.
+use super::jobs::Active;
+use crate::control::{Changes, Code, Event, MirrorRequest, PAUSE_BUDGET_MAX, Refusal};
+use crate::state::{KeptJob, StateFolder};
+use crate::target::NO_BLOCKING;
+use crate::{control::Mode, job::IoError};
+use std::time::Duration;
+
+/// How far events of a job's errors are apart at least, where it goes on by itself: a few a second.
+const EVENTS_REST: Duration = Duration::from_millis(300);
+
+/// What the copy threads of a job have memory for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Room {
+    /// Bytes a run at most.
+    pub run_len: u64,
+    /// How many may be under way, all threads together.
+    pub runs: u64,
+}
+
+impl Room {
+    /// How many runs may be under way in `buf_size` bytes, of which 0 are as many as there are.
+    pub fn runs_in(self, buf_size: u64) -> u64 {
+        match buf_size {
+            0 => self.runs,
+            bytes => (bytes / self.run_len).clamp(1, self.runs),
+        }
+    }
+}
+
+/// A pause that no guest gets, or that is longer than any guest waits.
+pub(in crate::daemon) fn refuse_pause(pause_budget: u64) -> Result<(), Refusal> {
+    match pause_budget {
+        1..=PAUSE_BUDGET_MAX => Ok(()),
+        _ => {
+            let message = format!("a pause of {pause_budget} ms: it has to be from 1 to {PAUSE_BUDGET_MAX} ms");
+            Err(Refusal::new(Code::InvalidArg, message))
+        }
+    }
+}
+
+/// When events that could come too often were sent last.
+#[derive(Debug, Default)]
+pub(super) struct Seldom(Option<Duration>);
+
+impl Seldom {
+    /// Whether one may be sent `now`; it is.
+    fn may(&mut self, now: Duration) -> bool {
+        let may = self.0.is_none_or(|last| now >= last + EVENTS_REST);
+        if may {
+            self.0 = Some(now);
+        }
+        may
+    }
+}
+
+impl Active {
+    /// Changes it from now on, in whatever phase it is.
+    pub fn change(&mut self, changes: Changes) -> Result<(), Refusal> {
+        let Changes { speed, mode, on_source_error, on_target_error, pause_budget, buf_size } = changes;
+        pause_budget.map_or(Ok(()), refuse_pause)?;
+        let export = &self.kept.request.export;
+        if mode == Some(Mode::WriteBlocking) && self.job.mirror().target.is_remote() {
+            return Err(Refusal::new(Code::ConfigUnsupported, format!("export {export}: {NO_BLOCKING}")));
+        }
+        if let Some(speed) = speed {
+            self.job.mirror().rate.set(speed);
+            self.job.mirror().work.ring();
+        }
+        if let Some(mode) = mode {
+            self.job.set_mode(mode);
+        }
+        let [source, target] = self.job.on_error();
+        self.job.set_on_error([on_source_error.unwrap_or(source), on_target_error.unwrap_or(target)]);
+        if let Some(pause_budget) = pause_budget {
+            self.job.set_pause_max(Duration::from_millis(pause_budget));
+        }
+        if let Some(buf_size) = buf_size {
+            self.buf_size = buf_size;
+            self.job.mirror().set_runs_max(self.room.runs_in(buf_size));
+        }
+        Ok(())
+    }
+
+    /// Keeps what was changed, so that it holds through a kill.
+    pub fn keep(&mut self, state: &StateFolder) {
+        let [on_source_error, on_target_error] = self.job.on_error();
+        let request = MirrorRequest {
+            speed: self.job.mirror().rate.limit(),
+            mode: self.job.mode(),
+            on_source_error,
+            on_target_error,
+            pause_budget: millis(self.job.pause_max()),
+            buf_size: self.buf_size,
+            ..self.kept.request.clone()
+        };
+        let now = KeptJob { paused: self.job.is_paused_by_hand(), request, ..self.kept.clone() };
+        if now == self.kept || self.job.phase().is_over() {
+            return;
+        }
+        // It holds for this life in any case: somebody needs it now.
+        if let Err(error) = state.keep_job(&now) {
+            tracing::error!("what was changed of a job does not hold through a restart: {}", error.one_line());
+            return;
+        }
+        self.kept = now;
+    }
+
+    /// What there is to tell of its errors; of those that it goes on after not all.
+    pub fn errors(&mut self) -> Vec<Event> {
+        let (now, mut events) = (self.begun.elapsed(), Vec::new());
+        let (export, job) = (self.kept.request.export.clone(), self.job.id().to_owned());
+        if let Some(IoError { target, action, message }) = self.job.take_io_error()
+            && (self.errors_told.may(now) || self.job.backs_off().is_none())
+        {
+            events.push(Event::IoError { export: export.clone(), job: job.clone(), target, action, message });
+        }
+        let backs_off = self.job.backs_off();
+        if backs_off.is_some() != self.told_backs_off && self.back_off_told.may(now) {
+            self.told_backs_off = backs_off.is_some();
+            let message = self.job.error().filter(|_| backs_off.is_some()).map(str::to_owned);
+            events.push(Event::BackOff { export, job, rest_ms: backs_off.map(millis), message });
+        }
+        events
+    }
+
+    /// Whether it may be told now where it stands: not each time that it fails again, where it fails all the time.
+    pub fn may_tell(&mut self) -> bool {
+        let fails = self.job.backs_off().is_some() || self.told_backs_off;
+        !fails || self.job.phase().is_over() || self.stands_told.may(self.begun.elapsed())
+    }
+}
+
+/// In whole milliseconds.
+pub(super) fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{EVENTS_REST, Room, Seldom, refuse_pause};
+    use crate::control::PAUSE_BUDGET_MAX;
+    use std::time::Duration;
+
+    #[test]
+    fn a_buffer_is_some_runs_and_no_more_than_there_is_memory_for() {
+        let room = Room { run_len: 256 << 10, runs: 16 };
+        for (buf_size, runs) in [(0, 16), (1, 1), (256 << 10, 1), (1 << 20, 4), (4 << 20, 16), (1 << 40, 16)] {
+            assert_eq!(room.runs_in(buf_size), runs, "{buf_size}");
+        }
+    }
+
+    #[test]
+    fn a_pause_has_bounds() {
+        assert!([1, 5000, PAUSE_BUDGET_MAX].into_iter().all(|pause| refuse_pause(pause).is_ok()));
+        assert!([0, PAUSE_BUDGET_MAX + 1].into_iter().all(|pause| refuse_pause(pause).is_err()));
+    }
+
+    #[test]
+    fn a_few_events_a_second_are_sent_however_many_there_are() {
+        let mut seldom = Seldom::default();
+        let sent = (0..10_000).filter(|millis| seldom.may(Duration::from_millis(*millis))).count();
+        assert_eq!(sent as u128, Duration::from_secs(10).as_millis().div_ceil(EVENTS_REST.as_millis()));
+    }
+}
