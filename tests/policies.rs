@@ -213,8 +213,9 @@ fn what_the_policy_says_of_an_error_of_the_source_is_done() {
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
         let server = Server::nbdkit(&theirs, &[&["--filter=error", "file"], &words[..]].concat());
         let mut daemon = Daemon::serve(&ours, &[format!("vda={},format=raw", server.uri(""))]);
-        let guest =
-            Writer::start(&daemon.socket(), "vda", thin_disk(DISK_LEN), Habits { seed: number, ..Habits::default() });
+        // Nothing can be read for a while, by the guest either.
+        let habits = Habits { seed: number, reads: false, ..Habits::default() };
+        let guest = Writer::start(&daemon.socket(), "vda", thin_disk(DISK_LEN), habits);
         fs::write(&trigger, "").expect("a folder of ours");
         let target = folder.path().join("target");
         let name = target.display().to_string();

@@ -76,7 +76,7 @@ impl Scene {
 
 /// A guest that leaves a slow target time to follow.
 fn calm(seed: u64) -> Habits {
-    Habits { seed, depth: 2, len_max: 8 << 10, pause: Duration::from_millis(5), flush_one_in: 20 }
+    Habits { seed, depth: 2, len_max: 8 << 10, pause: Duration::from_millis(5), flush_one_in: 20, ..Habits::default() }
 }
 
 /// What becomes of a job.

@@ -103,6 +103,7 @@ impl<'a> Story<'a> {
             len_max: 64 << 10,
             flush_one_in: 50,
             pause: Duration::from_micros(random.below(1500)),
+            ..Habits::default()
         };
         let guest = Some(Writer::start(&daemon.socket(), "vda", chain.content(), habits));
         Self { guest, daemon, folder, random, figures, serving: (chain.top, chain.format) }

@@ -27,11 +27,13 @@ pub struct Habits {
     pub flush_one_in: u64,
     /// Waits so long after each answer, so that a slow copier can catch up.
     pub pause: Duration,
+    /// It reads too, also what a discard has left.
+    pub reads: bool,
 }
 
 impl Default for Habits {
     fn default() -> Self {
-        Self { seed: 1, depth: 8, len_max: 128 << 10, flush_one_in: 0, pause: Duration::from_millis(1) }
+        Self { seed: 1, depth: 8, len_max: 128 << 10, flush_one_in: 0, pause: Duration::from_millis(1), reads: true }
     }
 }
 
@@ -169,8 +171,8 @@ impl Guest {
         }
         Some(match self.random.below(16) {
             0 | 1 => Asked::Change(Request::Zero { at, len, keep: self.random.one_in(2) }),
-            2 => Asked::Change(Request::Trim { at, len }),
-            3 | 4 => Asked::Look { at, read: Request::Read { at, len } },
+            2 if self.habits.reads => Asked::Change(Request::Trim { at, len }),
+            3 | 4 if self.habits.reads => Asked::Look { at, read: Request::Read { at, len } },
             5 => Asked::Change(Request::Write { at, bytes: vec![0; len as usize] }),
             _ => Asked::Change(Request::Write { at, bytes: self.random.bytes(len as usize) }),
         })
