@@ -20,7 +20,7 @@ pub fn man(args: &args::Man) -> Result<(), Failure> {
     let mut command = Args::command().disable_help_subcommand(true);
     command.build();
     let Some(folder) = &args.folder else {
-        return say(String::from_utf8_lossy(&page(&man_of(command))?).trim_end());
+        return say(page(&man_of(command))?.trim_end());
     };
     let verbs = command.get_subcommands().cloned().collect::<Vec<_>>();
     let pages = std::iter::once(command).chain(verbs);
@@ -43,8 +43,9 @@ fn man_of(command: Command) -> Man {
     Man::new(command).date(" ").source(source).manual("blkmirror")
 }
 
-fn page(man: &Man) -> Result<Vec<u8>, Failure> {
+fn page(man: &Man) -> Result<String, Failure> {
     let mut page = Vec::new();
     man.render(&mut page).map_err(|error| Failure::new(error.to_string()))?;
-    Ok(page)
+    // The synopsis may be broken between alternatives, of which there are more than fit a line.
+    Ok(String::from_utf8_lossy(&page).replace("\\fR|\\fB", "\\fR | \\fB"))
 }
