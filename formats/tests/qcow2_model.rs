@@ -27,7 +27,9 @@ fn a_kill_loses_nothing_that_was_committed() {
             }
         })
     });
-    assert!(stats.is_none_or(|stats| stats.kills == 800 && stats.compressed > 100), "{stats:?}");
+    let Some(stats) = stats else { return };
+    assert!(stats.kills >= 800 && stats.compressed > 100, "{stats:?}");
+    assert!(stats.grown > 50 && stats.not_grown > 50, "{stats:?}");
 }
 
 /// QEMU takes snapshots in between: several share L2 tables and clusters with the guest's view.

@@ -332,7 +332,7 @@ impl World {
             seen: taken.seen,
             sync_rest: Duration::from_millis(20),
             mode: self.plan.mode,
-            on_source_error: OnError::Ignore,
+            on_source_error: if self.plan.mends { OnError::Report } else { OnError::Ignore },
             on_target_error: if self.plan.full.is_some() { OnError::BackOff } else { OnError::Ignore },
             pause_max: Duration::from_secs(3600),
         });

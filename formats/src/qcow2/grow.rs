@@ -4,7 +4,8 @@
 //! ```text
 //! grow       a longer L1 table, counted and durable, where the old one is too short
 //!              flush ── the header names it, and has the old size
-//!              flush ── what the old one had is let go of, the disk in memory is larger
+//!              flush ── what the old one had is let go of, the disk in memory is larger; over a raw data file, all of it
+//!            is there
 //! (caller)   what is new is made to read as zeroes: the rest of the last cluster, what the image below has there
 //! keep_size    flush ── the header has the new size
 //!              flush
@@ -20,7 +21,7 @@ use super::refcounts::Run;
 use super::snapshots;
 use super::table;
 use crate::error::{Context, Error, Result};
-use crate::image::Place;
+use crate::image::{Place, Reserve};
 use crate::range::ByteRange;
 use crate::storage::Storage;
 use std::sync::Arc;
@@ -60,10 +61,13 @@ impl Shared {
         Self::settle_with(this, flush)?;
         Self::lengthen_l1(this, &header, new, flush)?;
         this.set_size(size);
-        if planted(Fault::SizeBeforeZeroes) {
-            this.write_size(flush)?;
-        }
-        this.to_zero(old.size, below).inspect_err(|_| this.set_size(old.size))
+        let ready = Self::preallocate(this, ByteRange { start: old.size, end: size }, flush).and_then(|()| {
+            if planted(Fault::SizeBeforeZeroes) {
+                this.write_size(flush)?;
+            }
+            this.to_zero(old.size, below)
+        });
+        ready.inspect_err(|_| this.set_size(old.size))
     }
 
     /// The header gets the size that the disk has in memory.
@@ -167,6 +171,22 @@ impl Shared {
         field.extend_from_slice(&at.to_be_bytes());
         self.storage.write_at(L1_AT, &field).context(|| "writing the L1 table's place in the header")?;
         flush()
+    }
+
+    /// A raw data file shows the bytes of a write that did not come to its end, and its image has to show the same: so it
+    /// says of all clusters, from the start, that they are there.
+    fn preallocate(this: &Arc<Self>, mut range: ByteRange, flush: Flush<'_>) -> Result<()> {
+        while this.raw_data && !range.is_empty() {
+            match Self::reserve(this, range)? {
+                Reserve::Room(room) => {
+                    range.start = room.guest.end;
+                    this.commit(room)?;
+                }
+                Reserve::Settle => Self::settle_with(this, flush)?,
+                Reserve::Busy => return Err(Error::invalid("somebody writes to the image while it grows")),
+            }
+        }
+        Ok(())
     }
 
     fn let_go_of(&self, run: Run) {

@@ -281,6 +281,13 @@ impl Guest {
         }
         let InFlight { reservation, writer, compressed, .. } = self.in_flight.swap_remove(at);
         let (guest, host, in_place) = (reservation.guest, reservation.host, reservation.hold.is_none());
+        let [head, tail] = reservation.fill;
+        // What is around the payload moves with it.
+        let moved = ByteRange {
+            start: head.map_or(guest.start, |head| head.start),
+            end: tail.map_or(guest.end, |tail| tail.end),
+        };
+        let moved_to = host - (guest.start - moved.start);
         self.image.commit(reservation).expect("a valid image");
         self.stats.committed += 1;
         match in_place {
@@ -288,7 +295,7 @@ impl Guest {
             false => self.history.commit(guest, &stamped(guest, writer), self.time),
         }
         match compressed {
-            None => self.places.extend(self.places_of(guest, host)),
+            None => self.places.extend(self.places_of(moved, moved_to)),
             // Nothing is in a place of its own any more.
             Some(_) => (guest.start / self.granule..guest.end.div_ceil(self.granule)).for_each(|nth| {
                 self.places.remove(&nth);
@@ -457,7 +464,6 @@ impl Guest {
         }
         assert_eq!(self.image.size(), self.history.size());
         self.assert_all_there();
-        self.find_places();
     }
 
     /// Zeroes all of `range`, which nobody else touches.
