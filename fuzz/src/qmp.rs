@@ -134,6 +134,7 @@ const MEMBERS: [&str; 34] = [
     "buf-size",
     "on-source-error",
     "on-target-error",
+    "pause-budget",
     "copy-mode",
     "unmap",
     "job-id",

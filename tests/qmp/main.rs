@@ -105,7 +105,9 @@ fn a_client_that_does_not_read_is_dropped_and_nobody_waits_for_it() {
         }
     }
     assert!(silent.is_dropped(), "it would be told more than 1 MiB");
-    assert_eq!(scene.stands(), "running");
+    // Each of so many pauses is kept for the next daemon, so on a slow disk the copy has come to its end meanwhile.
+    let stands = scene.stands();
+    assert!(["running", "ready"].contains(&stands.as_str()), "{stands}");
     scene.qmp.ok("quit", json!({}));
 }
 

@@ -243,7 +243,7 @@ impl Cell {
 }
 
 fn colour_of(status: &Status) -> Color {
-    match (status.phase.as_str(), status.paused) {
+    match (status.phase.as_str(), status.paused || status.back_off_ms.is_some()) {
         ("failed", _) => Color::Red,
         (_, true) | ("cancelled", _) => Color::Yellow,
         ("ready" | "pivoted", _) => Color::Green,

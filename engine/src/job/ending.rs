@@ -205,6 +205,8 @@ impl Job {
 
     /// Takes the mirror out of the guest's way.
     pub(super) fn detach(&mut self) {
+        // What it would have tried again is tried no more.
+        self.rest = None;
         let route = Route { disk: Arc::clone(&self.parts.mirror.source), mirror: None };
         self.parts.mirror.hold(true);
         self.parts.mirror.planes.unfollow();
