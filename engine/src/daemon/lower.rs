@@ -5,11 +5,12 @@ use super::threads::Errand;
 use crate::chain::Layer;
 use crate::control::options::Reach;
 use crate::io::{FileStorage, Waker};
+use crate::open::alone;
 use crate::target::{ChainPlan, LowerFile};
 use crate::zero::runs;
 use formats::error::{Context, Error, Result};
 use formats::storage::Storage;
-use rustix::fs::{Advice, FlockOperation, fadvise, flock};
+use rustix::fs::{Advice, fadvise};
 use std::fs::File;
 use std::num::NonZeroU64;
 use std::path::Path;
@@ -94,8 +95,9 @@ fn copy_one(file: &LowerFile, progress: &Progress, pace: &mut Pace) -> Result<()
     let named = |what: &str| format!("{}: {what}", part.display());
     let to = File::options().read(true).write(true).create(true).truncate(false).open(&part);
     let to = to.context(|| named("create"))?;
-    let taken = |_| Error::invalid(named("another blkmirror copies to it: name another folder"));
-    flock(&to, FlockOperation::NonBlockingLockExclusive).map_err(taken)?;
+    if !alone(&part, &to)? {
+        return Err(Error::invalid(named("another blkmirror copies to it: name another folder")));
+    }
     file.begun();
     let to = FileStorage::new(to);
     let source = open(&file.from)?;
