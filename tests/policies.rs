@@ -11,13 +11,13 @@ use std::path::{Path, PathBuf};
 use support::daemon::Daemon;
 use support::images::{holding, thin_disk};
 use support::qmp::Qmp;
+use support::remote::{DISK_LEN, Remote};
 use support::server::{Server, garbage, held, two_folders};
 use support::tools::allocated;
 use support::writer::{Habits, Writer};
 use support::{assert_same, eventually, folder};
 use tempfile::TempDir;
 
-const DISK_LEN: usize = 24 << 20;
 /// The small file system, and what is in its way there: too little is left for the disk.
 const SMALL_LEN: usize = 40 << 20;
 const FILLER_LEN: usize = 32 << 20;
@@ -145,42 +145,6 @@ fn what_a_job_backs_off_from_can_be_decided_otherwise() {
     daemon.stop();
 }
 
-/// A served disk with a guest, and a server of a file that has other bytes.
-struct Remote {
-    guest: Writer,
-    daemon: Daemon,
-    server: Server,
-    folder: TempDir,
-}
-
-impl Remote {
-    /// `words` are nbdkit's: the filters before the plugin, then what all of them are told.
-    #[track_caller]
-    fn new(filters: &[&str], words: &dyn Fn(&Path) -> Vec<String>, habits: Habits) -> Self {
-        let folder = folder();
-        let source = folder.path().join("disk.raw");
-        fs::write(&source, thin_disk(DISK_LEN)).expect("a file of ours");
-        let (theirs, ours) = two_folders(folder.path());
-        let file = format!("file={}", garbage(folder.path(), "target", DISK_LEN).display());
-        let words = words(folder.path());
-        let words: Vec<&str> = words.iter().map(String::as_str).collect();
-        let server = Server::nbdkit(&theirs, &[filters, &["file", &file], &words].concat());
-        let daemon = Daemon::serve(&ours, &[format!("vda={},format=raw", source.display())]);
-        let guest = Writer::start(&daemon.socket(), "vda", thin_disk(DISK_LEN), habits);
-        Self { guest, daemon, server, folder }
-    }
-
-    /// The guest and the daemon end; the target's file has what the guest wrote.
-    #[track_caller]
-    fn end(self) {
-        let Self { guest, mut daemon, server, folder } = self;
-        let truth = guest.stop();
-        daemon.stop();
-        drop(server);
-        assert_same("the target", &fs::read(folder.path().join("target")).expect("a file of ours"), &truth);
-    }
-}
-
 /// Ready first, so that nothing but the guest's own writes is left to fail; then away, and there again.
 #[test]
 fn a_server_that_is_away_is_backed_off_from_also_when_ready() {
@@ -193,7 +157,7 @@ fn a_server_that_is_away_is_backed_off_from_also_when_ready() {
     recovered(&scene.daemon);
     scene.daemon.pivot("vda");
     scene.guest.wait(50);
-    scene.end();
+    scene.stop();
 }
 
 /// A source whose reads fail for a while: the policies are QEMU's, and the copy is never called ready without what
@@ -284,7 +248,7 @@ fn a_pivot_that_takes_longer_than_the_pause_allows_is_undone_with_the_numbers() 
     scene.daemon.wait_for("vda", "ready");
     scene.daemon.pivot("vda");
     scene.guest.wait(20);
-    scene.end();
+    scene.stop();
 }
 
 #[test]

@@ -8,71 +8,16 @@ mod support;
 use serde_json::Value;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 use support::daemon::Daemon;
 use support::images::thin_disk;
 use support::nbd::{Client, Replies, Request};
+use support::remote::{DISK_LEN, Remote};
 use support::server::{Server, garbage, two_folders};
 use support::tools::{output, told};
 use support::writer::{Habits, Writer};
 use support::{PATIENCE, assert_same, eventually, folder};
-use tempfile::TempDir;
-
-const DISK_LEN: usize = 24 << 20;
-
-/// A served disk with a guest, and a server of a file that has other bytes.
-struct Scene {
-    // Dropped in this order: a guest whose server goes first would wait for it.
-    guest: Writer,
-    daemon: Daemon,
-    server: Server,
-    folder: TempDir,
-}
-
-impl Scene {
-    /// `words` are nbdkit's: the filters before the plugin, then what all of them are told.
-    fn new(filters: &[&str], words: &dyn Fn(&Path) -> Vec<String>, habits: Habits) -> Self {
-        let folder = folder();
-        let source = folder.path().join("disk.raw");
-        std::fs::write(&source, thin_disk(DISK_LEN)).expect("a file of ours");
-        let (theirs, ours) = two_folders(folder.path());
-        let file = format!("file={}", garbage(folder.path(), "target", DISK_LEN).display());
-        let words = words(folder.path());
-        let words: Vec<&str> = words.iter().map(String::as_str).collect();
-        let server = Server::nbdkit(&theirs, &[filters, &["file", &file], &words].concat());
-        let daemon = Daemon::serve(&ours, &[format!("vda={},format=raw", source.display())]);
-        let guest = Writer::start(&daemon.socket(), "vda", thin_disk(DISK_LEN), habits);
-        Self { guest, daemon, server, folder }
-    }
-
-    fn mirror(&self, more: &[&str]) {
-        self.daemon.ok("mirror", &[&["vda", &self.server.uri("")], more].concat());
-    }
-
-    fn target(&self) -> PathBuf {
-        self.folder.path().join("target")
-    }
-
-    /// Waits for the end of the copy, pivots, and looks what the target's file has when the guest is done.
-    #[track_caller]
-    fn end(self) {
-        self.daemon.wait_for("vda", "ready");
-        self.daemon.pivot("vda");
-        self.guest.wait(50);
-        self.stop();
-    }
-
-    /// The guest and the daemon end; the target's file has what the guest wrote.
-    #[track_caller]
-    fn stop(mut self) {
-        let target = self.target();
-        let truth = self.guest.stop();
-        self.daemon.stop();
-        drop(self.server);
-        assert_same("the target", &std::fs::read(target).expect("a file of ours"), &truth);
-    }
-}
 
 /// A guest that leaves a slow target time to follow.
 fn calm(seed: u64) -> Habits {
@@ -106,7 +51,7 @@ fn what_the_policy_says_of_an_error_is_done_and_the_guest_never_hears_of_it() {
             let always = ["error-pwrite-rate=100%", "error-zero-rate=100%"].map(str::to_owned);
             [vec![format!("error={error}"), file("pwrite"), file("zero")], always.to_vec()].concat()
         };
-        let scene = Scene::new(&["--filter=error"], &failing, Habits { seed: number, ..Habits::default() });
+        let scene = Remote::new(&["--filter=error"], &failing, Habits { seed: number, ..Habits::default() });
         let trigger = scene.folder.path().join("fail");
         std::fs::write(&trigger, "").expect("a folder of ours");
         scene.mirror(&["--on-target-error", policy]);
@@ -118,7 +63,7 @@ fn what_the_policy_says_of_an_error_is_done_and_the_guest_never_hears_of_it() {
             Fails => {
                 assert_told(&scene.daemon.wait_for("vda", "failed"));
                 scene.guest.wait(50);
-                let Scene { folder: _folder, mut daemon, guest, .. } = scene;
+                let Remote { folder: _folder, mut daemon, guest, .. } = scene;
                 guest.stop();
                 daemon.stop();
                 continue;
@@ -147,12 +92,12 @@ fn what_the_policy_says_of_an_error_is_done_and_the_guest_never_hears_of_it() {
 #[test]
 fn a_server_that_fails_now_and_then_gets_the_whole_disk() {
     let failing = |_: &Path| ["error-pwrite-rate=4%", "error-zero-rate=4%"].map(str::to_owned).to_vec();
-    let scene = Scene::new(&["--filter=error"], &failing, calm(21));
+    let scene = Remote::new(&["--filter=error"], &failing, calm(21));
     scene.mirror(&["--on-target-error", "ignore"]);
     scene.daemon.wait_for("vda", "ready");
     scene.guest.wait(100);
     // After a pivot the errors would be the guest's.
-    let Scene { folder, server, mut daemon, guest } = scene;
+    let Remote { folder, server, mut daemon, guest } = scene;
     let truth = guest.stop();
     eventually("the copy is finished", || {
         let mut command = daemon.command("cancel", &["vda"]);
@@ -204,7 +149,7 @@ fn tell(control: &Path, letter: &[u8; 1]) {
 #[test]
 fn a_target_that_rests_makes_no_guest_wait() {
     let words = |folder: &Path| vec![format!("pause-control={}", folder.join("pause").display())];
-    let scene = Scene::new(&["--filter=pause"], &words, Habits { seed: 23, ..Habits::default() });
+    let scene = Remote::new(&["--filter=pause"], &words, Habits { seed: 23, ..Habits::default() });
     let control = scene.folder.path().join("pause");
     scene.mirror(&["--speed", "4M"]);
     let copied = || scene.daemon.status("vda")["copied_bytes"].as_u64().expect("a number");
@@ -228,7 +173,7 @@ fn a_slow_server_gets_the_whole_disk() {
         ("--filter=rate", ["rate=200M", "burstiness=0.1"]),
     ] {
         let words = |_: &Path| words.map(str::to_owned).to_vec();
-        let scene = Scene::new(&[filter], &words, calm(24));
+        let scene = Remote::new(&[filter], &words, calm(24));
         scene.mirror(&[]);
         scene.end();
     }
@@ -244,11 +189,11 @@ fn a_server_of_whole_blocks_gets_them_or_is_refused() {
             [vec![minimum], others.map(str::to_owned).to_vec()].concat()
         }
     };
-    let scene = Scene::new(&["--filter=blocksize-policy"], &words(4096), calm(25));
+    let scene = Remote::new(&["--filter=blocksize-policy"], &words(4096), calm(25));
     let said = scene.daemon.refused("mirror", &["vda", &scene.server.uri("")]);
     assert!(said.contains("blocks of 4096 bytes"), "{said}");
     drop(scene);
-    let scene = Scene::new(&["--filter=blocksize-policy"], &words(512), calm(26));
+    let scene = Remote::new(&["--filter=blocksize-policy"], &words(512), calm(26));
     scene.mirror(&["--wait"]);
     // The source takes any bytes, and what it holds is copied by whole blocks.
     let guest = || Client::connect(&scene.daemon.socket(), "vda", Replies::Structured).expect("an NBD connection");
@@ -269,12 +214,12 @@ fn a_server_of_whole_blocks_gets_them_or_is_refused() {
 /// It leaves when the last client has: so some connection stays from the first look at it to the guest's end.
 #[test]
 fn a_server_that_leaves_with_its_last_client_stays_for_the_guest() {
-    let scene = Scene::new(&["--filter=exitlast"], &|_| Vec::new(), calm(27));
+    let scene = Remote::new(&["--filter=exitlast"], &|_| Vec::new(), calm(27));
     scene.mirror(&[]);
     scene.daemon.wait_for("vda", "ready");
     scene.daemon.pivot("vda");
     scene.guest.wait(100);
-    let Scene { folder, mut server, mut daemon, guest } = scene;
+    let Remote { folder, mut server, mut daemon, guest } = scene;
     let truth = guest.stop();
     daemon.stop();
     server.wait_for_its_end();
@@ -284,7 +229,7 @@ fn a_server_that_leaves_with_its_last_client_stays_for_the_guest() {
 /// Nobody's connection to it stays when the guest has been moved on, whichever thread had one.
 #[test]
 fn a_server_that_a_guest_has_left_is_let_go_of() {
-    let scene = Scene::new(&["--filter=exitlast"], &|_| Vec::new(), calm(29));
+    let scene = Remote::new(&["--filter=exitlast"], &|_| Vec::new(), calm(29));
     scene.mirror(&["--wait"]);
     scene.daemon.pivot("vda");
     scene.guest.wait(50);
@@ -292,7 +237,7 @@ fn a_server_that_a_guest_has_left_is_let_go_of() {
     scene.daemon.ok("mirror", &["vda", &next.display().to_string(), "--raw", "--wait"]);
     scene.daemon.pivot("vda");
     scene.guest.wait(50);
-    let Scene { folder: _folder, mut server, mut daemon, guest } = scene;
+    let Remote { folder: _folder, mut server, mut daemon, guest } = scene;
     server.wait_for_its_end();
     let truth = guest.stop();
     daemon.stop();
@@ -306,9 +251,9 @@ fn a_server_that_wants_to_leave_is_let_go_of_when_the_job_is_given_up() {
         let leave = folder.join("leave");
         vec![format!("exit-when-file-created={}", leave.display()), "exit-when-poll=1".to_owned()]
     };
-    let mut scene = Scene::new(&["--filter=exitwhen"], &words, calm(28));
+    let mut scene = Remote::new(&["--filter=exitwhen"], &words, calm(28));
     scene.mirror(&["--speed", "4M"]);
-    let copied = |scene: &Scene| scene.daemon.status("vda")["copied_bytes"].as_u64().expect("a number");
+    let copied = |scene: &Remote| scene.daemon.status("vda")["copied_bytes"].as_u64().expect("a number");
     eventually("some of it is copied", || (copied(&scene) > 0).then_some(()));
     std::fs::write(scene.folder.path().join("leave"), "").expect("a folder of ours");
     // Who is there already is served on.

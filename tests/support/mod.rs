@@ -9,6 +9,7 @@ pub mod images;
 pub mod nbd;
 pub mod qmp;
 pub mod random;
+pub mod remote;
 pub mod scene;
 pub mod server;
 pub mod tools;
