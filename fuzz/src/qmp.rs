@@ -123,7 +123,7 @@ const COMMANDS: [&str; 41] = [
     "blkmirror-resize",
     "block_resize",
 ];
-const MEMBERS: [&str; 34] = [
+const MEMBERS: [&str; 35] = [
     "device",
     "target",
     "format",
