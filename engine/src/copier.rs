@@ -8,7 +8,7 @@
 //!                    any error: mark again, tell the job ───────────┴─► put (release)
 //! ```
 //!
-//! Where source and target are compared (`Mirror::compares`), what was read is held against the target between
+//! Of what was taken those parts are brought that the target lacks. Where source and target are compared (`Mirror::compares`), what was read is held against the target between
 //! the read and the runs.
 //!
 //! A copier never takes a lock across its I/O: a guest write that changes what was just looked at
@@ -81,8 +81,10 @@ pub enum Progress {
 /// One run of chunks on its way.
 struct Slot {
     claim: Claim,
+    /// How many of its ranges were begun.
+    begun: usize,
+    /// The one that is brought now, and up to where it is.
     range: ByteRange,
-    /// Up to here it is brought over.
     at: u64,
     stage: Stage,
     /// The target was changed.
@@ -175,7 +177,7 @@ impl Copier {
             if planted(Fault::ClearAfterCopy) {
                 self.mirror.dirty.mark(range);
             }
-            self.slots[number] = Some(Slot::new(claim, range));
+            self.slots[number] = Some(Slot::new(claim));
         }
         Ok(())
     }
@@ -198,14 +200,29 @@ impl Copier {
 }
 
 impl Slot {
-    fn new(claim: Claim, range: ByteRange) -> Self {
-        Self { claim, range, at: range.start, stage: Stage::Look, brought: false, failed: false }
+    fn new(claim: Claim) -> Self {
+        let nothing = ByteRange { start: 0, end: 0 };
+        Self { claim, begun: 0, range: nothing, at: 0, stage: Stage::Look, brought: false, failed: false }
+    }
+
+    /// The next range; false where there is none.
+    fn next_range(&mut self) -> bool {
+        let next = self.claim.lacking().get(self.begun).filter(|_| !self.failed).copied();
+        if let Some(range) = next {
+            (self.begun, self.range, self.at) = (self.begun + 1, range, range.start);
+        }
+        next.is_some()
     }
 
     fn step<I: Io>(&mut self, mirror: &Mirror, tools: &mut Tools<I>, base: Token) -> Status {
         loop {
             let status = match &mut self.stage {
-                Stage::Look if self.at >= self.range.end || self.failed => return Status::Done,
+                Stage::Look if self.at >= self.range.end || self.failed => {
+                    if !self.next_range() {
+                        return Status::Done;
+                    }
+                    continue;
+                }
                 Stage::Look => {
                     if let Err(error) = self.look(mirror, tools) {
                         self.fail(mirror, false, error);
@@ -328,11 +345,12 @@ impl Slot {
     /// Marks again what failed, and only then lets go.
     fn finish(self, mirror: &Mirror) {
         if !self.failed {
-            mirror.stats.copied.fetch_add(self.range.len(), Ordering::Relaxed);
+            mirror.stats.copied.fetch_add(self.claim.lacking_len(), Ordering::Relaxed);
         }
+        let claimed = mirror.dirty.claimed(&self.claim);
         mirror.put(self.claim, self.brought, self.failed);
         if planted(Fault::ClearAfterCopy) {
-            while let Some(claim) = mirror.take(self.range, 1) {
+            while let Some(claim) = mirror.take(claimed, 1) {
                 mirror.put(claim, false, false);
             }
         }

@@ -12,13 +12,19 @@
 //! 5. An error marks again before the claim is released. The other way round, the map is clean for
 //!    a moment in which the target lacks something.
 //!
+//! Of a marked chunk the target lacks some parts (`parts`, with an order of its own), and a copier copies those.
+//!
 //! A chunk is one bit in a word of marks and one in a word of claims; a bit of the summary says that
 //! a word of marks may have some, so that a scan of a nearly clean map is short. A third bit says that it
 //! was ever marked: nothing depends on it but what people are shown. Marks and claims may lie in memory that outlives
 //! the process (`planes`); by the orders above, at each instant a chunk that the target lacks is in one of the two.
+mod parts;
+
+use crate::fault::{Fault, planted};
 use crate::io::View;
 use crate::sync::{AtomicU64, Ordering};
 use formats::range::ByteRange;
+use parts::Parts;
 
 /// Consecutive chunks `first..end`, claimed by whoever holds this.
 #[must_use = "a claim that is forgotten is never released"]
@@ -26,6 +32,30 @@ use formats::range::ByteRange;
 pub struct Claim {
     first: u64,
     end: u64,
+    /// What the target lacks of them, where their marks were taken.
+    lacking: Vec<ByteRange>,
+}
+
+impl Claim {
+    fn of(first: u64, end: u64) -> Self {
+        Self { first, end, lacking: Vec::new() }
+    }
+
+    /// What the target lacks of it, in order; nothing where it was claimed without its marks.
+    pub fn lacking(&self) -> &[ByteRange] {
+        &self.lacking
+    }
+
+    /// The same, where all of `range` is to be brought at once.
+    #[must_use]
+    pub fn lacking_all(self, range: ByteRange) -> Self {
+        Self { lacking: vec![range], ..self }
+    }
+
+    /// How many bytes that is.
+    pub fn lacking_len(&self) -> u64 {
+        self.lacking.iter().map(|range| range.len()).sum()
+    }
 }
 
 /// How many words one look for a run takes: 4 GiB of the disk with the usual chunks.
@@ -55,6 +85,7 @@ pub struct DirtyBitmap {
     marks: View,
     claims: View,
     summary: View,
+    parts: Parts,
     marked: AtomicU64,
     /// What was ever marked.
     touched: View,
@@ -63,7 +94,7 @@ pub struct DirtyBitmap {
 impl DirtyBitmap {
     /// A clean one for `size` bytes in chunks of 2^`chunk_bits` bytes.
     ///
-    /// Takes three bits a chunk and a 64th of one.
+    /// Takes three bits a chunk and a 64th of one, and up to 16 more for its parts where it was marked.
     pub fn new(size: u64, chunk_bits: u32) -> Self {
         assert!((9..=26).contains(&chunk_bits), "chunks of 512 bytes to 64 MiB");
         let words = size.div_ceil(1 << chunk_bits).div_ceil(64) as usize;
@@ -73,16 +104,26 @@ impl DirtyBitmap {
     /// One whose marks are there already, and whose claims nobody has.
     pub fn on(size: u64, chunk_bits: u32, marks: View, claims: View) -> Self {
         let (summary, touched) = (View::in_memory(marks.count().div_ceil(64)), View::in_memory(marks.count()));
-        let mut marked = 0;
-        for word in 0..marks.count() {
-            let count = marks.load(word).count_ones();
-            if count > 0 {
-                marked += u64::from(count);
-                summary.set(word / 64, 1 << (word % 64));
-                touched.set(word, marks.load(word));
-            }
+        let parts = Parts::new(size.div_ceil(1 << chunk_bits), chunk_bits);
+        let map = Self { size, chunk_bits, marks, claims, summary, parts, marked: AtomicU64::new(0), touched };
+        (0..map.marks.count()).for_each(|word| map.find(word));
+        map
+    }
+
+    /// Counts the marks of a word that are there already: of those the target may lack every part.
+    fn find(&self, word: usize) {
+        let mut bits = self.marks.load(word);
+        if bits == 0 {
+            return;
         }
-        Self { size, chunk_bits, marks, claims, summary, marked: AtomicU64::new(marked), touched }
+        self.marked.fetch_add(bits.count_ones().into(), Ordering::AcqRel);
+        self.summary.set(word / 64, 1 << (word % 64));
+        self.touched.set(word, bits);
+        while bits != 0 && !planted(Fault::MarksWithoutParts) {
+            let chunk = word as u64 * 64 + u64::from(bits.trailing_zeros());
+            self.parts.note(self.bytes(chunk, chunk + 1));
+            bits &= bits - 1;
+        }
     }
 
     /// Bytes a chunk.
@@ -90,11 +131,11 @@ impl DirtyBitmap {
         1 << self.chunk_bits
     }
 
-    /// Marks every chunk that `range` touches. Returns how many bytes are in those that were not marked; a last
-    /// chunk that is cut counts whole.
+    /// Marks every chunk that `range` touches, for the parts of it that it touches. Returns how many bytes are in those
+    /// that were not marked; a last part that is cut counts whole.
     pub fn mark(&self, range: ByteRange) -> u64 {
         let (first, end) = self.chunks(range);
-        let mut chunks = 0;
+        let bytes = self.parts.note(range);
         for (word, bits) in words(first, end) {
             let before = self.marks.set(word, bits);
             let new = (bits & !before).count_ones();
@@ -103,25 +144,27 @@ impl DirtyBitmap {
                 // After the mark: who clears the summary's bit looks at the marks again.
                 self.summary.set(word / 64, 1 << (word % 64));
                 self.touched.set(word, bits);
-                chunks += u64::from(new);
             }
         }
-        chunks << self.chunk_bits
+        bytes
     }
 
     /// The next run of marked and unclaimed chunks that begins in `within`, of `chunks_max` at most:
-    /// claimed, and its marks cleared.
+    /// claimed, its marks cleared, and its parts taken.
     pub fn take(&self, within: ByteRange, chunks_max: u64) -> Option<Claim> {
         let (from, last) = self.chunks(within);
         let mut from = from;
         loop {
             let first = self.next_marked(from, last)?;
-            let mut end = first;
-            while end - first < chunks_max && end < self.chunk_count() && self.try_take(end) {
-                end += 1;
+            let mut claim = Claim::of(first, first);
+            while claim.end - first < chunks_max && claim.end < self.chunk_count() && self.try_take(claim.end) {
+                self.parts.take(claim.end, &mut claim.lacking);
+                claim.end += 1;
             }
-            if end > first {
-                return Some(Claim { first, end });
+            if claim.end > first {
+                // The disk may end within a part.
+                claim.lacking.iter_mut().for_each(|range| range.end = range.end.min(self.size));
+                return Some(claim);
             }
             from = first + 1;
         }
@@ -134,11 +177,11 @@ impl DirtyBitmap {
             let before = self.claims.set(word, bits);
             if before & bits != 0 {
                 self.claims.clear(word, bits & !before);
-                self.release(Claim { first, end: first.max(word as u64 * 64) });
+                self.release(Claim::of(first, first.max(word as u64 * 64)));
                 return None;
             }
         }
-        Some(Claim { first, end })
+        Some(Claim::of(first, end))
     }
 
     /// Ends a claim.
@@ -194,11 +237,9 @@ impl DirtyBitmap {
         self.bytes(claim.first, claim.end)
     }
 
-    /// How many bytes are in marked chunks; a last chunk that is cut counts whole.
+    /// How many bytes are in parts that the target lacks, of marked chunks; a last part that is cut counts whole.
     pub fn marked_bytes(&self) -> u64 {
-        // A taker may subtract a mark before its marker has added it: below zero for a moment.
-        let marked = self.marked.load(Ordering::Acquire).cast_signed().max(0).cast_unsigned();
-        (marked << self.chunk_bits).min(self.size)
+        self.parts.bytes().min(self.size)
     }
 
     /// The disk in `count` parts of as many chunks each, or in one for each chunk where those are fewer.
@@ -284,7 +325,7 @@ impl DirtyBitmap {
         }
         if self.marks.clear(word, bit) & bit == 0 {
             // Somebody else took it and is done with it already.
-            self.release(Claim { first: chunk, end: chunk + 1 });
+            self.release(Claim::of(chunk, chunk + 1));
             return false;
         }
         self.marked.fetch_sub(1, Ordering::AcqRel);

@@ -54,6 +54,8 @@ pub enum Fault {
     ReleaseBeforeUnsettled,
     /// 10: what is not settled is forgotten before the settle is over.
     ForgetBeforeSettled,
+    /// 10: a job goes on with marks of whose chunks no part is noted.
+    MarksWithoutParts,
     /// 10: a settle that is over forgets what was copied since it began.
     ForgetTheWrongGeneration,
     /// 10: the seeder's progress is noted ahead of its marks.

@@ -55,6 +55,39 @@ fn a_clean_map_means_that_the_target_has_it() {
     });
 }
 
+/// A part that is written while another one's chunk is taken is taken with it, or marked after it.
+#[test]
+fn a_part_is_not_left_behind_its_mark() {
+    loom::model(|| {
+        let parts = [0, 4096].map(|start| ByteRange { start, end: start + 4096 });
+        let chunk = ByteRange { start: 0, end: 8192 };
+        let map = Arc::new(DirtyBitmap::new(chunk.end, 13));
+        let source = Arc::new(AtomicU64::new(0));
+        let target = AtomicU64::new(0);
+        let copy = || {
+            if let Some(claim) = map.take(chunk, 1) {
+                if claim.lacking().iter().any(|range| range.end > parts[1].start) {
+                    target.store(source.load(Ordering::Relaxed), Ordering::Relaxed);
+                }
+                map.release(claim);
+            }
+        };
+        map.mark(parts[0]);
+        let guest = {
+            let (map, source) = (Arc::clone(&map), Arc::clone(&source));
+            loom::thread::spawn(move || {
+                source.store(1, Ordering::Relaxed);
+                map.mark(parts[1]);
+            })
+        };
+        copy();
+        guest.join().expect("no panic");
+        copy();
+        assert!(map.is_clean());
+        assert_eq!(target.load(Ordering::Relaxed), 1);
+    });
+}
+
 /// A scan that finds a word empty may clear its bit of the summary, never that of a mark.
 #[test]
 fn a_mark_that_comes_while_somebody_scans_is_found() {

@@ -327,9 +327,16 @@ impl Mirror {
             return None;
         }
         self.taken.fetch_add(1, Ordering::SeqCst);
-        let claim = self.dirty.take(within, chunks_max);
+        let claim = self.dirty.take(within, chunks_max).map(|claim| match self.compress {
+            // A cluster is compressed as one.
+            Some(_) => {
+                let range = self.dirty.claimed(&claim);
+                claim.lacking_all(range)
+            }
+            None => claim,
+        });
         match &claim {
-            Some(claim) => self.stats.underway.fetch_add(self.dirty.claimed(claim).len(), Ordering::Relaxed),
+            Some(claim) => self.stats.underway.fetch_add(claim.lacking_len(), Ordering::Relaxed),
             None => self.claims.fetch_sub(1, Ordering::SeqCst),
         };
         claim
@@ -341,13 +348,13 @@ impl Mirror {
         match failed {
             true => {
                 if !planted(fault::Fault::NoMarkAgain) {
-                    self.dirty.mark(range);
+                    claim.lacking().iter().for_each(|range| _ = self.dirty.mark(*range));
                 }
                 self.miss(range);
             }
             false => self.hit(range, brought),
         }
-        self.stats.underway.fetch_sub(range.len(), Ordering::Relaxed);
+        self.stats.underway.fetch_sub(claim.lacking_len(), Ordering::Relaxed);
         self.release_brought(claim, brought.then_some(range));
         self.claims.fetch_sub(1, Ordering::SeqCst);
         self.released.ring();

@@ -1,12 +1,11 @@
 //! The bitmap against a slow, obvious model.
 use super::{CELL_WORDS_MAX, Cell, DirtyBitmap};
+use crate::io::View;
 use formats::range::ByteRange;
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 
-const CHUNK_BITS: u32 = 12;
-const CHUNKS: u64 = 64 * 70;
-const SIZE: u64 = (CHUNKS << CHUNK_BITS) - 100;
+const SIZE: u64 = (64 * 70 << 12) - 100;
 
 #[derive(Clone, Debug)]
 enum Step {
@@ -30,29 +29,36 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-fn chunks(range: ByteRange) -> std::ops::Range<u64> {
-    range.start >> CHUNK_BITS..range.end.div_ceil(1 << CHUNK_BITS)
+/// The units of 2^`bits` bytes that `range` touches.
+fn units(range: ByteRange, bits: u32) -> std::ops::Range<u64> {
+    range.start >> bits..range.end.div_ceil(1 << bits)
 }
+
+/// A chunk's bits and its parts'.
+const BITS: [(u32, u32); 5] = [(9, 9), (12, 12), (14, 12), (16, 12), (18, 14)];
 
 proptest! {
     #[test]
-    fn it_does_what_sets_do(steps in proptest::collection::vec(step(), 1..200)) {
-        let map = DirtyBitmap::new(SIZE, CHUNK_BITS);
-        let [mut marks, mut claims, mut touched] = [const { BTreeSet::<u64>::new() }; 3];
+    fn it_does_what_sets_do(bits in proptest::sample::select(&BITS), steps in proptest::collection::vec(step(), 1..200)) {
+        let (chunk_bits, part_bits) = bits;
+        let (chunk_count, chunks) = (SIZE.div_ceil(1 << chunk_bits), |range| units(range, chunk_bits));
+        let map = DirtyBitmap::new(SIZE, chunk_bits);
+        let [mut marks, mut parts, mut claims, mut touched] = [const { BTreeSet::<u64>::new() }; 4];
         let mut held = Vec::new();
         for step in steps {
             match step {
                 Step::Mark(range) => {
-                    let before = marks.len();
+                    let before = parts.len();
                     let new = map.mark(range);
                     marks.extend(chunks(range));
-                    prop_assert_eq!(new, ((marks.len() - before) as u64) << CHUNK_BITS);
+                    parts.extend(units(range, part_bits));
+                    prop_assert_eq!(new, ((parts.len() - before) as u64) << part_bits);
                 }
                 Step::Take(within, max) => {
                     let free = |chunk: &u64| marks.contains(chunk) && !claims.contains(chunk);
                     let first = chunks(within).find(free);
                     let expected: Option<Vec<u64>> =
-                        first.map(|first| (first..CHUNKS).take(max as usize).take_while(free).collect());
+                        first.map(|first| (first..chunk_count).take(max as usize).take_while(free).collect());
                     let claim = map.take(within, max);
                     let taken: Option<Vec<u64>> = claim.as_ref().map(|claim| (claim.first..claim.end).collect());
                     prop_assert_eq!(&taken, &expected);
@@ -60,6 +66,17 @@ proptest! {
                         marks.remove(&chunk);
                         claims.insert(chunk);
                     }
+                    let claimed = claim.as_ref().map_or(0..0, |claim| units(map.claimed(claim), part_bits));
+                    let lacking: Vec<ByteRange> = claim.as_ref().map_or(Vec::new(), |claim| claim.lacking().to_vec());
+                    prop_assert!(lacking.is_sorted_by(|one, next| one.end < next.start));
+                    for part in claimed {
+                        let part_range = ByteRange { start: part << part_bits, end: ((part + 1) << part_bits).min(SIZE) };
+                        let taken = lacking.iter().any(|range| range.intersect(part_range) == part_range);
+                        prop_assert!(taken || !parts.remove(&part), "part {}", part);
+                        // Two parts that the target has lie between two that it lacks, at most.
+                        prop_assert!(!taken || (part.saturating_sub(2)..part + 3).any(|near| parts.contains(&near)));
+                    }
+                    lacking.iter().flat_map(|range| units(*range, part_bits)).for_each(|part| _ = parts.remove(&part));
                     held.extend(claim);
                 }
                 Step::Claim(range) => {
@@ -78,16 +95,16 @@ proptest! {
                     map.release(claim);
                 }
             }
-            prop_assert_eq!(map.marked_bytes(), ((marks.len() as u64) << CHUNK_BITS).min(SIZE));
+            prop_assert_eq!(map.marked_bytes(), ((parts.len() as u64) << part_bits).min(SIZE));
             prop_assert_eq!(map.is_clean(), marks.is_empty());
             touched.extend(&marks);
         }
-        for count in [1, 3, 7, 64, CHUNKS - 1, CHUNKS + 1] {
+        for count in [1, 3, 7, 64, chunk_count - 1, chunk_count + 1] {
             let cells = map.cells(count);
-            let count = count.min(CHUNKS);
+            let count = count.min(chunk_count);
             prop_assert_eq!(cells.len() as u64, count);
             for (number, cell) in cells.iter().enumerate() {
-                let border = |cell: u64| CHUNKS * cell / count;
+                let border = |cell: u64| chunk_count * cell / count;
                 let part = border(number as u64)..border(number as u64 + 1);
                 let those = |which: &dyn Fn(&u64) -> bool| part.clone().filter(which).count() as u64;
                 let expected = Cell {
@@ -117,6 +134,28 @@ fn a_clean_map_of_a_large_disk_has_nothing_to_take() {
     assert_eq!(map.claimed(&claim), ByteRange { start: size - (1 << 16), end: size });
     map.release(claim);
     assert!(map.take(everything, 16).is_none());
+}
+
+#[test]
+fn a_small_write_costs_its_parts() {
+    let (size, kib) = (1 << 20, |from: u64, to: u64| ByteRange { start: from << 10, end: to << 10 });
+    let map = DirtyBitmap::new(size, 16);
+    let everything = ByteRange { start: 0, end: size };
+    for (at, len) in [(5000, 10), (20 << 10, 4096), (64 << 10, 1), (300 << 10, 8192)] {
+        map.mark(ByteRange { start: at, end: at + len });
+    }
+    assert_eq!(map.marked_bytes(), 20 << 10);
+    let claim = map.take(everything, 4).expect("marked");
+    assert_eq!(map.claimed(&claim), kib(0, 128));
+    assert_eq!(claim.lacking(), [kib(4, 8), kib(20, 24), kib(64, 68)]);
+    map.release(claim);
+    // Of marks that were found, everything is.
+    let marks = View::in_memory(1);
+    marks.set(0, 0b100);
+    let found = DirtyBitmap::on(size, 16, marks, View::in_memory(1));
+    let claim = found.take(everything, 4).expect("marked");
+    assert_eq!((claim.lacking(), claim.lacking_len()), (&[kib(128, 192)][..], 64 << 10));
+    found.release(claim);
 }
 
 #[test]

@@ -13,6 +13,10 @@ use std::io;
 use std::ops::{Deref, Range};
 use std::sync::Arc;
 
+/// From how many words on memory is asked of the system, which gives a page when it is written to.
+#[cfg(not(all(test, feature = "loom")))]
+const SPARSE_MIN: usize = 8192;
+
 /// A fixed number of atomic words, all zero at first.
 #[derive(Debug)]
 pub struct Words(Inner);
@@ -21,12 +25,18 @@ pub struct Words(Inner);
 enum Inner {
     Memory(Box<[AtomicU64]>),
     #[cfg(not(all(test, feature = "loom")))]
-    File(MmapMut),
+    Map(MmapMut),
 }
 
 impl Words {
-    /// `count` words in the process's own memory.
+    /// `count` words in the process's own memory; where they are many, those take none that were never set.
     pub fn in_memory(count: usize) -> Self {
+        #[cfg(not(all(test, feature = "loom")))]
+        if count >= SPARSE_MIN
+            && let Ok(map) = MmapMut::map_anon(count * 8)
+        {
+            return Self(Inner::Map(map));
+        }
         Self(Inner::Memory((0..count).map(|_| AtomicU64::new(0)).collect()))
     }
 
@@ -52,7 +62,7 @@ impl Words {
         // running daemon ends the daemon (SIGBUS), as by killing it. Racing writers change words
         // that are atomic, never a value that is assumed valid.
         let map = unsafe { memmap2::MmapOptions::new().len(len as usize).map_mut(file)? };
-        Ok(Self(Inner::File(map)))
+        Ok(Self(Inner::Map(map)))
     }
 }
 
@@ -64,7 +74,7 @@ impl Deref for Words {
             #[cfg(not(all(test, feature = "loom")))]
             // SAFETY: a mapping is page aligned, lives as long as `self`, is a whole number of
             // words long, and is only ever seen as atomic words, whose every bit pattern is valid.
-            Inner::File(map) => unsafe { std::slice::from_raw_parts(map.as_ptr().cast::<AtomicU64>(), map.len() / 8) },
+            Inner::Map(map) => unsafe { std::slice::from_raw_parts(map.as_ptr().cast::<AtomicU64>(), map.len() / 8) },
         }
     }
 }

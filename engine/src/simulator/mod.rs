@@ -268,6 +268,12 @@ fn a_flight_that_lands_before_its_mark_is_caught() {
 
 /// Promise 10.
 #[test]
+fn marks_that_are_found_without_their_parts_are_caught() {
+    assert_caught(Fault::MarksWithoutParts, |seed| Plan { mode: Mode::Background, ..killed_in_its_job(seed) });
+}
+
+/// Promise 10.
+#[test]
 fn a_claim_released_before_its_chunks_are_unsettled_is_caught() {
     assert_caught(Fault::ReleaseBeforeUnsettled, killed_at_a_store);
 }

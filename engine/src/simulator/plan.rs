@@ -36,6 +36,8 @@ pub struct Plan {
     pub held: bool,
     /// Nothing fails any more after the first life.
     pub mends: bool,
+    /// A chunk of the job's bitmap has 2 to this bytes: one part, or several.
+    pub chunk_bits: u32,
     /// Between these steps of the first life the target has no space, and the job backs off.
     pub full: Option<(u64, u64)>,
 }
@@ -64,6 +66,7 @@ impl Plan {
             data_files: false,
             held: dice.one_in(4),
             mends: false,
+            chunk_bits: 12 + (seed / 5 % 4) as u32,
             full: None,
         }
     }

@@ -29,7 +29,6 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 const DISK: u64 = 96 << 10;
-const CHUNK_BITS: u32 = 12;
 const GUESTS: u64 = 3;
 const BOOT: [u64; 2] = [7, 7];
 
@@ -302,7 +301,7 @@ impl World {
     }
 
     fn start_job(&mut self, life: &mut Life) {
-        let taken = self.kept.begin(DISK, CHUNK_BITS);
+        let taken = self.kept.begin(DISK, self.plan.chunk_bits);
         self.follow(life, &taken);
     }
 
