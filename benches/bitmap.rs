@@ -4,7 +4,7 @@
 //! bitmap's place; what they cost is what this is about.
 use bitvec::vec::BitVec;
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
-use engine::dirty::DirtyBitmap;
+use engine::dirty::{DirtyBitmap, Which};
 use formats::range::ByteRange;
 use std::hint::black_box;
 use std::sync::atomic::AtomicU64;
@@ -79,7 +79,7 @@ fn take(c: &mut Criterion) {
 
 fn drain(map: &DirtyBitmap) {
     let mut at = 0;
-    while let Some(claim) = map.take(ByteRange { start: at, end: SIZE }, RUN) {
+    while let Some(claim) = map.take(ByteRange { start: at, end: SIZE }, RUN, Which::Any) {
         at = map.claimed(&claim).end;
         map.release(claim);
     }
@@ -99,7 +99,7 @@ fn scan(c: &mut Criterion) {
     group.bench_function("ours", |b| {
         b.iter(|| {
             map.mark(chunks(CHUNKS - 1, 1));
-            let claim = map.take(ByteRange { start: 0, end: SIZE }, RUN).expect("the last chunk");
+            let claim = map.take(ByteRange { start: 0, end: SIZE }, RUN, Which::Any).expect("the last chunk");
             map.release(claim);
         });
     });

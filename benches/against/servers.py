@@ -73,6 +73,24 @@ class Ours(Server):
     def mirror(self, target, format, _size):
         run(self.bench.program, "mirror", "--control", self.control, "vda", target, "--format", format, "--wait", "--pivot")
 
+    def start(self, target, format, _size):
+        run(self.bench.program, "mirror", "--control", self.control, "vda", target, "--format", format, *self.words)
+
+    def status(self):
+        return json.loads(run(self.bench.program, "status", "--control", self.control, "vda", "--json").stdout)
+
+    def is_ready(self):
+        return self.status()["phase"] == "ready"
+
+    def copied(self):
+        return self.status()["copied_bytes"]
+
+    words = []
+
+
+class OursInBackground(Ours):
+    words = ["--mode", "background"]
+
 
 class StorageDaemon(Server):
     def node(self, name, path, format):
@@ -84,26 +102,43 @@ class StorageDaemon(Server):
             "qemu-storage-daemon",
             *("--chardev", f"socket,id=control,path={self.control},server=on,wait=off", "--monitor", "chardev=control"),
             *("--nbd-server", f"addr.type=unix,addr.path={self.socket}"),
-            *("--blockdev", json.dumps(self.node("disk", self.source, "qcow2"))),
+            *("--blockdev", json.dumps(self.node("disk", self.source, self.format()))),
             *("--export", "nbd,id=vda,node-name=disk,name=vda,writable=on"),
         ]
 
     def mirror(self, target, format, size):
+        self.start(target, format, size)
+        expect(self.lines, "BLOCK_JOB_READY")
+        ask(self.lines, "block-job-complete", device="job")
+        expect(self.lines, "BLOCK_JOB_COMPLETED")
+
+    def start(self, target, format, size):
         run("qemu-img", "create", "-q", "-f", format, target, size)
-        with socket.socket(socket.AF_UNIX) as control:
-            control.connect(str(self.control))
-            lines = control.makefile("rw")
-            lines.readline()
-            ask(lines, "qmp_capabilities")
-            ask(lines, "blockdev-add", **self.node("target", target, format))
-            ask(lines, "blockdev-mirror", **{"job-id": "job", "device": "disk", "target": "target", "sync": "full"})
-            expect(lines, "BLOCK_JOB_READY")
-            ask(lines, "block-job-complete", device="job")
-            expect(lines, "BLOCK_JOB_COMPLETED")
+        # Kept: whoever hangs up does not hear of the end.
+        self.connection = socket.socket(socket.AF_UNIX)
+        self.connection.connect(str(self.control))
+        self.lines = self.connection.makefile("rw")
+        self.lines.readline()
+        ask(self.lines, "qmp_capabilities")
+        ask(self.lines, "blockdev-add", **self.node("target", target, format))
+        job = {"job-id": "job", "device": "disk", "target": "target", "sync": "full", "copy-mode": self.copy_mode}
+        ask(self.lines, "blockdev-mirror", **job)
+
+    def is_ready(self):
+        return ask(self.lines, "query-block-jobs")[0]["ready"]
+
+    def copied(self):
+        return ask(self.lines, "query-block-jobs")[0]["offset"]
+
+    copy_mode = "background"
 
 
 class Native(StorageDaemon):
     aio = "native"
+
+
+class NativeBlocking(Native):
+    copy_mode = "write-blocking"
 
 
 class Uring(StorageDaemon):
@@ -120,6 +155,7 @@ def ask(lines, order, **arguments):
         if "error" in answer:
             sys.exit(f"benches/peers: {order}: {answer['error']['desc']}")
         events.append(answer["event"])
+    return answer["return"]
 
 
 def expect(lines, event):

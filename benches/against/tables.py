@@ -16,6 +16,14 @@ LOAD_COLUMNS = [
     ("cpu_us", "CPU us each", 1, 1),
     ("peak_mib", "peak MiB", 0, 0),
 ]
+GUEST_COLUMNS = [
+    ("wall", "ready after s", 1, 1),
+    ("ready", "is ready", 0, 0),
+    ("copied", "times the disk", 2, 1),
+    ("cpu", "CPU s", 1, 0),
+    ("guest_mib_per_s", "guest MiB/s", 1, -1),
+    ("p99_us", "p99 us", 0, 1),
+]
 
 
 def print_table(title, results, columns):

@@ -188,14 +188,11 @@ impl Copier {
             return Ok(None);
         }
         self.mirror.rate.check(tools.io.now())?;
-        let size = self.mirror.source.size();
         let chunks_max = (self.run_len as u64 / self.mirror.dirty.chunk_len()).max(1);
         if let Some(range) = self.mirror.probe() {
             return Ok(self.mirror.take(range, chunks_max));
         }
-        let from_here = ByteRange { start: self.cursor.min(size), end: size };
-        let everything = ByteRange { start: 0, end: size };
-        Ok(self.mirror.take(from_here, chunks_max).or_else(|| self.mirror.take(everything, chunks_max)))
+        Ok(self.mirror.take_next(self.cursor, chunks_max))
     }
 }
 

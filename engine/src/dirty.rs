@@ -58,6 +58,15 @@ impl Claim {
     }
 }
 
+/// Which marked chunks are taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Which {
+    /// All.
+    Any,
+    /// Those that the guest leaves alone: what it writes to is likely to be written to again.
+    Cold,
+}
+
 /// How many words one look for a run takes: 4 GiB of the disk with the usual chunks.
 const RUN_WORDS_MAX: usize = 1 << 10;
 
@@ -89,12 +98,14 @@ pub struct DirtyBitmap {
     marked: AtomicU64,
     /// What was ever marked.
     touched: View,
+    /// What the guest has written since it was taken last, as far as `heat` was told: order of copying alone.
+    hot: View,
 }
 
 impl DirtyBitmap {
     /// A clean one for `size` bytes in chunks of 2^`chunk_bits` bytes.
     ///
-    /// Takes three bits a chunk and a 64th of one, and up to 16 more for its parts where it was marked.
+    /// Takes four bits a chunk and a 64th of one, and up to 16 more for its parts where it was marked.
     pub fn new(size: u64, chunk_bits: u32) -> Self {
         assert!((9..=26).contains(&chunk_bits), "chunks of 512 bytes to 64 MiB");
         let words = size.div_ceil(1 << chunk_bits).div_ceil(64) as usize;
@@ -103,9 +114,9 @@ impl DirtyBitmap {
 
     /// One whose marks are there already, and whose claims nobody has.
     pub fn on(size: u64, chunk_bits: u32, marks: View, claims: View) -> Self {
-        let (summary, touched) = (View::in_memory(marks.count().div_ceil(64)), View::in_memory(marks.count()));
+        let [summary, touched, hot] = [marks.count().div_ceil(64), marks.count(), marks.count()].map(View::in_memory);
         let parts = Parts::new(size.div_ceil(1 << chunk_bits), chunk_bits);
-        let map = Self { size, chunk_bits, marks, claims, summary, parts, marked: AtomicU64::new(0), touched };
+        let map = Self { size, chunk_bits, marks, claims, summary, parts, marked: AtomicU64::new(0), touched, hot };
         (0..map.marks.count()).for_each(|word| map.find(word));
         map
     }
@@ -149,15 +160,21 @@ impl DirtyBitmap {
         bytes
     }
 
+    /// The guest writes to `range`: its chunks are not `Cold` any more.
+    pub fn heat(&self, range: ByteRange) {
+        let (first, end) = self.chunks(range);
+        words(first, end).for_each(|(word, bits)| _ = self.hot.set(word, bits));
+    }
+
     /// The next run of marked and unclaimed chunks that begins in `within`, of `chunks_max` at most:
     /// claimed, its marks cleared, and its parts taken.
-    pub fn take(&self, within: ByteRange, chunks_max: u64) -> Option<Claim> {
+    pub fn take(&self, within: ByteRange, chunks_max: u64, which: Which) -> Option<Claim> {
         let (from, last) = self.chunks(within);
         let mut from = from;
         loop {
-            let first = self.next_marked(from, last)?;
+            let first = self.next_marked(from, last, which)?;
             let mut claim = Claim::of(first, first);
-            while claim.end - first < chunks_max && claim.end < self.chunk_count() && self.try_take(claim.end) {
+            while claim.end - first < chunks_max && claim.end < self.chunk_count() && self.try_take(claim.end, which) {
                 self.parts.take(claim.end, &mut claim.lacking);
                 claim.end += 1;
             }
@@ -275,15 +292,16 @@ impl DirtyBitmap {
     }
 
     /// The first marked chunk in `from..last`.
-    fn next_marked(&self, from: u64, last: u64) -> Option<u64> {
+    fn next_marked(&self, from: u64, last: u64, which: Which) -> Option<u64> {
         let mut chunk = from;
         while chunk < last {
             let word = (chunk / 64) as usize;
-            let bits = self.marks.load(word) >> (chunk % 64);
+            let marks = self.marks.load(word);
+            let bits = (marks & !self.spared(word, which)) >> (chunk % 64);
             if bits != 0 {
                 return Some(chunk + u64::from(bits.trailing_zeros())).filter(|found| *found < last);
             }
-            if chunk.is_multiple_of(64) {
+            if marks == 0 && chunk.is_multiple_of(64) {
                 self.note_empty(word);
             }
             chunk = self.next_word(word + 1)? * 64;
@@ -315,9 +333,17 @@ impl DirtyBitmap {
         }
     }
 
-    fn try_take(&self, chunk: u64) -> bool {
+    /// The chunks of a word that are left alone.
+    fn spared(&self, word: usize, which: Which) -> u64 {
+        match which {
+            Which::Any => 0,
+            Which::Cold => self.hot.load(word),
+        }
+    }
+
+    fn try_take(&self, chunk: u64, which: Which) -> bool {
         let (word, bit) = ((chunk / 64) as usize, 1 << (chunk % 64));
-        if self.marks.load(word) & bit == 0 {
+        if self.marks.load(word) & !self.spared(word, which) & bit == 0 {
             return false;
         }
         if self.claims.set(word, bit) & bit != 0 {
@@ -329,6 +355,9 @@ impl DirtyBitmap {
             return false;
         }
         self.marked.fetch_sub(1, Ordering::AcqRel);
+        if self.hot.load(word) & bit != 0 {
+            self.hot.clear(word, bit);
+        }
         true
     }
 

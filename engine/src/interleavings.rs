@@ -1,7 +1,7 @@
 //! Every interleaving, and every order of memory that the language allows, of what threads share:
 //! `cargo test -p engine --lib --features loom interleavings`.
 use crate::chain::{Chain, Layer};
-use crate::dirty::DirtyBitmap;
+use crate::dirty::{DirtyBitmap, Which};
 use crate::disk::{DataFile, Disk};
 use crate::export::gate::{Gate, Route};
 use crate::io::Words;
@@ -34,7 +34,7 @@ fn a_clean_map_means_that_the_target_has_it() {
         let source = Arc::new(AtomicU64::new(0));
         let target = Arc::new(AtomicU64::new(0));
         let copy = |map: &DirtyBitmap, source: &AtomicU64, target: &AtomicU64| {
-            if let Some(claim) = map.take(CHUNK, 1) {
+            if let Some(claim) = map.take(CHUNK, 1, Which::Any) {
                 target.store(source.load(Ordering::Relaxed), Ordering::Relaxed);
                 map.release(claim);
             }
@@ -65,7 +65,7 @@ fn a_part_is_not_left_behind_its_mark() {
         let source = Arc::new(AtomicU64::new(0));
         let target = AtomicU64::new(0);
         let copy = || {
-            if let Some(claim) = map.take(chunk, 1) {
+            if let Some(claim) = map.take(chunk, 1, Which::Any) {
                 if claim.lacking().iter().any(|range| range.end > parts[1].start) {
                     target.store(source.load(Ordering::Relaxed), Ordering::Relaxed);
                 }
@@ -96,15 +96,16 @@ fn a_mark_that_comes_while_somebody_scans_is_found() {
         let everything = ByteRange { start: 0, end: 128 << CHUNK_BITS };
         // The summary's bit is set and the word is empty: the scan will clear it.
         map.mark(CHUNK);
-        let claim = map.take(CHUNK, 1).expect("just marked");
+        let claim = map.take(CHUNK, 1, Which::Any).expect("just marked");
         map.release(claim);
         let guest = {
             let map = Arc::clone(&map);
             loom::thread::spawn(move || map.mark(CHUNK))
         };
-        let early = map.take(everything, 1);
+        let early = map.take(everything, 1, Which::Any);
         guest.join().expect("no panic");
-        let found = early.is_some() || map.take(ByteRange { start: 0, end: 128 << CHUNK_BITS }, 1).is_some();
+        let found =
+            early.is_some() || map.take(ByteRange { start: 0, end: 128 << CHUNK_BITS }, 1, Which::Any).is_some();
         assert!(found, "a mark was lost");
     });
 }
@@ -117,7 +118,7 @@ fn a_chunk_has_one_claim_at_a_time() {
         let inside = Arc::new(AtomicU64::new(0));
         map.mark(CHUNK);
         let work = |map: &DirtyBitmap, inside: &AtomicU64| {
-            if let Some(claim) = map.take(CHUNK, 1) {
+            if let Some(claim) = map.take(CHUNK, 1, Which::Any) {
                 assert_eq!(inside.fetch_add(1, Ordering::Relaxed), 0, "two are in one chunk");
                 inside.fetch_sub(1, Ordering::Relaxed);
                 map.release(claim);

@@ -2,7 +2,7 @@
 mod missed;
 
 use crate::bell::Bell;
-use crate::dirty::{Claim, DirtyBitmap};
+use crate::dirty::{Claim, DirtyBitmap, Which};
 use crate::disk::{Disk, Task};
 use crate::fault::{self, planted};
 use crate::planes::Planes;
@@ -43,6 +43,8 @@ pub struct Mirror {
     write_both: AtomicBool,
     compare: AtomicBool,
     held: AtomicBool,
+    /// There may be marks where the guest has not written.
+    cold: AtomicBool,
     /// Claims that copiers took so far, and those that they hold.
     taken: AtomicU64,
     claims: AtomicU64,
@@ -116,6 +118,7 @@ impl Mirror {
             write_both: AtomicBool::new(false),
             compare: AtomicBool::new(false),
             held: AtomicBool::new(false),
+            cold: AtomicBool::new(true),
             taken: AtomicU64::new(0),
             claims: AtomicU64::new(0),
             runs_max: AtomicU64::new(u64::MAX),
@@ -145,6 +148,9 @@ impl Mirror {
 
     /// Called when the source has a guest's write, or failed at it, and before the guest hears.
     pub fn written(&self, range: ByteRange) {
+        if self.cold.load(Ordering::Relaxed) {
+            self.dirty.heat(range);
+        }
         self.stats.dirtied.fetch_add(self.dirty.mark(range), Ordering::Relaxed);
         self.work.ring();
     }
@@ -152,6 +158,7 @@ impl Mirror {
     /// Called at a job's start for what the source has.
     pub fn seed(&self, range: ByteRange) {
         self.stats.seeded.fetch_add(self.dirty.mark(range), Ordering::Relaxed);
+        self.cold.store(true, Ordering::Relaxed);
         self.work.ring();
     }
 
@@ -316,8 +323,31 @@ impl Mirror {
         self.fault().is_some()
     }
 
-    /// A copier's next claim; its marks are cleared.
+    /// A copier's next claim in `within`; its marks are cleared.
     pub fn take(&self, within: ByteRange, chunks_max: u64) -> Option<Claim> {
+        self.take_by(|dirty| dirty.take(within, chunks_max, Which::Any))
+    }
+
+    /// A copier's next claim from `cursor` on, and then from the disk's start; its marks are cleared. First what the guest
+    /// leaves alone: what it goes on writing to would have to be copied again and again.
+    pub fn take_next(&self, cursor: u64, chunks_max: u64) -> Option<Claim> {
+        let size = self.source.size();
+        let parts = [cursor.min(size), 0].map(|start| ByteRange { start, end: size });
+        self.take_by(|dirty| {
+            let find = |which| parts.iter().find_map(|within| dirty.take(*within, chunks_max, which));
+            if self.cold.load(Ordering::Relaxed) {
+                let found = find(Which::Cold);
+                if found.is_some() {
+                    return found;
+                }
+                // The seeder may mark some at this moment: then those have no precedence, that is all.
+                self.cold.store(false, Ordering::Relaxed);
+            }
+            find(Which::Any)
+        })
+    }
+
+    fn take_by(&self, find: impl FnOnce(&DirtyBitmap) -> Option<Claim>) -> Option<Claim> {
         // Counted first, so that nobody who looks for claims misses one: see `is_settled`.
         let others = self.claims.fetch_add(1, Ordering::SeqCst);
         let runs_max = if self.probe.load(Ordering::SeqCst) { 1 } else { self.runs_max.load(Ordering::SeqCst) };
@@ -327,7 +357,7 @@ impl Mirror {
             return None;
         }
         self.taken.fetch_add(1, Ordering::SeqCst);
-        let claim = self.dirty.take(within, chunks_max).map(|claim| match self.compress {
+        let claim = find(&self.dirty).map(|claim| match self.compress {
             // A cluster is compressed as one.
             Some(_) => {
                 let range = self.dirty.claimed(&claim);

@@ -210,6 +210,7 @@ pub fn lay_out(words: &Arc<Words>, header: &Header, taken: &TakenUp) {
 #[cfg(all(test, not(feature = "loom")))]
 mod tests {
     use super::{Planes, TakenUp, lay_out};
+    use crate::dirty::Which;
     use crate::io::Words;
     use formats::planes::{Header, Left};
     use formats::range::ByteRange;
@@ -253,13 +254,13 @@ mod tests {
         planes.land(flight);
         planes.land(other);
         assert_eq!(dirty(&words), [1, 2]);
-        let claim = map.take(range(0, 256), 1).expect("marked");
+        let claim = map.take(range(0, 256), 1, Which::Any).expect("marked");
         assert_eq!(dirty(&words), [1, 2]);
         planes.brought(map.claimed(&claim));
         map.release(claim);
         assert_eq!(dirty(&words), [1, 2], "not settled");
         planes.turn();
-        let claim = map.take(range(0, 256), 1).expect("marked");
+        let claim = map.take(range(0, 256), 1, Which::Any).expect("marked");
         planes.brought(map.claimed(&claim));
         map.release(claim);
         planes.settled();
@@ -282,7 +283,7 @@ mod tests {
         lay_out(&words, &header(), &TakenUp { marks, ..TakenUp::nothing(&header()) });
         let (map, _) = Planes::on(&words, &header(), true);
         assert_eq!(map.marked_bytes(), 3 << 12);
-        let claim = map.take(range(0, 256), 9).expect("marked");
+        let claim = map.take(range(0, 256), 9, Which::Any).expect("marked");
         assert_eq!(map.claimed(&claim), range(0, 3));
         assert!(map.is_clean());
         map.release(claim);

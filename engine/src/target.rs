@@ -51,6 +51,9 @@ const GRANULARITY_MIN: u64 = 512;
 const GRANULARITY_MAX: u64 = 64 << 20;
 /// A chunk's size where nobody chose one.
 const GRANULARITY: u64 = 64 << 10;
+/// More chunks than this, which are 4 TiB of the usual ones, are made longer where nobody names their length: a chunk costs
+/// up to three bytes of memory.
+const CHUNKS_MAX: u64 = 1 << 26;
 
 /// A request that was found to be possible.
 pub struct Plan {
@@ -115,7 +118,7 @@ pub fn plan(
     reach: &Reach,
 ) -> std::result::Result<Plan, Refusal> {
     let layers = source.chain().layers();
-    let chunk_bits = chunk_bits(request.granularity)?;
+    let chunk_bits = chunk_bits(request.granularity, source.size())?;
     let address = address(&request.target)?;
     let path = match &address {
         Some(address) => address.to_string().into(),
@@ -453,8 +456,9 @@ fn named(path: &Path, refusal: Refusal) -> Refusal {
     Refusal { message: format!("{}: {}", path.display(), refusal.message), ..refusal }
 }
 
-fn chunk_bits(granularity: u64) -> std::result::Result<u32, Refusal> {
-    let granularity = if granularity == 0 { GRANULARITY } else { granularity };
+fn chunk_bits(granularity: u64, size: u64) -> std::result::Result<u32, Refusal> {
+    let usual = || GRANULARITY.max(size.div_ceil(CHUNKS_MAX).next_power_of_two().min(GRANULARITY_MAX));
+    let granularity = if granularity == 0 { usual() } else { granularity };
     let in_range = (GRANULARITY_MIN..=GRANULARITY_MAX).contains(&granularity);
     match granularity.is_power_of_two() && in_range {
         true => Ok(granularity.trailing_zeros()),

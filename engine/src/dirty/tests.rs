@@ -1,5 +1,5 @@
 //! The bitmap against a slow, obvious model.
-use super::{CELL_WORDS_MAX, Cell, DirtyBitmap};
+use super::{CELL_WORDS_MAX, Cell, DirtyBitmap, Which};
 use crate::io::View;
 use formats::range::ByteRange;
 use proptest::prelude::*;
@@ -10,7 +10,8 @@ const SIZE: u64 = (64 * 70 << 12) - 100;
 #[derive(Clone, Debug)]
 enum Step {
     Mark(ByteRange),
-    Take(ByteRange, u64),
+    Take(ByteRange, u64, Which),
+    Heat(ByteRange),
     Claim(ByteRange),
     Release(usize),
 }
@@ -19,11 +20,16 @@ fn range() -> impl Strategy<Value = ByteRange> {
     (0..SIZE, 1..600_000u64).prop_map(|(start, len)| ByteRange { start, end: (start + len).min(SIZE) })
 }
 
+fn which() -> impl Strategy<Value = Which> {
+    proptest::sample::select(&[Which::Any, Which::Cold])
+}
+
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         range().prop_map(Step::Mark),
-        (range(), 1..40u64).prop_map(|(within, max)| Step::Take(within, max)),
-        (0..SIZE).prop_map(|start| Step::Take(ByteRange { start, end: SIZE }, 16)),
+        (range(), 1..40u64, which()).prop_map(|(within, max, which)| Step::Take(within, max, which)),
+        (0..SIZE, which()).prop_map(|(start, which)| Step::Take(ByteRange { start, end: SIZE }, 16, which)),
+        range().prop_map(Step::Heat),
         range().prop_map(Step::Claim),
         any::<usize>().prop_map(Step::Release),
     ]
@@ -43,7 +49,7 @@ proptest! {
         let (chunk_bits, part_bits) = bits;
         let (chunk_count, chunks) = (SIZE.div_ceil(1 << chunk_bits), |range| units(range, chunk_bits));
         let map = DirtyBitmap::new(SIZE, chunk_bits);
-        let [mut marks, mut parts, mut claims, mut touched] = [const { BTreeSet::<u64>::new() }; 4];
+        let [mut marks, mut parts, mut claims, mut touched, mut hot] = [const { BTreeSet::<u64>::new() }; 5];
         let mut held = Vec::new();
         for step in steps {
             match step {
@@ -54,16 +60,22 @@ proptest! {
                     parts.extend(units(range, part_bits));
                     prop_assert_eq!(new, ((parts.len() - before) as u64) << part_bits);
                 }
-                Step::Take(within, max) => {
-                    let free = |chunk: &u64| marks.contains(chunk) && !claims.contains(chunk);
+                Step::Heat(range) => {
+                    map.heat(range);
+                    hot.extend(chunks(range));
+                }
+                Step::Take(within, max, which) => {
+                    let wanted = |chunk: &u64| which == Which::Any || !hot.contains(chunk);
+                    let free = |chunk: &u64| marks.contains(chunk) && !claims.contains(chunk) && wanted(chunk);
                     let first = chunks(within).find(free);
                     let expected: Option<Vec<u64>> =
                         first.map(|first| (first..chunk_count).take(max as usize).take_while(free).collect());
-                    let claim = map.take(within, max);
+                    let claim = map.take(within, max, which);
                     let taken: Option<Vec<u64>> = claim.as_ref().map(|claim| (claim.first..claim.end).collect());
                     prop_assert_eq!(&taken, &expected);
                     for chunk in taken.into_iter().flatten() {
                         marks.remove(&chunk);
+                        hot.remove(&chunk);
                         claims.insert(chunk);
                     }
                     let claimed = claim.as_ref().map_or(0..0, |claim| units(map.claimed(claim), part_bits));
@@ -128,12 +140,12 @@ fn a_clean_map_of_a_large_disk_has_nothing_to_take() {
     let size = 1 << 40;
     let map = DirtyBitmap::new(size, 16);
     let everything = ByteRange { start: 0, end: size };
-    assert!(map.take(everything, 16).is_none());
+    assert!(map.take(everything, 16, Which::Any).is_none());
     map.mark(ByteRange { start: size - 1, end: size });
-    let claim = map.take(everything, 16).expect("the last chunk");
+    let claim = map.take(everything, 16, Which::Any).expect("the last chunk");
     assert_eq!(map.claimed(&claim), ByteRange { start: size - (1 << 16), end: size });
     map.release(claim);
-    assert!(map.take(everything, 16).is_none());
+    assert!(map.take(everything, 16, Which::Any).is_none());
 }
 
 #[test]
@@ -145,7 +157,7 @@ fn a_small_write_costs_its_parts() {
         map.mark(ByteRange { start: at, end: at + len });
     }
     assert_eq!(map.marked_bytes(), 20 << 10);
-    let claim = map.take(everything, 4).expect("marked");
+    let claim = map.take(everything, 4, Which::Any).expect("marked");
     assert_eq!(map.claimed(&claim), kib(0, 128));
     assert_eq!(claim.lacking(), [kib(4, 8), kib(20, 24), kib(64, 68)]);
     map.release(claim);
@@ -153,7 +165,7 @@ fn a_small_write_costs_its_parts() {
     let marks = View::in_memory(1);
     marks.set(0, 0b100);
     let found = DirtyBitmap::on(size, 16, marks, View::in_memory(1));
-    let claim = found.take(everything, 4).expect("marked");
+    let claim = found.take(everything, 4, Which::Any).expect("marked");
     assert_eq!((claim.lacking(), claim.lacking_len()), (&[kib(128, 192)][..], 64 << 10));
     found.release(claim);
 }

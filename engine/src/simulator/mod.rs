@@ -263,7 +263,13 @@ fn a_write_that_is_not_noted_in_flight_is_caught() {
 /// Promise 10.
 #[test]
 fn a_flight_that_lands_before_its_mark_is_caught() {
-    assert_caught(Fault::LandBeforeMark, |seed| Plan { mode: Mode::Background, ..killed_at_a_store(seed) });
+    // Late enough that what the guest writes to was copied once, and is not marked.
+    let fate = |seed: u64| Fate::KilledAtStore(100 + seed * 3 % 1000);
+    assert_caught(Fault::LandBeforeMark, |seed| Plan {
+        fate: fate(seed),
+        mode: Mode::Background,
+        ..killed_at_a_store(seed)
+    });
 }
 
 /// Promise 10.
