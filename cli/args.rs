@@ -5,12 +5,13 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgAction, ArgGroup, Args as Arguments, Parser, Subcommand, ValueHint};
 use clap_complete::Shell;
 use engine::control::options::{Beside, Cache, ExportOptions, Listener};
-use engine::control::{Mode, OnError, PAUSE_BUDGET, PAUSE_BUDGET_MAX, TargetFormat};
+use engine::control::{LATENCY_FACTOR, MAX_SLOWDOWN, Mode, OnError, PAUSE_BUDGET, PAUSE_BUDGET_MAX, TargetFormat};
 use formats::nbd::Tls;
 use formats::qcow2::Repair;
 use serde::de::DeserializeOwned;
 use serde::de::value::{Error as NameError, StrDeserializer};
 use std::path::PathBuf;
+use std::time::SystemTime;
 
 /// Moves a virtual machine's disk to a new place while the guest goes on writing.
 ///
@@ -492,6 +493,19 @@ pub struct Mirror {
     /// Bytes under way at a time, with K, M, G or T; 0 leaves the choice to the daemon
     #[arg(long, value_name = "BYTES", default_value = "0", hide_default_value = true, value_parser = size::parse)]
     pub buf_size: u64,
+    /// Copy so that the guest's requests take N times as long as without, at most; 0 copies as fast as it goes
+    #[arg(long, value_name = "N", default_value_t = LATENCY_FACTOR)]
+    pub latency_factor: u64,
+    /// In what time it is to be ready (90s, 30m, 2h 15m); guest writes are slowed where it takes that
+    #[arg(long, value_name = "TIME", default_value = "0", hide_default_value = true, value_parser = deadline)]
+    pub deadline: u64,
+    /// How far the target may be behind once everything was copied, with K, M, G or T; guest writes are slowed where it
+    /// takes that
+    #[arg(long, value_name = "BYTES", default_value = "0", hide_default_value = true, value_parser = size::parse)]
+    pub max_lag: u64,
+    /// How many times as slow guest writes may be made for a deadline or a lag
+    #[arg(long, value_name = "N", default_value_t = MAX_SLOWDOWN, value_parser = slowdowns())]
+    pub max_slowdown: u64,
     /// Where data becomes zeroes, write them and keep the space
     #[arg(long)]
     pub no_unmap: bool,
@@ -535,7 +549,8 @@ pub struct Cancel {
 
 #[derive(Debug, Arguments)]
 #[command(group = ArgGroup::new("what").required(true).multiple(true).args([
-    "speed", "mode", "on_target_error", "on_source_error", "pause_budget", "buf_size"
+    "speed", "mode", "on_target_error", "on_source_error", "pause_budget", "buf_size", "latency_factor", "deadline",
+    "max_lag", "max_slowdown"
 ]))]
 pub struct Set {
     #[command(flatten)]
@@ -558,6 +573,18 @@ pub struct Set {
     /// Bytes under way at a time, with K, M, G or T, up to what the job began with; 0 is all of that
     #[arg(long, value_name = "BYTES", value_parser = size::parse)]
     pub buf_size: Option<u64>,
+    /// Copy so that the guest's requests take N times as long as without, at most; 0 copies as fast as it goes
+    #[arg(long, value_name = "N")]
+    pub latency_factor: Option<u64>,
+    /// In what time from now on it is to be ready (90s, 30m, 2h 15m); 0 is no such time
+    #[arg(long, value_name = "TIME", value_parser = deadline)]
+    pub deadline: Option<u64>,
+    /// How far the target may be behind once everything was copied, with K, M, G or T; 0 is no bound
+    #[arg(long, value_name = "BYTES", value_parser = size::parse)]
+    pub max_lag: Option<u64>,
+    /// How many times as slow guest writes may be made for a deadline or a lag
+    #[arg(long, value_name = "N", value_parser = slowdowns())]
+    pub max_slowdown: Option<u64>,
 }
 
 /// In a terminal: up and down choose the export that is looked at closely, q ends.
@@ -602,6 +629,19 @@ fn modes() -> impl TypedValueParser<Value = Mode> {
 
 fn policies() -> impl TypedValueParser<Value = OnError> {
     named(&["report", "stop", "enospc", "ignore", "back-off"])
+}
+
+fn slowdowns() -> impl TypedValueParser<Value = u64> {
+    clap::value_parser!(u64).range(1..)
+}
+
+/// The moment, in seconds since 1970, that is so far from now; 0 is none.
+fn deadline(text: &str) -> Result<u64, String> {
+    let Ok(time) = humantime::parse_duration(text) else {
+        return Err("expected a time as 90s, 30m or 2h 15m".into());
+    };
+    let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
+    Ok(if time.is_zero() { 0 } else { now.saturating_add(time).as_secs().max(now.as_secs() + 1) })
 }
 
 fn pauses() -> impl TypedValueParser<Value = u64> {

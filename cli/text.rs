@@ -20,6 +20,9 @@ pub fn lines(status: &Status) -> Vec<String> {
         facts.push(("remaining", format!("{}{}", remaining(status), band(status).unwrap_or_default())));
         facts.push(("rate", rates(status)));
         facts.extend(lag(status).map(|lag| ("lag", lag)));
+        facts.extend(latency(status).map(|latency| ("requests take", latency)));
+        facts.extend(deadline(status).map(|deadline| ("deadline", deadline)));
+        facts.extend(status.warning.clone().map(|warning| ("warning", warning)));
         facts.push(("speed", speed(status)));
         facts.extend((status.failed_bytes > 0).then(|| ("failed", failed(status))));
     }
@@ -87,7 +90,24 @@ pub fn rates(status: &Status) -> String {
     let [written, dirtied] = [status.guest_rate_bytes_per_s, status.dirty_rate_bytes_per_s].map(rate);
     let delay = status.guest_delay_us.filter(|delay| *delay > 0);
     let delay = delay.map(|delay| format!(", delayed by {delay} µs each")).unwrap_or_default();
-    format!("{copied} copied; guest writes {written}, dirties {dirtied}{delay}")
+    let slowdown = status.slowdown.filter(|times| *times > 1.0);
+    let slowdown = slowdown.map(|times| format!(", made {times:.1} times as slow")).unwrap_or_default();
+    format!("{copied} copied; guest writes {written}, dirties {dirtied}{delay}{slowdown}")
+}
+
+/// What guest requests take, with copies and without.
+pub fn latency(status: &Status) -> Option<String> {
+    let (now, alone) = (status.guest_p99_us?, status.guest_p99_alone_us?);
+    Some(format!(
+        "{:.1} ms (99 of 100 requests), {:.1} ms without the copy",
+        now as f64 / 1000.0,
+        alone as f64 / 1000.0
+    ))
+}
+
+/// Until when it is to be ready.
+pub fn deadline(status: &Status) -> Option<String> {
+    status.deadline_s.map(|left| if left == 0 { "it is late".to_owned() } else { format!("in {}", duration(left)) })
 }
 
 /// How far the target is behind, once it follows.

@@ -25,7 +25,8 @@ const FLOORS: [&[&str]; 12] = [
 /// Anyone may use these; they use each other and `io`, which is below everything.
 ///
 /// `control` is words alone (requests, replies, QMP): it uses nothing, so everybody may speak them.
-const LEAVES: [&str; 10] = ["bell", "control", "error", "fault", "range", "rate", "stats", "sync", "tls", "zero"];
+const LEAVES: [&str; 11] =
+    ["bell", "control", "courtesy", "error", "fault", "range", "rate", "stats", "sync", "tls", "zero"];
 
 /// Words that start a thread or wait.
 const WAITING: [&str; 11] = [

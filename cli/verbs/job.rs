@@ -61,6 +61,10 @@ pub fn set(set: &Set) -> Result<(), Failure> {
         ("on-source-error", json!(set.on_source_error)),
         ("pause-budget", json!(set.pause_budget)),
         ("buf-size", json!(set.buf_size)),
+        ("latency-factor", json!(set.latency_factor)),
+        ("deadline", json!(set.deadline)),
+        ("max-lag", json!(set.max_lag)),
+        ("max-slowdown", json!(set.max_slowdown)),
     ];
     let mut arguments = json!({ "export": set.job.export });
     for (name, value) in changes.into_iter().filter(|(_, value)| !value.is_null()) {

@@ -187,7 +187,7 @@ impl Copier {
         if self.mirror.is_held() || self.mirror.dirty.is_clean() {
             return Ok(None);
         }
-        self.mirror.rate.check(tools.io.now())?;
+        self.mirror.may_copy(tools.io.now())?;
         let chunks_max = (self.run_len as u64 / self.mirror.dirty.chunk_len()).max(1);
         if let Some(range) = self.mirror.probe() {
             return Ok(self.mirror.take(range, chunks_max));
@@ -281,7 +281,7 @@ impl Slot {
             }
         }
         let piece = mirror.completed(piece);
-        mirror.rate.spend(piece.len());
+        mirror.spend(piece.len());
         let len = piece.len() as usize;
         let buf = tools.arena.take(len).unwrap_or_else(|| Buffer::alone(len));
         self.stage = Stage::Read(Task::read(Arc::clone(&mirror.source), piece, buf), piece);

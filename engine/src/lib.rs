@@ -3,6 +3,7 @@ pub mod bell;
 pub mod chain;
 pub mod control;
 pub mod copier;
+pub mod courtesy;
 pub mod daemon;
 pub mod data_file;
 pub mod dirty;

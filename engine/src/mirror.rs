@@ -2,6 +2,7 @@
 mod missed;
 
 use crate::bell::Bell;
+use crate::courtesy::{Courtesy, Done};
 use crate::dirty::{Claim, DirtyBitmap, Which};
 use crate::disk::{Disk, Task};
 use crate::fault::{self, planted};
@@ -13,6 +14,7 @@ use formats::image::Zeroing;
 use formats::range::ByteRange;
 use missed::Missed;
 use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 
 /// One mirror: a source that guests write to, and a target that follows.
 pub struct Mirror {
@@ -32,6 +34,10 @@ pub struct Mirror {
     pub compress: Option<u32>,
     /// How fast copiers may be.
     pub rate: Rate,
+    /// How fast guests may write, for a bound of the job.
+    pub brake: Rate,
+    /// What they leave to guests.
+    pub courtesy: Courtesy,
     /// What has been done.
     pub stats: Stats,
     /// Wakes copiers: there is something to copy, or they may go on.
@@ -111,6 +117,8 @@ impl Mirror {
             zeroing: Zeroing::Unmap,
             compress: None,
             rate: Rate::default(),
+            brake: Rate::default(),
+            courtesy: Courtesy::default(),
             stats: Stats::default(),
             work: Bell::default(),
             progress: Bell::default(),
@@ -323,6 +331,19 @@ impl Mirror {
         self.fault().is_some()
     }
 
+    /// Whether a copier may start something at `now`; else how long to wait.
+    pub fn may_copy(&self, now: Duration) -> std::result::Result<(), Duration> {
+        self.rate.check(now)?;
+        let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        self.courtesy.check(now, Done { copied: count(&self.stats.copied), dirtied: count(&self.stats.dirtied) })
+    }
+
+    /// A copier has started to bring `count` bytes.
+    pub fn spend(&self, count: u64) {
+        self.rate.spend(count);
+        self.courtesy.spend(count);
+    }
+
     /// A copier's next claim in `within`; its marks are cleared.
     pub fn take(&self, within: ByteRange, chunks_max: u64) -> Option<Claim> {
         self.take_by(|dirty| dirty.take(within, chunks_max, Which::Any))
@@ -351,6 +372,7 @@ impl Mirror {
         // Counted first, so that nobody who looks for claims misses one: see `is_settled`.
         let others = self.claims.fetch_add(1, Ordering::SeqCst);
         let runs_max = if self.probe.load(Ordering::SeqCst) { 1 } else { self.runs_max.load(Ordering::SeqCst) };
+        let runs_max = runs_max.min(self.courtesy.runs());
         if others >= runs_max {
             // Whoever puts one of the others rings.
             self.claims.fetch_sub(1, Ordering::SeqCst);

@@ -1,15 +1,18 @@
 //! A speed limit: bytes that may be copied, refilled as time goes by.
-use std::sync::{Mutex, PoisonError};
+use crate::sync::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// A limit that several copiers share. Unlimited by default.
 #[derive(Debug, Default)]
-pub struct Rate(Mutex<State>);
+pub struct Rate {
+    /// Bytes a second; 0 is no limit.
+    limit: AtomicU64,
+    state: Mutex<State>,
+}
 
 #[derive(Debug, Default)]
 struct State {
-    /// Bytes a second; 0 is no limit.
-    limit: u64,
     /// Bytes that may go now; below zero after a piece that was larger than what there was.
     left: i64,
     /// When it was last refilled.
@@ -22,38 +25,50 @@ const BURST: Duration = Duration::from_millis(100);
 impl Rate {
     /// Bytes a second; 0 is no limit.
     pub fn set(&self, limit: u64) {
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        state.limit = limit;
+        let mut state = self.state();
+        self.limit.store(limit, Ordering::Relaxed);
         state.left = state.left.min(0);
     }
 
     /// Bytes a second; 0 is no limit.
     pub fn limit(&self) -> u64 {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).limit
+        self.limit.load(Ordering::Relaxed)
     }
 
     /// Whether something may be started at `now`; else how long to wait.
     pub fn check(&self, now: Duration) -> Result<(), Duration> {
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if state.limit == 0 {
+        let limit = self.limit();
+        if limit == 0 {
             return Ok(());
         }
-        let refill = bytes(state.limit, now.saturating_sub(state.at));
-        let full = bytes(state.limit, BURST);
+        let mut state = self.state();
+        let refill = bytes(limit, now.saturating_sub(state.at));
+        let full = bytes(limit, BURST);
         state.left = state.left.saturating_add(refill).min(full);
         state.at = now;
         match state.left {
             1.. => Ok(()),
-            left => Err(time(state.limit, 1 + left.unsigned_abs())),
+            left => Err(time(limit, 1 + left.unsigned_abs())),
         }
+    }
+
+    /// `count` bytes are to be started at `now`: how long they wait for those before them, in the order of asking.
+    pub fn queue(&self, now: Duration, count: u64) -> Duration {
+        let wait = self.check(now).err().unwrap_or_default();
+        self.spend(count);
+        wait
     }
 
     /// `count` bytes were started. They may be more than there was: the next ones wait for it.
     pub fn spend(&self, count: u64) {
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if state.limit > 0 {
+        if self.limit() > 0 {
+            let mut state = self.state();
             state.left = state.left.saturating_sub_unsigned(count);
         }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -93,8 +108,19 @@ mod tests {
     }
 
     #[test]
+    fn who_queues_waits_for_those_before() {
+        let rate = Rate::default();
+        rate.set(1_000_000);
+        assert_eq!(rate.queue(Duration::from_secs(1), 100_000), Duration::ZERO);
+        let waits = [0; 3].map(|_| rate.queue(Duration::from_secs(1), 500_000).as_millis());
+        assert_eq!(waits, [0, 500, 1000]);
+        assert_eq!(rate.queue(Duration::from_secs(2), 1).as_millis(), 500);
+    }
+
+    #[test]
     fn no_limit_never_waits() {
         let rate = Rate::default();
+        assert_eq!(rate.queue(Duration::ZERO, u64::MAX), Duration::ZERO);
         rate.spend(u64::MAX);
         assert!(rate.check(Duration::ZERO).is_ok());
     }

@@ -123,7 +123,11 @@ const COMMANDS: [&str; 41] = [
     "blkmirror-resize",
     "block_resize",
 ];
-const MEMBERS: [&str; 35] = [
+const MEMBERS: [&str; 39] = [
+    "latency-factor",
+    "deadline",
+    "max-slowdown",
+    "max-lag",
     "device",
     "target",
     "format",

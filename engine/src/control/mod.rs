@@ -105,6 +105,14 @@ pub struct Changes {
     pub pause_budget: Option<u64>,
     /// How many bytes may be under way, 0 for as many as there is memory for.
     pub buf_size: Option<u64>,
+    /// How many times as long as without the copy guest requests may take, 0 for no bound.
+    pub latency_factor: Option<u64>,
+    /// When it is to be ready, in seconds since 1970, 0 for no such time.
+    pub deadline: Option<u64>,
+    /// How many times as slow guest writes may be made for a bound.
+    pub max_slowdown: Option<u64>,
+    /// How many bytes the target may be behind, 0 for no bound.
+    pub max_lag: Option<u64>,
 }
 
 impl Changes {
@@ -116,6 +124,10 @@ impl Changes {
         request.on_target_error = self.on_target_error.unwrap_or(request.on_target_error);
         request.pause_budget = self.pause_budget.unwrap_or(request.pause_budget);
         request.buf_size = self.buf_size.unwrap_or(request.buf_size);
+        request.latency_factor = self.latency_factor.unwrap_or(request.latency_factor);
+        request.deadline = self.deadline.unwrap_or(request.deadline);
+        request.max_slowdown = self.max_slowdown.unwrap_or(request.max_slowdown);
+        request.max_lag = self.max_lag.unwrap_or(request.max_lag);
     }
 }
 
@@ -124,6 +136,12 @@ pub const PAUSE_BUDGET_MAX: u64 = 60 * 60 * 1000;
 
 /// The same where nobody said it.
 pub const PAUSE_BUDGET: u64 = 5000;
+
+/// How many times as long as without the copy guest requests may take, where nobody says otherwise.
+pub const LATENCY_FACTOR: u64 = 4;
+
+/// How many times as slow guest writes may be made for a bound, where nobody says otherwise.
+pub const MAX_SLOWDOWN: u64 = 10;
 
 /// Into how many parts a map can divide a disk.
 pub const CELLS_MAX: u64 = 4096;
@@ -171,6 +189,18 @@ pub struct MirrorRequest {
     /// How many bytes may be under way; 0 leaves the choice to the engine.
     #[serde(default)]
     pub buf_size: u64,
+    /// How many times as long as without the copy guest requests may take; 0 is no bound.
+    #[serde(default = "latency_factor")]
+    pub latency_factor: u64,
+    /// When it is to be ready, in seconds since 1970; 0 is no such time.
+    #[serde(default)]
+    pub deadline: u64,
+    /// How many times as slow guest writes may be made for a bound, from 1 on.
+    #[serde(default = "max_slowdown")]
+    pub max_slowdown: u64,
+    /// How many bytes the target may be behind once everything was brought over; 0 is no bound.
+    #[serde(default)]
+    pub max_lag: u64,
     /// Zeroes become holes, where data becomes zeroes.
     #[serde(default = "yes")]
     pub unmap: bool,
@@ -243,6 +273,10 @@ impl Default for MirrorRequest {
             on_target_error: OnError::BackOff,
             pause_budget: PAUSE_BUDGET,
             buf_size: 0,
+            latency_factor: LATENCY_FACTOR,
+            deadline: 0,
+            max_slowdown: MAX_SLOWDOWN,
+            max_lag: 0,
             unmap: true,
             dry_run: false,
             job_id: None,
@@ -265,6 +299,14 @@ fn back_off() -> OnError {
 
 fn pause_budget() -> u64 {
     PAUSE_BUDGET
+}
+
+fn latency_factor() -> u64 {
+    LATENCY_FACTOR
+}
+
+fn max_slowdown() -> u64 {
+    MAX_SLOWDOWN
 }
 
 /// Formats that a target can have.
@@ -404,6 +446,30 @@ pub struct Status {
     /// How many bytes may be under way.
     #[serde(default)]
     pub buf_size_bytes: Option<u64>,
+    /// How many times as long as without the copy guest requests may take; 0 is no bound.
+    #[serde(default)]
+    pub latency_factor: Option<u64>,
+    /// The 99th percentile of how long guest requests took of late; none where no bound is kept, or nobody asked.
+    #[serde(default)]
+    pub guest_p99_us: Option<u64>,
+    /// The same while nothing was copied.
+    #[serde(default)]
+    pub guest_p99_alone_us: Option<u64>,
+    /// In how many seconds the job is to be ready: 0 where it is late, none where nobody asked for it.
+    #[serde(default)]
+    pub deadline_s: Option<u64>,
+    /// How many bytes the target may be behind; none where that has no bound.
+    #[serde(default)]
+    pub max_lag_bytes: Option<u64>,
+    /// How many times as slow guest writes may be made for either.
+    #[serde(default)]
+    pub max_slowdown: Option<u64>,
+    /// How many times as slow they are made now.
+    #[serde(default)]
+    pub slowdown: Option<f64>,
+    /// Why one of these bounds will not be kept.
+    #[serde(default)]
+    pub warning: Option<String>,
     /// When the job may be ready, at the present rate.
     pub eta_s: Option<u64>,
     /// When it would be at the rate of the fastest second of late.

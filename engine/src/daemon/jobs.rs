@@ -2,13 +2,13 @@
 use super::exports::Export;
 use super::pace::{Counters, Eta, Pace};
 use super::resume::{self, Begin};
-use super::retune::{Room, Seldom, millis, refuse_pause};
+use super::retune::{Room, Seldom, limits, millis, refuse_bounds};
 use super::threads::Worker;
 use super::wait::until_image_is_free;
 use crate::control::creation::{CreateOptions, Preallocation};
 use crate::control::jobs::{JobInfo, JobStatus};
 use crate::control::options::Reach;
-use crate::control::{Code, MirrorMap, MirrorRequest, Refusal, Started, Status, TargetFormat};
+use crate::control::{Changes, Code, MirrorMap, MirrorRequest, Refusal, Started, Status, TargetFormat};
 use crate::copier::Depth;
 use crate::dirty::Cell;
 use crate::disk::Disk;
@@ -55,6 +55,8 @@ pub(super) struct Active {
     pace: Pace,
     /// What the state folder has of it.
     pub kept: KeptJob,
+    /// What is asked of it now.
+    pub asked: MirrorRequest,
     pub room: Room,
     /// Bytes that may be under way, as they were asked for.
     pub buf_size: u64,
@@ -98,7 +100,10 @@ impl Active {
         check: &dyn Fn(&MirrorRequest) -> Result<(), Refusal>,
     ) -> Result<(Started, Option<Self>), Refusal> {
         check(request)?;
-        refuse_pause(request.pause_budget)?;
+        // A deadline may go by while nobody serves.
+        let deadline = if let Begin::New(_) = begin { Some(request.deadline) } else { None };
+        let (pause_budget, max_slowdown) = (Some(request.pause_budget), Some(request.max_slowdown));
+        refuse_bounds(&Changes { pause_budget, deadline, max_slowdown, ..Changes::default() })?;
         let source = export.gate.route().disk;
         if source.read_only() {
             let message =
@@ -161,6 +166,7 @@ impl Active {
         mirror.zeroing = plan.zeroing(request);
         let mirror = Arc::new(mirror);
         mirror.rate.set(request.speed);
+        mirror.courtesy.set_factor(request.latency_factor);
         mirror.set_compare(taken.compare);
         let kept_request = MirrorRequest {
             target: path.display().to_string(),
@@ -199,6 +205,7 @@ impl Active {
             on_source_error: request.on_source_error,
             on_target_error: request.on_target_error,
             pause_max: Duration::from_millis(request.pause_budget),
+            limits: limits(request),
         });
         if paused {
             job.pause(true);
@@ -217,6 +224,7 @@ impl Active {
             told: None,
             begun,
             pace,
+            asked: kept.request.clone(),
             kept,
             room,
             buf_size,
@@ -330,6 +338,7 @@ impl Active {
         // Before everything was brought over once the target is not behind: it is not there yet.
         let follows = matches!(phase, Phase::Converging | Phase::Ready | Phase::Pivoting);
         let lag = follows.then(|| self.pace.lag(self.begun.elapsed(), counters, backlog));
+        let (alone, late) = mirror.courtesy.measured();
         Status {
             export: export.name.clone(),
             serving: self.job.serving().name(),
@@ -348,6 +357,14 @@ impl Active {
             back_off_ms: self.job.backs_off().map(millis),
             failed_bytes: mirror.missed_len(),
             pause_budget_ms: Some(millis(self.job.pause_max())),
+            latency_factor: Some(mirror.courtesy.factor()),
+            guest_p99_us: late.map(micros),
+            guest_p99_alone_us: alone.map(micros),
+            deadline_s: (self.asked.deadline > 0).then(|| seconds_until(self.asked.deadline)),
+            max_lag_bytes: Some(self.asked.max_lag).filter(|bytes| *bytes > 0),
+            max_slowdown: Some(self.asked.max_slowdown),
+            slowdown: Some(thousandths(self.job.slowdown())),
+            warning: self.job.shortfall().map(str::to_owned),
             buf_size_bytes: Some(self.room.runs_in(self.buf_size) * self.room.run_len),
             eta_s: eta.likely,
             eta_low_s: eta.low,
@@ -357,7 +374,7 @@ impl Active {
             copy_rate_bytes_per_s: rates.copied,
             dirty_rate_bytes_per_s: rates.dirtied,
             guest_rate_bytes_per_s: rates.guest,
-            guest_delay_us: rates.delay.map(|delay| u64::try_from(delay.as_micros()).unwrap_or(u64::MAX)),
+            guest_delay_us: rates.delay.map(micros),
             lag_bytes: follows.then_some(backlog),
             lag_s: lag.map(|lag| thousandths(lag.as_secs_f64())),
             source: mirror.source.name(),
@@ -400,6 +417,15 @@ impl Active {
         }
         (closed.is_ok() && !phase.is_over() && !left.is_poisoned()).then_some(mirror)
     }
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// Until a moment that is in seconds since 1970; 0 where it has gone by.
+fn seconds_until(moment: u64) -> u64 {
+    moment.saturating_sub(SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default().as_secs())
 }
 
 /// To three digits behind the point.

@@ -1,10 +1,11 @@
 //! What of a job can be changed while it runs, and that the next daemon goes on with it so.
 use super::jobs::Active;
 use crate::control::{Changes, Code, Event, MirrorRequest, PAUSE_BUDGET_MAX, Refusal};
+use crate::job::Limits;
 use crate::state::{KeptJob, StateFolder};
 use crate::target::NO_BLOCKING;
 use crate::{control::Mode, job::IoError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 /// How far events of a job's errors are apart at least, where it goes on by itself: a few a second.
 const EVENTS_REST: Duration = Duration::from_millis(300);
@@ -28,16 +29,37 @@ impl Room {
     }
 }
 
-/// A pause that no guest gets, or that is longer than any guest waits.
-pub(in crate::daemon) fn refuse_pause(pause_budget: u64) -> Result<(), Refusal> {
-    match pause_budget {
-        1..=PAUSE_BUDGET_MAX => Ok(()),
-        _ => {
-            let message = format!("a pause of {pause_budget} ms: it has to be from 1 to {PAUSE_BUDGET_MAX} ms");
-            Err(Refusal::new(Code::InvalidArg, message))
-        }
+/// What a request's bounds are for its job.
+pub(in crate::daemon) fn limits(request: &MirrorRequest) -> Limits {
+    let at = (request.deadline > 0).then(|| SystemTime::UNIX_EPOCH + Duration::from_secs(request.deadline));
+    Limits {
+        deadline: at.map(|at| at.duration_since(SystemTime::now()).unwrap_or_default()),
+        slowdown_max: request.max_slowdown,
+        lag_max: request.max_lag,
     }
 }
+
+/// Bounds that nobody can keep.
+pub(in crate::daemon) fn refuse_bounds(changes: &Changes) -> Result<(), Refusal> {
+    let refuse = |message: String| Err(Refusal::new(Code::InvalidArg, message));
+    let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default().as_secs();
+    match changes {
+        Changes { pause_budget: Some(pause), .. } if !(1..=PAUSE_BUDGET_MAX).contains(pause) => {
+            refuse(format!("a pause of {pause} ms: it has to be from 1 to {PAUSE_BUDGET_MAX} ms"))
+        }
+        Changes { max_slowdown: Some(0), .. } => {
+            refuse("a max-slowdown of 0: it says how many times as slow guest writes may be made, from 1 on".into())
+        }
+        Changes { deadline: Some(at @ 1..), .. } if *at <= now || *at > DEADLINE_MAX => refuse(format!(
+            "a deadline of {at}: it is in seconds since 1970, and has to be after this moment, {now}, and before \
+             {DEADLINE_MAX}"
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// The last second of the year 9999.
+const DEADLINE_MAX: u64 = 253_402_300_799;
 
 /// When events that could come too often were sent last.
 #[derive(Debug, Default)]
@@ -57,8 +79,8 @@ impl Seldom {
 impl Active {
     /// Changes it from now on, in whatever phase it is.
     pub fn change(&mut self, changes: Changes) -> Result<(), Refusal> {
-        let Changes { speed, mode, on_source_error, on_target_error, pause_budget, buf_size } = changes;
-        pause_budget.map_or(Ok(()), refuse_pause)?;
+        let Changes { speed, mode, on_source_error, on_target_error, pause_budget, buf_size, .. } = changes;
+        refuse_bounds(&changes)?;
         let export = &self.kept.request.export;
         if mode == Some(Mode::WriteBlocking) && self.job.mirror().target.is_remote() {
             return Err(Refusal::new(Code::ConfigUnsupported, format!("export {export}: {NO_BLOCKING}")));
@@ -79,6 +101,13 @@ impl Active {
             self.buf_size = buf_size;
             self.job.mirror().set_runs_max(self.room.runs_in(buf_size));
         }
+        if let Some(factor) = changes.latency_factor {
+            self.job.mirror().courtesy.set_factor(factor);
+        }
+        changes.apply(&mut self.asked);
+        if changes.deadline.is_some() || changes.max_slowdown.is_some() || changes.max_lag.is_some() {
+            self.job.set_limits(limits(&self.asked));
+        }
         Ok(())
     }
 
@@ -92,7 +121,7 @@ impl Active {
             on_target_error,
             pause_budget: millis(self.job.pause_max()),
             buf_size: self.buf_size,
-            ..self.kept.request.clone()
+            ..self.asked.clone()
         };
         let now = KeptJob { paused: self.job.is_paused_by_hand(), request, ..self.kept.clone() };
         if now == self.kept || self.job.phase().is_over() {
@@ -138,9 +167,9 @@ pub(super) fn millis(time: Duration) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use super::{EVENTS_REST, Room, Seldom, refuse_pause};
-    use crate::control::PAUSE_BUDGET_MAX;
-    use std::time::Duration;
+    use super::{EVENTS_REST, Room, Seldom, refuse_bounds};
+    use crate::control::{Changes, PAUSE_BUDGET_MAX};
+    use std::time::{Duration, SystemTime};
 
     #[test]
     fn a_buffer_is_some_runs_and_no_more_than_there_is_memory_for() {
@@ -151,9 +180,16 @@ mod tests {
     }
 
     #[test]
-    fn a_pause_has_bounds() {
-        assert!([1, 5000, PAUSE_BUDGET_MAX].into_iter().all(|pause| refuse_pause(pause).is_ok()));
-        assert!([0, PAUSE_BUDGET_MAX + 1].into_iter().all(|pause| refuse_pause(pause).is_err()));
+    fn bounds_that_nobody_can_keep_are_refused() {
+        let pause = |pause| refuse_bounds(&Changes { pause_budget: Some(pause), ..Changes::default() });
+        assert!([1, 5000, PAUSE_BUDGET_MAX].into_iter().all(|millis| pause(millis).is_ok()));
+        assert!([0, PAUSE_BUDGET_MAX + 1].into_iter().all(|millis| pause(millis).is_err()));
+        let slowdown = |max| refuse_bounds(&Changes { max_slowdown: Some(max), ..Changes::default() });
+        assert!(slowdown(0).is_err() && slowdown(1).is_ok());
+        let deadline = |at| refuse_bounds(&Changes { deadline: Some(at), ..Changes::default() });
+        let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default().as_secs();
+        assert!(deadline(0).is_ok() && deadline(now + 60).is_ok(), "no deadline, and one in a minute");
+        assert!(deadline(1).is_err() && deadline(now - 1).is_err() && deadline(u64::MAX).is_err());
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! One guest request, from the gate to the word that it is done.
 //!
 //! ```text
-//! enter the gate ─► claim (write-both) ─► source ─► mark, or the target as well ─► flush (FUA)
+//! [ slowed ] ─► enter the gate ─► claim (write-both) ─► source ─► mark, or the target as well ─► flush (FUA)
 //! ```
 //!
 //! A request reads the mode once and keeps its pass to its end: one request sees one route and one
@@ -11,7 +11,7 @@ use super::gate::{Gate, Pass};
 use crate::dirty::Claim;
 use crate::disk::{Status, Task, Tools};
 use crate::fault::{Fault, planted};
-use crate::io::{Buffer, Completion, Io, Loan, Token};
+use crate::io::{Buffer, Completion, Io, Loan, Op, Token};
 use crate::mirror::Mirror;
 use crate::planes::Flight;
 use formats::error::{Error, Result};
@@ -20,6 +20,9 @@ use formats::range::ByteRange;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
+
+/// How long one write waits for a bound of the job at most: no guest takes its disk for dead.
+const SLOWED_MAX: Duration = Duration::from_secs(5);
 
 /// What a guest wants.
 #[derive(Debug)]
@@ -62,9 +65,15 @@ pub struct GuestRequest {
     buf: Option<Buffer>,
     /// Since when it has been waiting for the mirror alone.
     delayed_since: Option<Duration>,
+    /// A bound of the job has kept it waiting already.
+    slowed: bool,
+    /// When it came through the gate, where the disk is mirrored.
+    begun: Option<Duration>,
 }
 
 enum Stage {
+    /// Outside the gate, for a bound of the job: it keeps nobody waiting.
+    Slowed(Action),
     Waiting(Action),
     Source(Task),
     /// The target's part of a write to both sides, and the payload.
@@ -90,6 +99,8 @@ impl GuestRequest {
             outcome: Ok(()),
             buf: None,
             delayed_since: None,
+            slowed: false,
+            begun: None,
         }
     }
 
@@ -98,11 +109,19 @@ impl GuestRequest {
         loop {
             let status = match &mut self.stage {
                 Stage::Waiting(_) => {
-                    if !self.enter(gate, tools) {
+                    if !self.come_in(gate, tools) {
+                        return Status::Blocked;
+                    }
+                    if let Some(after) = self.slow_down(tools) {
+                        tools.io.submit(base, Op::Timeout { after });
+                        return Status::Busy;
+                    }
+                    if !self.enter(tools) {
                         return Status::Blocked;
                     }
                     continue;
                 }
+                Stage::Slowed(_) => return Status::Busy,
                 Stage::Source(task) | Stage::Target(task, _) | Stage::Flushing(task) => task.step(tools, base),
                 Stage::Done => return Status::Done,
             };
@@ -110,7 +129,11 @@ impl GuestRequest {
                 return status;
             }
             self.end_delay(tools);
+            let mirror = self.mirror();
             self.advance();
+            if let (Stage::Done, Some(mirror), Some(begun)) = (&self.stage, mirror, self.begun) {
+                mirror.courtesy.note(tools.io.now().saturating_sub(begun));
+            }
             if matches!(self.stage, Stage::Target(..)) {
                 self.begin_delay(tools);
             }
@@ -121,6 +144,11 @@ impl GuestRequest {
     pub fn complete<I: Io>(&mut self, tools: &mut Tools<I>, base: Token, done: Completion) {
         match &mut self.stage {
             Stage::Source(task) | Stage::Target(task, _) | Stage::Flushing(task) => task.complete(tools, base, done),
+            Stage::Slowed(_) => {
+                if let Stage::Slowed(action) = std::mem::replace(&mut self.stage, Stage::Done) {
+                    self.stage = Stage::Waiting(action);
+                }
+            }
             Stage::Waiting(_) | Stage::Done => unreachable!("nothing is under way"),
         }
     }
@@ -130,11 +158,36 @@ impl GuestRequest {
         (self.outcome, self.buf)
     }
 
-    /// Through the gate and, where both sides are written, to the claims. False where it has to wait.
-    fn enter<I: Io>(&mut self, gate: &Gate, tools: &Tools<I>) -> bool {
+    /// Through the gate. False where it has to wait.
+    fn come_in<I: Io>(&mut self, gate: &Gate, tools: &Tools<I>) -> bool {
         if self.pass.is_none() {
             self.pass = gate.enter(tools.waker);
+            if self.pass.as_ref().is_some_and(|pass| pass.route().mirror.is_some()) {
+                self.begun = Some(tools.io.now());
+            }
         }
+        self.pass.is_some()
+    }
+
+    /// For how long it has to wait for a bound of the job, if it has to, and has not yet: outside again, so that it keeps
+    /// nobody waiting.
+    fn slow_down<I: Io>(&mut self, tools: &Tools<I>) -> Option<Duration> {
+        let mirror = self.mirror().filter(|mirror| self.changes && !self.slowed && mirror.brake.limit() > 0)?;
+        self.slowed = true;
+        let wait = mirror.brake.queue(tools.io.now(), self.range.len()).min(SLOWED_MAX);
+        if wait.is_zero() {
+            return None;
+        }
+        mirror.stats.delay_ns.fetch_add(u64::try_from(wait.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        if let Stage::Waiting(action) = std::mem::replace(&mut self.stage, Stage::Done) {
+            self.stage = Stage::Slowed(action);
+        }
+        self.pass = None;
+        Some(wait)
+    }
+
+    /// To the claims, where both sides are written, and to the source. False where it has to wait.
+    fn enter<I: Io>(&mut self, tools: &Tools<I>) -> bool {
         let Some(pass) = &self.pass else { return false };
         let disk = Arc::clone(&pass.route().disk);
         if self.changes && disk.read_only() {
@@ -253,7 +306,7 @@ impl GuestRequest {
             }
             Stage::Target(task, loan) => self.target_done(task, loan),
             Stage::Flushing(task) => self.outcome = task.end().0,
-            Stage::Waiting(_) | Stage::Done => {}
+            Stage::Slowed(_) | Stage::Waiting(_) | Stage::Done => {}
         }
         if matches!(self.stage, Stage::Done) {
             self.land();

@@ -2,12 +2,14 @@
 //!
 //! The phases are a table, in `phase`. `Job` is stepped by the control thread: it puts the mirror in
 //! the guest's way, lets the seeder look when it may, and watches the backlog. How it ends is in `ending`.
+mod bounds;
 mod ending;
 mod errors;
 mod life;
 mod phase;
 mod sync;
 
+pub use bounds::{Limits, SLOWDOWN_MAX};
 pub use ending::Goal;
 pub use errors::IoError;
 pub use life::path;
@@ -22,6 +24,7 @@ use crate::io::{Completion, Io, Token};
 use crate::mirror::Mirror;
 use crate::pivot::{Pivot, RecordFile, Step};
 use crate::seed::Seeder;
+use bounds::{Bounds, Standing};
 use ending::Wish;
 use errors::Rest;
 use std::sync::Arc;
@@ -58,6 +61,8 @@ pub struct Parts {
     pub on_target_error: OnError,
     /// How long the guest may be kept waiting for the last pass.
     pub pause_max: Duration,
+    /// Until when it is to be ready, and what for.
+    pub limits: Limits,
 }
 
 /// One mirror job.
@@ -66,6 +71,7 @@ pub struct Job {
     phase: Phase,
     stage: Stage,
     syncs: Syncs,
+    bounds: Bounds,
     wish: Option<Wish>,
     /// The wish waits for `finalize`.
     held: bool,
@@ -123,6 +129,7 @@ impl Job {
         let stage = Stage::Attaching(parts.gate.replace(route));
         let job = Self {
             syncs: Syncs::new(parts.sync_rest),
+            bounds: Bounds::new(parts.limits),
             parts,
             phase: Phase::Seeding,
             stage,
@@ -180,6 +187,22 @@ impl Job {
     /// Changes that for ends that begin from now on.
     pub fn set_pause_max(&mut self, pause_max: Duration) {
         self.parts.pause_max = pause_max;
+    }
+
+    /// Changes until when it is to be ready, and what for.
+    pub fn set_limits(&mut self, limits: Limits) {
+        self.bounds.set(limits);
+        self.parts.limits = limits;
+    }
+
+    /// How many times as slow guest writes are made for that.
+    pub fn slowdown(&self) -> f64 {
+        self.bounds.slowdown()
+    }
+
+    /// Which of these bounds will not be kept, and why.
+    pub fn shortfall(&self) -> Option<&str> {
+        self.bounds.shortfall()
     }
 
     /// How guest writes are handled.
@@ -266,6 +289,7 @@ impl Job {
         let copying = matches!(self.stage, Stage::Seeding(_) | Stage::Copying) && self.wish.is_none();
         let fails = self.rest.is_some() || self.parts.mirror.has_fault();
         self.syncs.step(&self.parts.mirror, tools, base, copying && !fails);
+        self.keep_bounds(tools.io.now());
         match &mut self.stage {
             Stage::Attaching(leaving) => {
                 if leaving.is_empty(tools.waker) || planted(fault::Fault::LookBeforeOldWritesEnd) {
@@ -349,6 +373,18 @@ impl Job {
         }
     }
 
+    /// Slows guests where a bound asks for it.
+    fn keep_bounds(&mut self, now: Duration) {
+        let follows = matches!(self.phase, Phase::Converging | Phase::Ready);
+        let copies = matches!(self.stage, Stage::Seeding(_) | Stage::Copying | Stage::Settling(_));
+        if copies && !self.paused && self.rest.is_none() {
+            let standing = Standing { left: self.remaining(), follows, was_ready: self.was_ready };
+            self.bounds.step(&self.parts.mirror, now, standing);
+        } else if self.parts.mirror.brake.limit() > 0 {
+            self.parts.mirror.brake.set(0);
+        }
+    }
+
     /// Lets the seeder look, and the copiers at the target.
     fn begin_seeding(&mut self) {
         self.stage = Stage::Seeding(Seeder::from(self.parts.seen, self.parts.target_is_zero));
@@ -389,7 +425,8 @@ impl Job {
         }
     }
 
-    /// `auto`: in the background first, to both sides when little is left.
+    /// `auto`: in the background first, to both sides when little is left or a copy in the background would not come
+    /// to an end, and back where guests wait too long for that.
     fn choose_mode(&self) {
         let mirror = &self.parts.mirror;
         let both = match self.parts.mode {
@@ -402,7 +439,8 @@ impl Job {
             Mode::WriteBlocking => true,
             Mode::Auto => {
                 let looked = matches!(self.stage, Stage::Copying | Stage::Settling(_));
-                mirror.write_both() || (looked && mirror.dirty.marked_bytes() <= BACKLOG_BOTH)
+                let pays = || mirror.dirty.marked_bytes() <= BACKLOG_BOTH || self.bounds.stalls();
+                !self.bounds.spares() && (mirror.write_both() || (looked && pays()))
             }
         };
         if both != mirror.write_both() {

@@ -9,7 +9,7 @@ use crate::export::gate::{Gate, Route};
 use crate::export::request::{Action, GuestRequest};
 use crate::fault::{Fault, plant};
 use crate::io::{Arena, Buffer, Completion, File, Io, Op, Token, Wait, Waker};
-use crate::job::{Job, Parts, Phase};
+use crate::job::{Job, Limits, Parts, Phase};
 use crate::mirror::Mirror;
 use crate::pivot::{End, RecordFile};
 use formats::image::Image;
@@ -73,6 +73,7 @@ impl Stage {
             on_source_error: OnError::Report,
             on_target_error,
             pause_max: Duration::from_secs(1),
+            limits: Limits::default(),
         }
     }
 

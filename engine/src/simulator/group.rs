@@ -7,7 +7,7 @@ use crate::disk::{DataFile, Disk, Tools};
 use crate::export::gate::{Gate, Route};
 use crate::fault::{Fault, plant};
 use crate::io::{Arena, File, Io, Token, Wait, Waker};
-use crate::job::{Job, Parts, Phase};
+use crate::job::{Job, Limits, Parts, Phase};
 use crate::mirror::Mirror;
 use crate::pivot::{End, GroupFile, RecordFile, members};
 use formats::raw::Raw;
@@ -173,6 +173,7 @@ impl Actor {
             on_source_error: OnError::Ignore,
             on_target_error: OnError::Report,
             pause_max: Duration::from_secs(60),
+            limits: Limits::default(),
             seen: 0,
             sync_rest: Duration::from_secs(1),
         });

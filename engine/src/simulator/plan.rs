@@ -1,6 +1,8 @@
 //! What a world is like, by its seed.
 use super::files::Dice;
 use crate::control::Mode;
+use crate::job::Limits;
+use std::time::Duration;
 
 /// How a life of the daemon ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +40,10 @@ pub struct Plan {
     pub mends: bool,
     /// A chunk of the job's bitmap has 2 to this bytes: one part, or several.
     pub chunk_bits: u32,
+    /// How many times as long as alone guests' requests may take; 0 for no bound.
+    pub courtesy: u64,
+    /// What the job is bounded by.
+    pub limits: Limits,
     /// Between these steps of the first life the target has no space, and the job backs off.
     pub full: Option<(u64, u64)>,
 }
@@ -66,6 +72,12 @@ impl Plan {
             data_files: false,
             held: dice.one_in(4),
             mends: false,
+            courtesy: if seed.is_multiple_of(3) { 2 } else { 0 },
+            limits: match seed % 5 {
+                0 => Limits { deadline: Some(Duration::from_millis(seed % 3000)), ..Limits::default() },
+                1 => Limits { lag_max: 8 << 10, slowdown_max: 50, ..Limits::default() },
+                _ => Limits::default(),
+            },
             chunk_bits: 12 + (seed / 5 % 4) as u32,
             full: None,
         }

@@ -293,6 +293,7 @@ impl World {
             copier_arena: Arena::new(256 << 10),
             copier_waker: Waker::simulated(101),
             copier_waits: false,
+            copier_yields: self.plan.courtesy > 0,
             switched: false,
             answered: 0,
             answered_before: None,
@@ -322,6 +323,7 @@ impl World {
         let planes = self.kept.lay_out(taken, !self.target.raw);
         let mirror = Arc::new(Mirror::on(planes, source, target, self.plan.shallow));
         mirror.set_compare(taken.compare);
+        mirror.courtesy.set_factor(self.plan.courtesy);
         self.kept.kill_at_store(if let Fate::KilledAtStore(stores) = self.plan.fate { Some(stores) } else { None });
         let job = Job::start(Parts {
             id: "job".to_owned(),
@@ -334,6 +336,7 @@ impl World {
             on_source_error: if self.plan.mends { OnError::Report } else { OnError::Ignore },
             on_target_error: if self.plan.full.is_some() { OnError::BackOff } else { OnError::Ignore },
             pause_max: Duration::from_secs(3600),
+            limits: self.plan.limits,
         });
         let copier = Copier::new(mirror, Depth { slots: 3, run_len: 16 << 10, beside: 16 << 10 }, 0);
         let io = SimIo::new(&self.files, self.plan.seed ^ 0xc09, self.plan.fail_one_in);

@@ -195,17 +195,36 @@ pub(super) struct Set {
     pause_budget: Option<u64>,
     #[serde(default)]
     buf_size: Option<u64>,
+    #[serde(default)]
+    latency_factor: Option<u64>,
+    #[serde(default)]
+    deadline: Option<u64>,
+    #[serde(default)]
+    max_slowdown: Option<u64>,
+    #[serde(default)]
+    max_lag: Option<u64>,
 }
 
 impl Set {
     pub(super) fn into_request(self) -> Result<Request, Problem> {
-        let Self { export, speed, mode, on_source_error, on_target_error, pause_budget, buf_size } = self;
-        let changes = Changes { speed, mode, on_source_error, on_target_error, pause_budget, buf_size };
+        let changes = Changes {
+            speed: self.speed,
+            mode: self.mode,
+            on_source_error: self.on_source_error,
+            on_target_error: self.on_target_error,
+            pause_budget: self.pause_budget,
+            buf_size: self.buf_size,
+            latency_factor: self.latency_factor,
+            deadline: self.deadline,
+            max_slowdown: self.max_slowdown,
+            max_lag: self.max_lag,
+        };
         match changes == Changes::default() {
             true => Err(Problem::invalid(
-                "blkmirror-set: give 'speed', 'mode', 'on-source-error', 'on-target-error', 'pause-budget' or 'buf-size'",
+                "blkmirror-set: give 'speed', 'mode', 'on-source-error', 'on-target-error', 'pause-budget', 'buf-size', \
+                 'latency-factor', 'deadline', 'max-slowdown' or 'max-lag'",
             )),
-            false => Ok(Request::Set { export, changes }),
+            false => Ok(Request::Set { export: self.export, changes }),
         }
     }
 }

@@ -3,7 +3,7 @@ use super::{Answer, Desk, News, refuse};
 use crate::control::jobs::{IoStatus, JobInfo, JobStatus};
 use crate::control::{Code, MirrorRequest, Refusal, Reply, Request, Started, Status};
 use crate::daemon::lower::Lower;
-use crate::daemon::retune::refuse_pause;
+use crate::daemon::retune::refuse_bounds;
 use crate::job::Phase;
 use crate::target::{Reached, plan_chain};
 use formats::error::Context;
@@ -112,7 +112,7 @@ impl Desk {
         let progress = &lowering.lower.progress;
         match request {
             Request::Set { changes, .. } => {
-                if let Err(refusal) = changes.pause_budget.map_or(Ok(()), refuse_pause) {
+                if let Err(refusal) = refuse_bounds(changes) {
                     return Some(Some(Err(refusal)));
                 }
                 changes.apply(&mut lowering.request);
