@@ -509,6 +509,9 @@ pub struct Mirror {
     /// Where data becomes zeroes, write them and keep the space
     #[arg(long)]
     pub no_unmap: bool,
+    /// Move bytes also where a raw target could share blocks with the source (XFS, btrfs)
+    #[arg(long)]
+    pub no_reflink: bool,
     /// The job's name; the export's where it is not given
     #[arg(long, value_name = "NAME")]
     pub job_id: Option<String>,

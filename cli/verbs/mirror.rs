@@ -90,6 +90,7 @@ fn request(args: Mirror) -> Result<MirrorRequest, Failure> {
         max_lag: args.max_lag,
         max_slowdown: args.max_slowdown,
         unmap: !args.no_unmap,
+        reflink: !args.no_reflink,
         dry_run: args.dry_run,
         job_id: args.job_id,
         relative_backing: args.relative_backing,

@@ -3,6 +3,7 @@
 //! ```text
 //! take (claim, clear marks) ─► look ─► Data: read ─► runs ─► write ─┐
 //!                               │                      └───► zero ──┤
+//!                               ├─► Data on the target's file system: share its blocks ─┤
 //!                               ├─► Zero: zero ─────────────────────┤
 //!                               └─► the target has it below ────────┤
 //!                    any error: mark again, tell the job ───────────┴─► put (release)
@@ -17,7 +18,7 @@ mod runs;
 
 use crate::chain::{Look, Source};
 use crate::dirty::Claim;
-use crate::disk::{Status, Task, Tools};
+use crate::disk::{SHARE_ALIGN, Status, Task, Tools, cannot_share};
 use crate::fault::{Fault, planted};
 use crate::io::{Buffer, Completion, Io, Loan, Token};
 use crate::mirror::Mirror;
@@ -31,6 +32,9 @@ use std::time::Duration;
 
 /// Runs of zeroes in data become holes from this many bytes on, at multiples of it.
 const ZERO_RUN_MIN: usize = 64 << 10;
+
+/// Where blocks are shared a claim is so many times as long: its length costs nothing.
+const SHARED_RUNS: u64 = 16;
 
 /// How many runs a slot takes in one step, where they need no operation at all.
 const TURNS_MAX: usize = 256;
@@ -86,6 +90,8 @@ struct Slot {
     /// The one that is brought now, and up to where it is.
     range: ByteRange,
     at: u64,
+    /// The most that is read at a time.
+    len_max: u64,
     stage: Stage,
     /// The target was changed.
     brought: bool,
@@ -98,6 +104,7 @@ enum Stage {
     /// What was read, and the target's to hold it against.
     Compare(Buffer, Task),
     Zero(Task, ByteRange),
+    Share(Task, ByteRange),
     /// What was read goes to the target, run by run.
     Place(Placing),
 }
@@ -177,7 +184,7 @@ impl Copier {
             if planted(Fault::ClearAfterCopy) {
                 self.mirror.dirty.mark(range);
             }
-            self.slots[number] = Some(Slot::new(claim));
+            self.slots[number] = Some(Slot::new(claim, self.run_len as u64));
         }
         Ok(())
     }
@@ -188,7 +195,8 @@ impl Copier {
             return Ok(None);
         }
         self.mirror.may_copy(tools.io.now())?;
-        let chunks_max = (self.run_len as u64 / self.mirror.dirty.chunk_len()).max(1);
+        let runs = if self.mirror.shares() { SHARED_RUNS } else { 1 };
+        let chunks_max = (self.run_len as u64 / self.mirror.dirty.chunk_len()).max(1) * runs;
         if let Some(range) = self.mirror.probe() {
             return Ok(self.mirror.take(range, chunks_max));
         }
@@ -197,9 +205,9 @@ impl Copier {
 }
 
 impl Slot {
-    fn new(claim: Claim) -> Self {
+    fn new(claim: Claim, len_max: u64) -> Self {
         let nothing = ByteRange { start: 0, end: 0 };
-        Self { claim, begun: 0, range: nothing, at: 0, stage: Stage::Look, brought: false, failed: false }
+        Self { claim, begun: 0, range: nothing, at: 0, len_max, stage: Stage::Look, brought: false, failed: false }
     }
 
     /// The next range; false where there is none.
@@ -226,7 +234,9 @@ impl Slot {
                     }
                     continue;
                 }
-                Stage::Read(task, _) | Stage::Compare(_, task) | Stage::Zero(task, _) => task.step(tools, base),
+                Stage::Read(task, _) | Stage::Compare(_, task) | Stage::Zero(task, _) | Stage::Share(task, _) => {
+                    task.step(tools, base)
+                }
                 Stage::Place(placing) => placing.step(mirror, self.at, tools, base),
             };
             if status != Status::Done {
@@ -238,7 +248,7 @@ impl Slot {
 
     fn complete<I: Io>(&mut self, tools: &mut Tools<I>, base: Token, done: Completion) {
         match &mut self.stage {
-            Stage::Read(task, _) | Stage::Compare(_, task) | Stage::Zero(task, _) => {
+            Stage::Read(task, _) | Stage::Compare(_, task) | Stage::Zero(task, _) | Stage::Share(task, _) => {
                 task.complete(tools, base, done);
             }
             Stage::Place(Placing { task: Some((task, _)), .. }) => task.complete(tools, base, done),
@@ -269,6 +279,15 @@ impl Slot {
             }
             return Ok(());
         }
+        if let (Source::Data { layer, host }, true) = (source, mirror.shares() && !mirror.compares())
+            && let Some(shared) = shareable(piece, host)
+        {
+            let from = mirror.source.chain().layers()[layer].file.file().clone();
+            self.stage = Stage::Share(Task::share(Arc::clone(&mirror.target), shared, from, host), shared);
+            return Ok(());
+        }
+        let rest = rest.prefix(self.len_max);
+        piece = piece.prefix(self.len_max);
         // As much as there is data behind it: one read moves many extents.
         while piece.end < rest.end {
             let next = ByteRange { start: piece.end, end: rest.end };
@@ -316,6 +335,15 @@ impl Slot {
             },
             Stage::Zero(task, range) => match task.end().0 {
                 Ok(()) => (self.at, self.brought) = (range.end, true),
+                Err(error) => self.fail(mirror, true, error),
+            },
+            Stage::Share(task, range) => match task.end().0 {
+                Ok(()) => {
+                    (self.at, self.brought) = (range.end, true);
+                    mirror.stats.shared.fetch_add(range.len(), Ordering::Relaxed);
+                }
+                // Nothing was changed: it is moved instead, and so is the rest.
+                Err(error) if cannot_share(&error) => mirror.set_shares(false),
                 Err(error) => self.fail(mirror, true, error),
             },
             Stage::Place(mut placing) => match placing.take_outcome() {
@@ -407,6 +435,13 @@ fn below_both(mirror: &Mirror, range: ByteRange) -> Result<Option<ByteRange>> {
     }
     let (prefix, in_target) = mirror.target.chain().map_top(prefix.start, prefix.len())?;
     Ok((!in_target).then_some(prefix))
+}
+
+/// The whole blocks at the start of `piece`, whose bytes are at `host` of a file.
+fn shareable(piece: ByteRange, host: u64) -> Option<ByteRange> {
+    let end = piece.end - piece.end % SHARE_ALIGN;
+    let aligned = piece.start.is_multiple_of(SHARE_ALIGN) && host.is_multiple_of(SHARE_ALIGN);
+    (aligned && end > piece.start).then_some(ByteRange { start: piece.start, end })
 }
 
 /// True where all of `range` is a hole of the target already. The claim keeps it so.

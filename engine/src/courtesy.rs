@@ -122,6 +122,12 @@ impl Courtesy {
         }
     }
 
+    /// What requests take alone is another time now: it is found out anew.
+    pub fn forget(&self) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        (state.alone, state.listen_next) = (None, Duration::ZERO);
+    }
+
     /// The bound; 0 is none.
     pub fn factor(&self) -> u64 {
         self.factor.load(Ordering::Relaxed)

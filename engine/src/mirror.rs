@@ -48,6 +48,7 @@ pub struct Mirror {
     released: Bell,
     write_both: AtomicBool,
     compare: AtomicBool,
+    shares: AtomicBool,
     held: AtomicBool,
     /// There may be marks where the guest has not written.
     cold: AtomicBool,
@@ -71,6 +72,8 @@ pub struct Mirror {
 pub struct Stats {
     /// Brought over by copiers: data and zeroes.
     pub copied: AtomicU64,
+    /// Of that, what shares the source's blocks.
+    pub shared: AtomicU64,
     /// Of that, what was written to the target as data.
     pub written: AtomicU64,
     /// Written to the target together with the source.
@@ -125,6 +128,7 @@ impl Mirror {
             released: Bell::default(),
             write_both: AtomicBool::new(false),
             compare: AtomicBool::new(false),
+            shares: AtomicBool::new(false),
             held: AtomicBool::new(false),
             cold: AtomicBool::new(true),
             taken: AtomicU64::new(0),
@@ -215,7 +219,9 @@ impl Mirror {
 
     /// Changes that for requests that come from now on.
     pub fn set_write_both(&self, on: bool) {
-        self.write_both.store(on, Ordering::Release);
+        if self.write_both.swap(on, Ordering::AcqRel) != on {
+            self.courtesy.forget();
+        }
     }
 
     /// Whether copies look at the target first and write only what differs.
@@ -229,6 +235,16 @@ impl Mirror {
         if !on {
             self.planes.compared();
         }
+    }
+
+    /// Whether copies share blocks with the source instead of moving them, where both are on one file system.
+    pub fn shares(&self) -> bool {
+        self.shares.load(Ordering::Relaxed)
+    }
+
+    /// From now on they try to, or not any more. Only where the target is a raw file.
+    pub fn set_shares(&self, on: bool) {
+        self.shares.store(on, Ordering::Relaxed);
     }
 
     /// Copiers start nothing new while this is set; what is under way ends.

@@ -123,7 +123,8 @@ const COMMANDS: [&str; 41] = [
     "blkmirror-resize",
     "block_resize",
 ];
-const MEMBERS: [&str; 39] = [
+const MEMBERS: [&str; 40] = [
+    "reflink",
     "latency-factor",
     "deadline",
     "max-slowdown",

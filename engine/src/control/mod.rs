@@ -204,6 +204,9 @@ pub struct MirrorRequest {
     /// Zeroes become holes, where data becomes zeroes.
     #[serde(default = "yes")]
     pub unmap: bool,
+    /// Blocks are shared with the source instead of moved, where a raw target lies on its file system and that can.
+    #[serde(default = "yes")]
+    pub reflink: bool,
     /// Answer whether it could be done, and do nothing.
     #[serde(default)]
     pub dry_run: bool,
@@ -278,6 +281,7 @@ impl Default for MirrorRequest {
             max_slowdown: MAX_SLOWDOWN,
             max_lag: 0,
             unmap: true,
+            reflink: true,
             dry_run: false,
             job_id: None,
             auto_finalize: true,
@@ -470,6 +474,9 @@ pub struct Status {
     /// Why one of these bounds will not be kept.
     #[serde(default)]
     pub warning: Option<String>,
+    /// What of the copy shares the source's blocks.
+    #[serde(default)]
+    pub shared_bytes: u64,
     /// When the job may be ready, at the present rate.
     pub eta_s: Option<u64>,
     /// When it would be at the rate of the fastest second of late.

@@ -168,6 +168,7 @@ impl Active {
         mirror.rate.set(request.speed);
         mirror.courtesy.set_factor(request.latency_factor);
         mirror.set_compare(taken.compare);
+        mirror.set_shares(request.reflink && plan.format == TargetFormat::Raw && !mirror.target.is_remote());
         let kept_request = MirrorRequest {
             target: path.display().to_string(),
             shallow: plan.shallow,
@@ -366,6 +367,7 @@ impl Active {
             slowdown: Some(thousandths(self.job.slowdown())),
             warning: self.job.shortfall().map(str::to_owned),
             buf_size_bytes: Some(self.room.runs_in(self.buf_size) * self.room.run_len),
+            shared_bytes: mirror.stats.shared.load(Ordering::Relaxed),
             eta_s: eta.likely,
             eta_low_s: eta.low,
             eta_high_s: eta.high,

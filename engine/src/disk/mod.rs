@@ -9,12 +9,14 @@ mod grace;
 mod inflated;
 mod prefetch;
 mod read;
+mod share;
 mod step;
 mod task;
 mod write;
 mod zero;
 
 pub use crate::data_file::DataFile;
+pub use share::{SHARE_ALIGN, cannot_share};
 pub use step::{Status, Tools};
 pub use task::Task;
 

@@ -13,10 +13,11 @@ use super::compress::Compress;
 use super::flush::Flush;
 use super::prefetch::Prefetch;
 use super::read::Read;
+use super::share::Share;
 use super::step::{Status, Tools};
 use super::write::Write;
 use super::zero::Zero;
-use crate::io::{Buffer, Completion, Io, Token};
+use crate::io::{Buffer, Completion, File, Io, Token};
 use formats::error::Result;
 use formats::image::Zeroing;
 use formats::range::ByteRange;
@@ -35,6 +36,7 @@ enum Kind {
     Write(Write),
     Compress(Box<Compress>),
     Zero(Zero),
+    Share(Share),
     Flush(Flush),
     Prefetch(Prefetch),
 }
@@ -72,6 +74,12 @@ impl Task {
         Self::new(disk, Kind::Zero(Zero::new(range, zeroing, true)))
     }
 
+    /// Makes `range` the bytes of `from` at `host`, by sharing their blocks. The disk's top image is raw, and everything is a
+    /// multiple of `SHARE_ALIGN`.
+    pub fn share(disk: Arc<Disk>, range: ByteRange, from: File, host: u64) -> Self {
+        Self::new(disk, Kind::Share(Share::new(range, from, host)))
+    }
+
     /// Says that `range` will be read soon. Has no errors.
     pub fn prefetch(disk: Arc<Disk>, range: ByteRange) -> Self {
         Self::new(disk, Kind::Prefetch(Prefetch::new(range)))
@@ -105,6 +113,7 @@ impl Task {
             Kind::Write(write) => write.step(&self.disk, tools, base),
             Kind::Compress(compress) => compress.step(&self.disk, tools, base),
             Kind::Zero(zero) => zero.step(&self.disk, tools, base),
+            Kind::Share(share) => share.step(&self.disk, tools, base),
             Kind::Flush(flush) => flush.step(&self.disk, tools, base),
             Kind::Prefetch(prefetch) => prefetch.step(&self.disk, tools, base),
         }
@@ -119,6 +128,7 @@ impl Task {
             Kind::Write(write) => write.complete(&self.disk, tools, base, local, done),
             Kind::Compress(compress) => compress.complete(&self.disk, tools, base, local, done),
             Kind::Zero(zero) => zero.complete(&self.disk, tools, base, local, done),
+            Kind::Share(share) => share.complete(&self.disk, done.result),
             Kind::Flush(flush) => flush.complete(&self.disk, done.result),
             Kind::Prefetch(prefetch) => prefetch.complete(),
         }
@@ -132,6 +142,7 @@ impl Task {
             Kind::Write(write) => write.end(),
             Kind::Compress(compress) => compress.end(),
             Kind::Zero(zero) => (zero.end(), None),
+            Kind::Share(share) => (share.end(), None),
             Kind::Flush(flush) => (flush.end(), None),
             Kind::Prefetch(_) => (Ok(()), None),
         };

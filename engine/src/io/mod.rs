@@ -7,6 +7,7 @@
 //! This folder is the only one that has `unsafe`: memory that the kernel writes to, the ring's
 //! entries, memory that outlives the process, and the locks of open files. What the processor does for long goes to a `Pool`.
 mod arena;
+mod clone;
 mod file;
 mod gather;
 pub mod lock;
@@ -112,6 +113,19 @@ pub enum Op {
         to: Buffer,
         /// How.
         work: Work,
+    },
+    /// Make bytes of one file those of another by sharing their blocks, on a thread of the pool. The result is `Ok(0)`.
+    Clone {
+        /// Whose.
+        from: File,
+        /// Offset there.
+        at: u64,
+        /// Of which file.
+        to: File,
+        /// Offset there.
+        to_at: u64,
+        /// How many.
+        len: u64,
     },
     /// Reach the server at `peer`.
     Connect {

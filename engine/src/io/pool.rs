@@ -1,11 +1,13 @@
-//! Threads for what takes the processor rather than the kernel: inflating and deflating clusters.
+//! Threads for what takes the processor rather than the kernel, or a call that waits: inflating and deflating clusters,
+//! sharing blocks.
 //!
 //! A stepped thread that did this itself would keep everybody else waiting that it steps, and would be
 //! alone at it. So it is an operation like any other, `Op::Compute`: it goes to the pool with its buffers
 //! and comes back with them as a completion of the ring that it was given to.
 //!
 //! There is no bound on the queue here, for each ring has a bounded number of operations under way.
-use super::{Buffer, Completion, Op, Token, Waker};
+use super::clone::clone_range;
+use super::{Completion, Op, Token, Waker};
 use std::collections::VecDeque;
 use std::fmt;
 use std::io;
@@ -63,9 +65,7 @@ struct Jobs {
 
 struct Job {
     token: Token,
-    from: Buffer,
-    to: Buffer,
-    work: Work,
+    op: Op,
     home: Arc<Home>,
 }
 
@@ -74,7 +74,7 @@ impl Pool {
     pub fn serve(&self) -> ! {
         loop {
             let job = self.next();
-            job.home.clone().come_back(job.run());
+            job.home.come_back(carry_out_now(job.token, job.op));
         }
     }
 
@@ -103,12 +103,14 @@ impl Pool {
     }
 }
 
-impl Job {
-    fn run(mut self) -> Completion {
-        let result = self.work.run(&self.from, &mut self.to);
-        let op = Op::Compute { from: self.from, to: self.to, work: self.work };
-        Completion { token: self.token, op, result }
-    }
+/// Does what is for a pool, on this thread.
+pub(super) fn carry_out_now(token: Token, mut op: Op) -> Completion {
+    let result = match &mut op {
+        Op::Compute { from, to, work } => work.run(from, to),
+        Op::Clone { from, at, to, to_at, len } => clone_range(from, *at, to, *to_at, *len),
+        op => unreachable!("not for a pool: {op:?}"),
+    };
+    Completion { token, op, result }
 }
 
 /// Where a ring's work comes back to.
@@ -151,8 +153,8 @@ impl Helpers {
         &self.home.waker
     }
 
-    pub fn put(&self, token: Token, from: Buffer, to: Buffer, work: Work) {
-        self.pool.put(self.turn, Job { token, from, to, work, home: Arc::clone(&self.home) });
+    pub fn put(&self, token: Token, op: Op) {
+        self.pool.put(self.turn, Job { token, op, home: Arc::clone(&self.home) });
     }
 
     /// Moves what has come back into `done`.

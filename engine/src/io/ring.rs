@@ -6,7 +6,7 @@
 mod tests;
 
 use super::memory::{carry_out, zero_mode};
-use super::pool::{Helpers, Pool, Turn};
+use super::pool::{Helpers, Pool, Turn, carry_out_now};
 use super::registered::Registered;
 use super::{Arena, Buffer, Completion, File, Gather, Io, Op, Token, Until, Wait};
 use io_uring::types::{CancelBuilder, Fd, FsyncFlags, Timespec};
@@ -92,7 +92,7 @@ impl Ring {
         })
     }
 
-    /// The same ring, whose `Op::Compute`s go to `pool`.
+    /// The same ring, whose `Op::Compute`s and `Op::Clone`s go to `pool`.
     pub fn helped_by(mut self, pool: Option<Pool>, turn: Turn) -> io::Result<Self> {
         self.helpers = pool.map(|pool| Helpers::new(pool, turn)).transpose()?;
         self.listen();
@@ -152,7 +152,7 @@ impl Ring {
                     .flags(libc::SOCK_CLOEXEC)
                     .build()
             }
-            Op::Compute { .. } => unreachable!("the kernel does not compute"),
+            Op::Compute { .. } | Op::Clone { .. } => unreachable!("the pool does"),
             Op::Connect { socket, peer } => {
                 let peer = Box::new(peer.clone());
                 let entry = opcode::Connect::new(fd(socket), peer.as_ptr().cast(), peer.addr_len()).build();
@@ -283,11 +283,8 @@ fn with_remedy(error: io::Error) -> io::Error {
 impl Io for Ring {
     fn submit(&mut self, token: Token, op: Op) {
         match (op, &self.helpers) {
-            (Op::Compute { from, to, work }, Some(helpers)) => helpers.put(token, from, to, work),
-            (Op::Compute { from, mut to, work }, None) => {
-                let result = work.run(&from, &mut to);
-                self.ready.push(Completion { token, op: Op::Compute { from, to, work }, result });
-            }
+            (op @ (Op::Compute { .. } | Op::Clone { .. }), Some(helpers)) => helpers.put(token, op),
+            (op @ (Op::Compute { .. } | Op::Clone { .. }), None) => self.ready.push(carry_out_now(token, op)),
             (mut op, _) => match carry_out(&mut op) {
                 Some(result) => self.ready.push(Completion { token, op, result }),
                 None => self.start(Some(token), op),

@@ -76,6 +76,8 @@ pub(super) struct Bounds {
     natural: Option<Rates>,
     /// The share of that which they have now.
     share: f64,
+    /// They are held to it.
+    limited: bool,
     /// Which bound will not be kept.
     shortfall: Option<String>,
     /// The copy does not get ahead of what guests make anew.
@@ -99,7 +101,7 @@ impl Bounds {
     pub fn new(limits: Limits) -> Self {
         let (notes, next) = (VecDeque::new(), Duration::ZERO);
         let (natural, shortfall, spared) = (None, None, None);
-        Self { limits, end: None, notes, next, natural, share: 1.0, shortfall, stalls: false, spared }
+        Self { limits, end: None, notes, next, natural, share: 1.0, limited: false, shortfall, stalls: false, spared }
     }
 
     /// Other bounds from now on.
@@ -109,7 +111,7 @@ impl Bounds {
 
     /// How many times as slow guest writes are made now.
     pub fn slowdown(&self) -> f64 {
-        1.0 / self.share
+        if self.limited { 1.0 / self.share } else { 1.0 }
     }
 
     /// Which bound will not be kept, and by how much.
@@ -154,6 +156,7 @@ impl Bounds {
         }
         self.shortfall = shortfall;
         let limit = if share < 1.0 { self.natural.map_or(0, |natural| (natural.guest * share) as u64) } else { 0 };
+        self.limited = limit > 0;
         if mirror.brake.limit() != limit {
             mirror.brake.set(limit);
         }
@@ -181,7 +184,7 @@ impl Bounds {
             guest: rate(before.guest, counts.guest),
         };
         self.stalls = over >= LATELY - EVERY && rates.dirtied > 0.0 && rates.dirtied >= 0.9 * rates.copied;
-        if self.share >= 1.0 {
+        if !self.limited {
             self.natural = Some(rates);
         }
         let natural = self.natural?;
@@ -291,6 +294,7 @@ mod tests {
                 let standing = Standing { left: self.left as u64, follows: self.was_ready, was_ready: self.was_ready };
                 let decided = self.bounds.decide(now, counts, standing).unwrap_or((1.0, None));
                 (self.bounds.share, self.bounds.shortfall) = decided;
+                self.bounds.limited = self.bounds.share < 1.0;
                 let anew = dirtied * self.bounds.share * MIB / 5.0;
                 let brought = (copied * MIB / 5.0).min(self.left + anew);
                 self.left += anew - brought;

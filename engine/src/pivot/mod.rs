@@ -121,6 +121,8 @@ impl Pivot {
     ) -> Self {
         let stage = Stage::Drain(gate.close());
         mirror.target.hurry(true);
+        // Guests wait for the last pass alone.
+        mirror.courtesy.suspend(true);
         let (deadline, left) = (now.saturating_add(pause_max), mirror.backlog());
         Self { mirror, gate, end, stage, record_file, deadline, pause_max, left }
     }

@@ -256,6 +256,12 @@ impl SimIo {
                 Ok(0)
             }
             Op::Compute { from, to, work } => work.run(from, to),
+            Op::Clone { from, at, to, to_at, len } => {
+                let mut bytes = vec![0; *len as usize];
+                files[file(from)].read(*at as usize, &mut bytes);
+                files[file(to)].write(*to_at as usize, &bytes);
+                Ok(0)
+            }
             Op::Prefetch { .. } | Op::Timeout { .. } => Ok(0),
             op => unreachable!("not simulated: {op:?}"),
         }
@@ -306,7 +312,7 @@ impl Io for SimIo {
                 self.tear(&queued.op);
                 Err(io::Error::from_raw_os_error(5))
             }
-            (Op::Read { .. } | Op::Zero { .. }, true) => Err(io::Error::from_raw_os_error(5)),
+            (Op::Read { .. } | Op::Zero { .. } | Op::Clone { .. }, true) => Err(io::Error::from_raw_os_error(5)),
             _ => self.carry_out(&mut queued),
         };
         done.push(Completion { token: queued.token, op: queued.op, result });

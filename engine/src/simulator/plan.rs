@@ -42,6 +42,8 @@ pub struct Plan {
     pub chunk_bits: u32,
     /// How many times as long as alone guests' requests may take; 0 for no bound.
     pub courtesy: u64,
+    /// Blocks of the source are shared with a raw target.
+    pub shares: bool,
     /// What the job is bounded by.
     pub limits: Limits,
     /// Between these steps of the first life the target has no space, and the job backs off.
@@ -73,6 +75,7 @@ impl Plan {
             held: dice.one_in(4),
             mends: false,
             courtesy: if seed.is_multiple_of(3) { 2 } else { 0 },
+            shares: seed.is_multiple_of(2),
             limits: match seed % 5 {
                 0 => Limits { deadline: Some(Duration::from_millis(seed % 3000)), ..Limits::default() },
                 1 => Limits { lag_max: 8 << 10, slowdown_max: 50, ..Limits::default() },

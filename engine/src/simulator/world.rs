@@ -323,6 +323,7 @@ impl World {
         let planes = self.kept.lay_out(taken, !self.target.raw);
         let mirror = Arc::new(Mirror::on(planes, source, target, self.plan.shallow));
         mirror.set_compare(taken.compare);
+        mirror.set_shares(self.plan.shares && self.target.raw);
         mirror.courtesy.set_factor(self.plan.courtesy);
         self.kept.kill_at_store(if let Fate::KilledAtStore(stores) = self.plan.fate { Some(stores) } else { None });
         let job = Job::start(Parts {

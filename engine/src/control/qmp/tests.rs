@@ -195,6 +195,7 @@ fn our_own_mirror_takes_every_member_of_the_request() {
         max_slowdown: 3,
         max_lag: 1 << 30,
         unmap: false,
+        reflink: false,
         dry_run: true,
         job_id: Some("j".into()),
         auto_finalize: false,

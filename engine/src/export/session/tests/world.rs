@@ -112,7 +112,7 @@ impl World {
             Op::Send { .. } => !self.deaf || self.hung_up,
             Op::Timeout { .. } => self.expired,
             Op::Wake { .. } => self.rung,
-            Op::Compute { .. } => true,
+            Op::Compute { .. } | Op::Clone { .. } => true,
             Op::Accept { .. } | Op::Connect { .. } => false,
         }
     }
@@ -166,6 +166,7 @@ impl World {
                 Ok(count as u32)
             }
             Op::Compute { from, to, work } => work.run(from, to),
+            Op::Clone { .. } => unreachable!("there is no copier here"),
             Op::Wake { .. } => {
                 self.rung = false;
                 Ok(8)
@@ -225,6 +226,7 @@ fn kind_of(op: &Op) -> Option<Done> {
         Op::Zero { .. } => Done::Zero,
         Op::Flush { .. } => Done::Flush,
         Op::Compute { .. }
+        | Op::Clone { .. }
         | Op::Prefetch { .. }
         | Op::Timeout { .. }
         | Op::Wake { .. }
