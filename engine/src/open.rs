@@ -556,9 +556,9 @@ impl OpenFile {
         if let (Some(hold), Some((direct, _))) = (self.held, &direct) {
             held::shared(&self.buffered, direct, hold)?;
         }
-        let buffered = File::new(self.buffered);
+        let buffered = File::of_image(self.buffered);
         Ok(match direct {
-            Some((direct, align)) => DataFile::direct(buffered, File::new(direct), align),
+            Some((direct, align)) => DataFile::direct(buffered, File::of_image(direct), align),
             None => DataFile::buffered(buffered),
         })
     }

@@ -347,6 +347,8 @@ impl Active {
             io_status: self.job.io_status(),
             back_off_ms: self.job.backs_off().map(millis),
             failed_bytes: mirror.missed_len(),
+            fell_back: self.job.has_fallen_back(),
+            late_bytes: mirror.late().1,
             pause_budget_ms: Some(millis(self.job.pause_max())),
             buf_size_bytes: Some(self.room.runs_in(self.buf_size) * self.room.run_len),
             eta_s: eta.likely,
@@ -362,7 +364,7 @@ impl Active {
             lag_s: lag.map(|lag| thousandths(lag.as_secs_f64())),
             source: mirror.source.name(),
             target: Some(self.target.display().to_string()),
-            error: self.job.error().map(str::to_owned),
+            error: self.job.error().map(str::to_owned).or_else(|| self.job.lateness()),
             notes: self.notes.clone(),
         }
     }

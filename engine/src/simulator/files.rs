@@ -47,6 +47,8 @@ pub struct FileBytes {
     /// There is no space for what is written, and how often that was said.
     full: bool,
     refused: u64,
+    /// Nothing that is done to it ends.
+    hung: bool,
 }
 
 /// All files of a world, by number.
@@ -94,6 +96,19 @@ impl Files {
         let file = &mut self.lock()[number as usize];
         file.full = full;
         file.refused
+    }
+
+    /// From now on nothing that is done to a file ends, or all of it does again.
+    pub fn set_hung(&self, number: u32, hung: bool) {
+        self.lock()[number as usize].hung = hung;
+    }
+
+    /// True where an operation cannot end now.
+    fn holds(&self, op: &Op) -> bool {
+        let (Op::Read { file, .. } | Op::Write { file, .. } | Op::Zero { file, .. } | Op::Flush { file }) = op else {
+            return false;
+        };
+        file.number().is_some_and(|number| self.lock()[number as usize].hung)
     }
 
     /// True where what is to be written finds no space.
@@ -290,10 +305,11 @@ impl Io for SimIo {
 
     fn reap(&mut self, _: Wait, done: &mut Vec<Completion>) -> io::Result<()> {
         self.now += Duration::from_millis(1);
-        if self.queue.is_empty() {
+        let able: Vec<usize> = (0..self.queue.len()).filter(|at| !self.files.holds(&self.queue[*at].op)).collect();
+        if able.is_empty() {
             return Ok(());
         }
-        let pick = self.roll(self.queue.len() as u64) as usize;
+        let pick = able[self.roll(able.len() as u64) as usize];
         let mut queued = self.queue.swap_remove(pick);
         if let Op::Timeout { after } = queued.op {
             self.now += after;

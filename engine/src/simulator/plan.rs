@@ -38,6 +38,9 @@ pub struct Plan {
     pub mends: bool,
     /// Between these steps of the first life the target has no space, and the job backs off.
     pub full: Option<(u64, u64)>,
+    /// From this step of the first life on the target answers nothing: to that step, or until no guest waits for
+    /// anything.
+    pub hung: Option<(u64, Option<u64>)>,
 }
 
 impl Plan {
@@ -65,6 +68,7 @@ impl Plan {
             held: dice.one_in(4),
             mends: false,
             full: None,
+            hung: None,
         }
     }
 }
