@@ -44,8 +44,8 @@ pub struct FileBytes {
     len: usize,
     /// Which flush made `durable` what it is.
     flush: u64,
-    /// There is no space for what is written, and how often that was said.
-    full: bool,
+    /// There is no space for what is written, in the system's words, and how often that was said.
+    full: Option<i32>,
     refused: u64,
     /// Nothing that is done to it ends.
     hung: bool,
@@ -93,8 +93,13 @@ impl Files {
 
     /// From now on there is no space for what is written to a file, or there is again. How often it was refused so far.
     pub fn set_full(&self, number: u32, full: bool) -> u64 {
+        self.set_refusing(number, full.then_some(NO_SPACE))
+    }
+
+    /// The same with this error.
+    pub fn set_refusing(&self, number: u32, errno: Option<i32>) -> u64 {
         let file = &mut self.lock()[number as usize];
-        file.full = full;
+        file.full = errno;
         file.refused
     }
 
@@ -111,11 +116,11 @@ impl Files {
         file.number().is_some_and(|number| self.lock()[number as usize].hung)
     }
 
-    /// True where what is to be written finds no space.
-    fn refuses(&self, op: &Op) -> bool {
-        let (Op::Write { file, .. } | Op::Zero { file, .. }) = op else { return false };
+    /// Why what is to be written finds no space, if it finds none.
+    fn refuses(&self, op: &Op) -> Option<i32> {
+        let (Op::Write { file, .. } | Op::Zero { file, .. }) = op else { return None };
         let file = &mut self.lock()[file.number().expect("a simulated file") as usize];
-        file.refused += u64::from(file.full);
+        file.refused += u64::from(file.full.is_some());
         file.full
     }
 
@@ -151,8 +156,8 @@ impl Storage for SimStorage {
     }
     fn write_at(&self, at: u64, bytes: &[u8]) -> io::Result<()> {
         self.with(|file| match file.full {
-            true => Err(io::Error::from_raw_os_error(NO_SPACE)),
-            false => {
+            Some(errno) => Err(io::Error::from_raw_os_error(errno)),
+            None => {
                 file.write(at as usize, bytes);
                 Ok(())
             }
@@ -315,8 +320,9 @@ impl Io for SimIo {
             self.now += after;
         }
         let fails = self.fail_one_in > 0 && self.roll(self.fail_one_in) == 0;
+        let refused = self.files.refuses(&queued.op);
         let result = match (&queued.op, fails) {
-            (op, _) if self.files.refuses(op) => Err(io::Error::from_raw_os_error(NO_SPACE)),
+            _ if refused.is_some() => Err(io::Error::from_raw_os_error(refused.unwrap_or_default())),
             // A failed write may have changed some of its sectors.
             (Op::Write { .. }, true) => {
                 self.tear(&queued.op);
