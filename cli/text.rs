@@ -25,6 +25,7 @@ pub fn lines(status: &Status) -> Vec<String> {
         facts.extend(status.warning.clone().map(|warning| ("warning", warning)));
         facts.push(("speed", speed(status)));
         facts.extend((status.failed_bytes > 0).then(|| ("failed", failed(status))));
+        facts.extend((status.late_bytes > 0).then(|| ("late", size::format(status.late_bytes))));
     }
     facts.extend(status.redundancy.filter(|_| status.phase != "none").map(|times| ("copies", copies(times))));
     facts.extend(status.notes.iter().map(|note| ("note", note.clone())));

@@ -4,10 +4,11 @@
 //! recorded that a restart would not find.
 mod support;
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use support::daemon::{Daemon, program};
-use support::images::{create, overlay};
+use support::images::{create, overlay, three_layers};
 use support::nbd::{Client, Replies, Request};
 use support::random::Random;
 use support::scene::Scene;
@@ -234,6 +235,25 @@ impl Mount {
         Some(Self(place))
     }
 
+    /// One of a device, in the file `image`.
+    fn of_device(place: PathBuf, image: &Path) -> Option<Self> {
+        std::fs::create_dir_all(&place).expect("a folder of ours");
+        File::create(image).and_then(|file| file.set_len(64 << 20)).expect("a file of ours");
+        ran(Command::new("mkfs.ext4").arg("-q").arg(image));
+        let mut mount = Command::new("mount");
+        let mounted = output(mount.args(["-o", "loop"]).arg(image).arg(&place));
+        if !mounted.status.success() {
+            eprintln!("not done, for it takes root and loop devices: {}", told(&mount, &mounted));
+            return None;
+        }
+        Some(Self(place))
+    }
+
+    /// Makes it read-only at once, as an error of its device does, whoever has files of it open.
+    fn abort(&self) {
+        ran(Command::new("mount").args(["-o", "remount,abort"]).arg(&self.0));
+    }
+
     /// Takes it away from its name, whoever has files of it open.
     fn leave(&self) {
         ran(Command::new("umount").arg("-l").arg(&self.0));
@@ -258,6 +278,32 @@ fn a_target_whose_folder_is_unmounted_is_not_pivoted_to() {
     scene.writes(50);
     scene.daemon.ok("cancel", &["vda", "--force"]);
     scene.ends_on_the_source();
+}
+
+/// Its guests waited at the closed gate until the folder could be written again, which it could not.
+#[test]
+fn a_state_folder_that_turns_read_only_undoes_the_pivot() {
+    let folder = folder();
+    let state = folder.path().join("state");
+    let Some(mount) = Mount::of_device(state.clone(), &folder.path().join("device")) else { return };
+    let chain = three_layers(folder.path(), DISK_LEN, 68);
+    let mut scene = Scene::of(folder, chain, 68);
+    scene.mirror(&["--wait"]);
+    mount.abort();
+    for _ in 0..2 {
+        scene.daemon.wait_for("vda", "ready");
+        let said = scene.daemon.refused("pivot", &["vda"]);
+        assert!(said.contains("the pivot record") && said.contains("Read-only file system"), "{said}");
+        assert_eq!(scene.status()["serving"], scene.source());
+        scene.writes(50);
+    }
+    scene.daemon.ok("cancel", &["vda", "--force"]);
+    scene.writes(50);
+    let truth = scene.writer.take().expect("a guest").stop();
+    scene.holds(&truth);
+    // It cannot leave in order what it cannot write.
+    scene.daemon.kill();
+    drop(mount);
 }
 
 #[test]

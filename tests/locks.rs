@@ -6,6 +6,7 @@ mod support;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 use support::daemon::{Daemon, program};
 use support::images::{create, overlay};
 use support::nbd::{Client, Replies, Request};
@@ -122,6 +123,28 @@ fn a_raw_disk_that_is_served_has_one_writer() {
         daemon.stop();
         ran(&mut theirs(writers("raw")[0], &disk));
     }
+}
+
+/// It was waited for as for a dead one, whose last operations the system may still have: half a minute.
+#[test]
+fn a_blkmirror_that_lives_is_not_waited_for() {
+    let folder = folder();
+    let disk = folder.path().join("disk.raw");
+    create(&disk, "raw", DISK_LEN, &[]);
+    let export = format!("vda={},format=raw", disk.display());
+    let mut daemon = Daemon::serve(folder.path(), &[&export]);
+    let mut second = Command::new(program());
+    second.args(["serve", "--export", &export]);
+    for (option, name) in [("--socket", "nbd2"), ("--control", "control2"), ("--state", "state2")] {
+        second.arg(option).arg(folder.path().join(name));
+    }
+    let begun = Instant::now();
+    refused(second, &["another blkmirror uses it"]);
+    assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
+    // A dead one is, for as long as it takes, and no longer.
+    daemon.kill();
+    daemon.start();
+    daemon.stop();
 }
 
 #[test]

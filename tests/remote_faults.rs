@@ -6,18 +6,16 @@
 mod support;
 
 use serde_json::Value;
-use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 use support::daemon::Daemon;
 use support::images::thin_disk;
 use support::nbd::{Client, Replies, Request};
 use support::remote::{DISK_LEN, Remote};
-use support::server::{Server, garbage, two_folders};
+use support::server::{Server, garbage, tell, two_folders};
 use support::tools::{output, told};
 use support::writer::{Habits, Writer};
-use support::{PATIENCE, assert_same, eventually, folder};
+use support::{assert_same, eventually, folder};
 
 /// A guest that leaves a slow target time to follow.
 fn calm(seed: u64) -> Habits {
@@ -132,17 +130,6 @@ fn a_server_whose_flush_fails_ends_the_job() {
     let truth = guest.stop();
     daemon.stop();
     assert_same("the source", &std::fs::read(&source).expect("a file of ours"), &truth);
-}
-
-/// nbdkit's filter is told by one letter, and answers when it is so.
-#[track_caller]
-fn tell(control: &Path, letter: &[u8; 1]) {
-    let mut stream = UnixStream::connect(control).expect("nbdkit's control socket");
-    stream.set_read_timeout(Some(PATIENCE)).expect("a socket");
-    stream.write_all(letter).expect("nbdkit listens");
-    let mut answer = [0];
-    stream.read_exact(&mut answer).expect("an answer of nbdkit's");
-    assert_eq!(answer, letter.to_ascii_uppercase()[..]);
 }
 
 /// In the background mode the guest's writes go to the source alone, so it is no matter when the target answers.

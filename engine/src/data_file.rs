@@ -6,6 +6,7 @@
 //! keeps its own order and nothing is needed.
 use crate::io::{Buffer, File, PAGE};
 use formats::range::ByteRange;
+use std::os::fd::OwnedFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// One file, open once or twice.
@@ -13,6 +14,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 pub struct DataFile {
     buffered: File,
     direct: Option<Direct>,
+    #[expect(dead_code, reason = "kept, never used: `io::lock`")]
+    sign_of_life: Option<OwnedFd>,
 }
 
 #[derive(Debug)]
@@ -36,13 +39,20 @@ pub(super) struct Stay(Option<Writer>);
 impl DataFile {
     /// Everything through the page cache.
     pub fn buffered(file: File) -> Self {
-        Self { buffered: file, direct: None }
+        Self { buffered: file, direct: None, sign_of_life: None }
     }
 
     /// What is aligned to `align` bytes by way of `direct`, the rest through the page cache.
     pub fn direct(buffered: File, direct: File, align: u64) -> Self {
         assert!(align.is_power_of_two() && align <= PAGE as u64, "an alignment that buffers have");
-        Self { buffered, direct: Some(Direct { file: direct, align, writers: Mutex::default() }) }
+        let direct = Direct { file: direct, align, writers: Mutex::default() };
+        Self { buffered, direct: Some(direct), sign_of_life: None }
+    }
+
+    /// The same, with a sign for others that who writes to it lives.
+    #[must_use]
+    pub fn with_sign_of_life(self, sign_of_life: Option<OwnedFd>) -> Self {
+        Self { sign_of_life, ..self }
     }
 
     /// True where it has direct I/O.

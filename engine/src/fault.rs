@@ -14,6 +14,8 @@ pub enum Fault {
     NoMarkOnFailure,
     /// 2: a write to both sides whose target failed marks nothing.
     NoMarkOnTargetFailure,
+    /// 2: a write to both sides that is answered without the target marks nothing.
+    NoMarkWhenLate,
     /// 3: the copier looks where a chunk lives and reads it before it clears the mark.
     ClearAfterCopy,
     /// 3: a copy that failed does not mark again.
@@ -24,6 +26,8 @@ pub enum Fault {
     TryAtOnce,
     /// 4: a write to both sides claims its chunks around the target's write alone.
     ClaimTargetOnly,
+    /// 4: a write that the target has not ended is waited for no more, and its claim is released.
+    ReleaseWhileLate,
     /// 5: zeroes are taken for "nothing to do".
     SkipZeroes,
     /// 6: the pivot does not wait for the requests inside.

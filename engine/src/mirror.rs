@@ -1,5 +1,8 @@
 //! What sessions and copiers of one job share: the two disks, the bitmap, the limits.
+mod lateness;
 mod missed;
+
+pub use lateness::PATIENCE;
 
 use crate::bell::Bell;
 use crate::courtesy::{Courtesy, Done};
@@ -12,6 +15,7 @@ use crate::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard, Ordering};
 use formats::error::{Error, Result};
 use formats::image::Zeroing;
 use formats::range::ByteRange;
+use lateness::Lateness;
 use missed::Missed;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
@@ -32,6 +36,8 @@ pub struct Mirror {
     pub zeroing: Zeroing,
     /// Bytes of a cluster of the target, where what is copied is compressed; chunks are whole clusters then.
     pub compress: Option<u32>,
+    /// How long a guest's write waits for the target.
+    pub patience: Duration,
     /// How fast copiers may be.
     pub rate: Rate,
     /// How fast guests may write, for a bound of the job.
@@ -65,6 +71,7 @@ pub struct Mirror {
     missed: Mutex<Missed>,
     /// Bytes of that.
     missed_len: AtomicU64,
+    lateness: Lateness,
 }
 
 /// Counters, in bytes unless they say otherwise.
@@ -119,6 +126,7 @@ impl Mirror {
             shallow,
             zeroing: Zeroing::Unmap,
             compress: None,
+            patience: PATIENCE,
             rate: Rate::default(),
             brake: Rate::default(),
             courtesy: Courtesy::default(),
@@ -139,6 +147,7 @@ impl Mirror {
             answers: AtomicU64::new(0),
             missed: Mutex::default(),
             missed_len: AtomicU64::new(0),
+            lateness: Lateness::default(),
         }
     }
 
@@ -214,7 +223,7 @@ impl Mirror {
 
     /// Whether guest writes go to the target as well, where the copy has been already.
     pub fn write_both(&self) -> bool {
-        self.write_both.load(Ordering::Acquire)
+        self.write_both.load(Ordering::Acquire) && !self.has_fallen_back()
     }
 
     /// Changes that for requests that come from now on.

@@ -11,7 +11,7 @@ use crate::chain::{Apart, Chain, Layer};
 use crate::control::TargetFormat;
 use crate::control::options::{Beside, Cache, Reach};
 use crate::disk::{DataFile, Disk};
-use crate::io::lock::Hold;
+use crate::io::lock::{Hold, sign_of_life};
 use crate::io::remote::Remote;
 use crate::io::{File, FileStorage, PAGE, is_in_memory};
 use formats::backing::{BackingName, Location};
@@ -546,6 +546,11 @@ impl OpenFile {
     }
 
     fn data_file(self, path: &Path, cache: Cache) -> Result<DataFile> {
+        let sign = self.held.and_then(|_| sign_of_life(&self.buffered));
+        self.ways(path, cache).map(|file| file.with_sign_of_life(sign))
+    }
+
+    fn ways(self, path: &Path, cache: Cache) -> Result<DataFile> {
         if is_in_memory(&self.buffered) {
             return Ok(DataFile::buffered(File::of_memory(self.buffered)));
         }
@@ -556,9 +561,9 @@ impl OpenFile {
         if let (Some(hold), Some((direct, _))) = (self.held, &direct) {
             held::shared(&self.buffered, direct, hold)?;
         }
-        let buffered = File::new(self.buffered);
+        let buffered = File::of_image(self.buffered);
         Ok(match direct {
-            Some((direct, align)) => DataFile::direct(buffered, File::new(direct), align),
+            Some((direct, align)) => DataFile::direct(buffered, File::of_image(direct), align),
             None => DataFile::buffered(buffered),
         })
     }

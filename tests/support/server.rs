@@ -1,7 +1,9 @@
 //! NBD servers of somebody else's.
-use super::eventually;
 use super::random::Random;
 use super::tools::ran;
+use super::{PATIENCE, eventually};
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -166,6 +168,17 @@ pub fn garbage(folder: &Path, name: &str, len: usize) -> PathBuf {
     let path = folder.join(name);
     std::fs::write(&path, Random::new(9).bytes(len)).expect("a file of ours");
     path
+}
+
+/// nbdkit's pause filter is told by one letter, and answers when it is so.
+#[track_caller]
+pub fn tell(control: &Path, letter: &[u8; 1]) {
+    let mut stream = UnixStream::connect(control).expect("nbdkit's control socket");
+    stream.set_read_timeout(Some(PATIENCE)).expect("a socket");
+    stream.write_all(letter).expect("nbdkit listens");
+    let mut answer = [0];
+    stream.read_exact(&mut answer).expect("an answer of nbdkit's");
+    assert_eq!(answer, letter.to_ascii_uppercase()[..]);
 }
 
 /// Folders of the server and of the daemon, whose sockets have the same names.

@@ -444,6 +444,12 @@ pub struct Status {
     /// What could not be copied, and was not since.
     #[serde(default)]
     pub failed_bytes: u64,
+    /// Whether guests write to the source alone because the target took too long for one of them.
+    #[serde(default)]
+    pub fell_back: bool,
+    /// What the target has not answered of what guests wrote to both sides, and wait for no more.
+    #[serde(default)]
+    pub late_bytes: u64,
     /// How long guests may be kept waiting for the last pass of an end.
     #[serde(default)]
     pub pause_budget_ms: Option<u64>,

@@ -357,6 +357,8 @@ impl Active {
             io_status: self.job.io_status(),
             back_off_ms: self.job.backs_off().map(millis),
             failed_bytes: mirror.missed_len(),
+            fell_back: self.job.has_fallen_back(),
+            late_bytes: mirror.late().1,
             pause_budget_ms: Some(millis(self.job.pause_max())),
             latency_factor: Some(mirror.courtesy.factor()),
             guest_p99_us: late.map(micros),
@@ -381,7 +383,7 @@ impl Active {
             lag_s: lag.map(|lag| thousandths(lag.as_secs_f64())),
             source: mirror.source.name(),
             target: Some(self.target.display().to_string()),
-            error: self.job.error().map(str::to_owned),
+            error: self.job.error().map(str::to_owned).or_else(|| self.job.lateness()),
             notes: self.notes.clone(),
         }
     }

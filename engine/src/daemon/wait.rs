@@ -1,9 +1,10 @@
 //! Waits for what a killed daemon left under way.
 //!
 //! The kernel ends a dead process's operations after the process: a write of it could land on what
-//! the next daemon wrote already. Each such operation keeps its open file, and that its locks.
+//! the next daemon wrote already. Each such operation keeps its open file, and that its locks. One that lives is not waited
+//! for: it would be in vain.
 use crate::control::TargetFormat;
-use crate::io::lock::{Denied, is_written};
+use crate::io::lock::{Denied, is_written, lives};
 use crate::open::{export_named, files_of};
 use formats::error::{Context, Error, Result};
 use rustix::fs::OFlags;
@@ -14,6 +15,8 @@ use std::time::{Duration, Instant};
 
 /// How long a dead daemon's operations may take.
 const MAX: Duration = Duration::from_secs(30);
+/// How long a daemon may take to die that was told to just before.
+const DYING_MAX: Duration = Duration::from_secs(2);
 const PAUSE: Duration = Duration::from_millis(5);
 
 /// Until no blkmirror writes to a file of the image at `path`. Another server's export is its server's affair: what a
@@ -39,7 +42,7 @@ pub(super) fn until_free(path: &Path) -> Result<()> {
     loop {
         match is_written(&file) {
             Ok(false) | Err(Denied::ToEverybody) => return Ok(()),
-            Ok(true) if begin.elapsed() < MAX => std::thread::sleep(PAUSE),
+            Ok(true) if begin.elapsed() < if lives(&file) { DYING_MAX } else { MAX } => std::thread::sleep(PAUSE),
             Ok(true) => return Err(Error::invalid(named("another blkmirror uses it: end that one first"))),
             Err(denied) => return Err(Error::invalid(named(&format!("looking for locks: {denied:?}")))),
         }

@@ -4,10 +4,14 @@
 //! [ slowed ] ─► enter the gate ─► claim (write-both) ─► source ─► mark, or the target as well ─► flush (FUA)
 //! ```
 //!
+//! Where the target takes too long, for this request or for whoever has a claim that it waits for, it goes on without
+//! it: the source has the write and its chunks are marked. What the target has begun by then is `late`.
+//!
 //! A request reads the mode once and keeps its pass to its end: one request sees one route and one
 //! mode, whatever is switched meanwhile. A failure of the target is the job's business; the guest
 //! hears of the source alone.
 use super::gate::{Gate, Pass};
+use super::late::Late;
 use crate::dirty::Claim;
 use crate::disk::{Status, Task, Tools};
 use crate::fault::{Fault, planted};
@@ -44,7 +48,7 @@ pub enum Action {
     Flush,
 }
 
-/// One guest request, stepped like a `Task` and with as many tokens.
+/// One guest request, stepped like a `Task`. The target's tokens are behind the source's, for both can be under way.
 pub struct GuestRequest {
     range: ByteRange,
     stage: Stage,
@@ -69,6 +73,8 @@ pub struct GuestRequest {
     slowed: bool,
     /// When it came through the gate, where the disk is mirrored.
     begun: Option<Duration>,
+    /// What the target has begun, and is waited for no more.
+    late: Option<Late>,
 }
 
 enum Stage {
@@ -83,6 +89,14 @@ enum Stage {
 }
 
 impl GuestRequest {
+    /// How many tokens it may use, from the one it is given.
+    pub const TOKENS: u64 = 2 * Task::TOKENS;
+
+    /// The target's tokens, of a request with those from `base` on.
+    pub fn of_target(base: Token) -> Token {
+        Token(base.0 + Task::TOKENS)
+    }
+
     /// A request for `range`, which is inside the disk; a flush has none.
     pub fn new(action: Action, range: ByteRange, fua: bool) -> Self {
         let zeroing = if let Action::Zero { zeroing, .. } = action { Some(zeroing) } else { None };
@@ -101,6 +115,7 @@ impl GuestRequest {
             delayed_since: None,
             slowed: false,
             begun: None,
+            late: None,
         }
     }
 
@@ -122,28 +137,49 @@ impl GuestRequest {
                     continue;
                 }
                 Stage::Slowed(_) => return Status::Busy,
-                Stage::Source(task) | Stage::Target(task, _) | Stage::Flushing(task) => task.step(tools, base),
+                Stage::Source(task) | Stage::Flushing(task) => task.step(tools, base),
+                Stage::Target(task, _) => task.step(tools, Self::of_target(base)),
                 Stage::Done => return Status::Done,
             };
-            if status != Status::Done {
-                return status;
+            let mirror = self.begun.and_then(|_| self.mirror());
+            match status {
+                Status::Done => self.advance(),
+                _ if self.is_late(tools) => self.go_on_without_target(),
+                status => return status,
             }
-            self.end_delay(tools);
-            let mirror = self.mirror();
-            self.advance();
-            if let (Stage::Done, Some(mirror), Some(begun)) = (&self.stage, mirror, self.begun) {
+            if let (Stage::Done, Some(mirror), Some(begun)) = (&self.stage, &mirror, self.begun) {
                 mirror.courtesy.note(tools.io.now().saturating_sub(begun));
             }
-            if matches!(self.stage, Stage::Target(..)) {
-                self.begin_delay(tools);
+            match self.stage {
+                Stage::Target(..) => self.begin_delay(tools),
+                _ => self.end_delay(tools, mirror),
             }
         }
     }
 
+    /// When it will have waited for the mirror for long enough, if it does: it has to be stepped then.
+    pub fn patience_ends(&self) -> Option<Duration> {
+        let waits = match self.stage {
+            Stage::Target(..) => true,
+            Stage::Waiting(_) => !self.decided,
+            Stage::Slowed(_) | Stage::Source(_) | Stage::Flushing(_) | Stage::Done => false,
+        };
+        let since = self.delayed_since.filter(|_| waits)?;
+        Some(since + self.mirror()?.patience)
+    }
+
+    fn is_late<I: Io>(&self, tools: &Tools<I>) -> bool {
+        self.patience_ends().is_some_and(|ends| tools.io.now() >= ends)
+    }
+
     /// Takes in what became of one of its operations; a step follows.
     pub fn complete<I: Io>(&mut self, tools: &mut Tools<I>, base: Token, done: Completion) {
+        if let Some(late) = self.late.as_mut().filter(|_| done.token >= Self::of_target(base)) {
+            return late.complete(tools, Self::of_target(base), done);
+        }
         match &mut self.stage {
-            Stage::Source(task) | Stage::Target(task, _) | Stage::Flushing(task) => task.complete(tools, base, done),
+            Stage::Source(task) | Stage::Flushing(task) => task.complete(tools, base, done),
+            Stage::Target(task, _) => task.complete(tools, Self::of_target(base), done),
             Stage::Slowed(_) => {
                 if let Stage::Slowed(action) = std::mem::replace(&mut self.stage, Stage::Done) {
                     self.stage = Stage::Waiting(action);
@@ -153,9 +189,15 @@ impl GuestRequest {
         }
     }
 
-    /// What became of it, and the buffer it came with. After `Status::Done`.
+    /// What became of it, and the buffer it came with. After `Status::Done`, and after `take_late`.
     pub fn end(self) -> (Result<()>, Option<Buffer>) {
         (self.outcome, self.buf)
+    }
+
+    /// What of it the target has under way still: to be kept, with the target's tokens, until that is done. After
+    /// `Status::Done`.
+    pub fn take_late(&mut self) -> Option<Late> {
+        self.late.take()
     }
 
     /// Through the gate. False where it has to wait.
@@ -198,7 +240,7 @@ impl GuestRequest {
                 self.begin_delay(tools);
                 return false;
             }
-            self.end_delay(tools);
+            self.end_delay(tools, Some(Arc::clone(&mirror)));
             if planted(Fault::MarkBeforeWrite) {
                 mirror.written(self.range);
             }
@@ -221,8 +263,8 @@ impl GuestRequest {
     }
 
     /// It goes on.
-    fn end_delay<I: Io>(&mut self, tools: &Tools<I>) {
-        if let (Some(since), Some(mirror)) = (self.delayed_since.take(), self.mirror()) {
+    fn end_delay<I: Io>(&mut self, tools: &Tools<I>, mirror: Option<Arc<Mirror>>) {
+        if let (Some(since), Some(mirror)) = (self.delayed_since.take(), mirror) {
             let delay = tools.io.now().saturating_sub(since);
             mirror.stats.delay_ns.fetch_add(u64::try_from(delay.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
         }
@@ -256,6 +298,9 @@ impl GuestRequest {
     /// Claims what goes to both sides: the chunks that are not marked, for the copy has been there.
     /// What is marked goes to the source alone and stays marked, so the backlog only shrinks.
     fn claim<I: Io>(&mut self, mirror: &Mirror, tools: &Tools<I>) -> bool {
+        if self.is_late(tools) {
+            mirror.fall_back();
+        }
         if self.decided || !self.goes_to_both(mirror) || planted(Fault::ClaimTargetOnly) {
             self.decided = true;
             return true;
@@ -308,9 +353,17 @@ impl GuestRequest {
             Stage::Flushing(task) => self.outcome = task.end().0,
             Stage::Slowed(_) | Stage::Waiting(_) | Stage::Done => {}
         }
-        if matches!(self.stage, Stage::Done) {
-            self.land();
-            self.pass = None;
+        self.leave_if_done();
+    }
+
+    fn leave_if_done(&mut self) {
+        if !matches!(self.stage, Stage::Done) {
+            return;
+        }
+        self.land();
+        let pass = self.pass.take();
+        if let Some(late) = &mut self.late {
+            late.keep(pass);
         }
     }
 
@@ -362,11 +415,12 @@ impl GuestRequest {
     /// Starts the target's next part, or ends.
     fn next_target(&mut self, mut loan: Option<Loan>) {
         let Some(mirror) = self.mirror() else { return };
+        if mirror.has_fallen_back() {
+            self.mark_what_is_left(&mirror);
+        }
         let Some((run, _)) = self.both.last() else {
             self.buf = loan.map(Loan::end);
-            if self.fua {
-                self.stage = Stage::Flushing(Task::flush(Arc::clone(&mirror.source)));
-            }
+            self.flush_if_asked(&mirror);
             return;
         };
         let target = Arc::clone(&mirror.target);
@@ -377,6 +431,35 @@ impl GuestRequest {
             (None, zeroing) => Task::zero(target, *run, zeroing.unwrap_or(Zeroing::Unmap)),
         };
         self.stage = Stage::Target(task, loan);
+    }
+
+    fn flush_if_asked(&mut self, mirror: &Mirror) {
+        if self.fua {
+            self.stage = Stage::Flushing(Task::flush(Arc::clone(&mirror.source)));
+        }
+    }
+
+    /// What of the target is not begun is marked instead.
+    fn mark_what_is_left(&mut self, mirror: &Mirror) {
+        for (run, claim) in self.both.drain(..) {
+            mirror.written(run);
+            mirror.release(claim, None);
+        }
+    }
+
+    /// The target takes too long: what it lacks is marked, and nobody waits for it any more.
+    fn go_on_without_target(&mut self) {
+        let Some(mirror) = self.mirror() else { return };
+        let Stage::Target(task, loan) = std::mem::replace(&mut self.stage, Stage::Done) else { return };
+        let Some((run, claim)) = self.both.pop() else { return };
+        mirror.fall_back();
+        if !planted(Fault::NoMarkWhenLate) {
+            mirror.written(run);
+        }
+        self.mark_what_is_left(&mirror);
+        self.flush_if_asked(&mirror);
+        self.late = Some(Late::new(task, loan, (run, claim), mirror));
+        self.leave_if_done();
     }
 
     fn target_done(&mut self, task: Task, mut loan: Option<Loan>) {

@@ -1,5 +1,6 @@
 //! Open files and sockets, exports of other servers, and the bell-push of a thread that waits in its ring.
 use super::lock;
+use super::memory::is_served;
 use super::remote::Remote;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use std::io;
@@ -16,6 +17,8 @@ enum Inner {
     Open(OwnedFd),
     /// On a file system in memory.
     InMemory(OwnedFd),
+    /// On a file system that a process serves.
+    Served(OwnedFd),
     Remote(Arc<Remote>),
     Simulated(Simulated),
 }
@@ -38,6 +41,18 @@ impl File {
         Self(Arc::new(Inner::InMemory(fd.into())))
     }
 
+    /// A real one that an image is in. Where a process serves its file system (FUSE), the kernel would have whoever
+    /// submits an operation wait for those before it, for as long as that process likes: a thread of its own does.
+    pub fn of_image(fd: impl Into<OwnedFd>) -> Self {
+        let fd = fd.into();
+        Self(Arc::new(if is_served(&fd) { Inner::Served(fd) } else { Inner::Open(fd) }))
+    }
+
+    /// True where nobody who has other things to do may begin an operation of it.
+    pub(super) fn is_served(&self) -> bool {
+        matches!(&*self.0, Inner::Served(_))
+    }
+
     /// An export; only a `Remotes` queue can work on it.
     pub fn remote(remote: Arc<Remote>) -> Self {
         Self(Arc::new(Inner::Remote(remote)))
@@ -47,7 +62,7 @@ impl File {
     pub fn as_remote(&self) -> Option<&Arc<Remote>> {
         match &*self.0 {
             Inner::Remote(remote) => Some(remote),
-            Inner::Open(_) | Inner::InMemory(_) | Inner::Simulated(_) => None,
+            Inner::Open(_) | Inner::InMemory(_) | Inner::Served(_) | Inner::Simulated(_) => None,
         }
     }
 
@@ -59,7 +74,7 @@ impl File {
     /// The simulator's number; `None` for a real file.
     pub fn number(&self) -> Option<u32> {
         match &*self.0 {
-            Inner::Open(_) | Inner::InMemory(_) | Inner::Remote(_) => None,
+            Inner::Open(_) | Inner::InMemory(_) | Inner::Served(_) | Inner::Remote(_) => None,
             Inner::Simulated(simulated) => Some(simulated.number),
         }
     }
@@ -108,7 +123,7 @@ impl File {
     /// Makes everything durable that was written before. Waits: for starting and stopping.
     pub fn flush_now(&self) -> io::Result<()> {
         match &*self.0 {
-            Inner::Open(fd) | Inner::InMemory(fd) => Ok(rustix::fs::fdatasync(fd)?),
+            Inner::Open(fd) | Inner::InMemory(fd) | Inner::Served(fd) => Ok(rustix::fs::fdatasync(fd)?),
             Inner::Remote(remote) => remote.flush_now(),
             Inner::Simulated(_) => Ok(()),
         }
@@ -117,7 +132,7 @@ impl File {
     /// The descriptor, where there is one.
     pub fn as_fd(&self) -> Option<BorrowedFd<'_>> {
         match &*self.0 {
-            Inner::Open(fd) | Inner::InMemory(fd) => Some(fd.as_fd()),
+            Inner::Open(fd) | Inner::InMemory(fd) | Inner::Served(fd) => Some(fd.as_fd()),
             Inner::Remote(_) | Inner::Simulated(_) => None,
         }
     }
@@ -156,14 +171,14 @@ impl Waker {
             // Fails only where the counter is full: then the thread is being woken already.
             Inner::Open(fd) => drop(rustix::io::write(fd, &1u64.to_ne_bytes())),
             Inner::Simulated(simulated) => simulated.woken.store(true, Ordering::SeqCst),
-            Inner::InMemory(_) | Inner::Remote(_) => unreachable!("a waker has an eventfd"),
+            Inner::InMemory(_) | Inner::Served(_) | Inner::Remote(_) => unreachable!("a waker has an eventfd"),
         }
     }
 
     /// Whether a simulator's was woken since this was asked last.
     pub fn was_woken(&self) -> bool {
         match &*self.0.0 {
-            Inner::Open(_) | Inner::InMemory(_) | Inner::Remote(_) => false,
+            Inner::Open(_) | Inner::InMemory(_) | Inner::Served(_) | Inner::Remote(_) => false,
             Inner::Simulated(simulated) => simulated.woken.swap(false, Ordering::SeqCst),
         }
     }

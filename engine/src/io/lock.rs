@@ -16,16 +16,22 @@
 //! 100 reads    101 writes    103 changes the length             of QEMU's numbers 0 to 4, those that matter here
 //! 200          201           203 the same, and lets nobody else
 //! 300 a blkmirror that writes
+//! 301 one that lives
 //! ```
+//!
+//! The last byte is had by an open file that nothing is ever done to, so it goes with its process, whatever the kernel still
+//! has of the others: who finds 300 without it waits, and who finds both would wait in vain.
 // UNSAFETY: rustix knows only the locks of processes, and the system takes the description of one by its address.
 #![expect(unsafe_code)]
 
+use rustix::fs::{Mode, OFlags};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 const DOES: i64 = 100;
 const LETS_NOBODY: i64 = 200;
 const OURS: i64 = 300;
+const LIVES: i64 = 301;
 
 const READ: i64 = 0;
 const WRITE: i64 = 1;
@@ -134,6 +140,19 @@ pub fn is_written(file: impl AsFd) -> Result<bool, Denied> {
     others_have(&file, OURS)
 }
 
+/// A sign, as long as it is kept, that the process which writes to the file lives. `None` where there can be none: others
+/// wait then, as for a dead one.
+pub fn sign_of_life(file: impl AsFd) -> Option<OwnedFd> {
+    let path = format!("/proc/self/fd/{}", file.as_fd().as_raw_fd());
+    let sign = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK, Mode::empty()).ok()?;
+    set(&sign, libc::F_RDLCK, LIVES, 1).ok().map(|()| sign)
+}
+
+/// True where a process that `is_written` tells of lives.
+pub fn lives(file: impl AsFd) -> bool {
+    others_have(&file, LIVES).is_ok_and(|lives| lives)
+}
+
 fn set(file: &impl AsFd, kind: i32, at: i64, len: i64) -> Result<(), Denied> {
     fcntl(file, libc::F_OFD_SETLK, &mut lock(kind, at, len)).map_err(|error| match error.raw_os_error() {
         Some(libc::EAGAIN | libc::EACCES) => Denied::ToAnother,
@@ -177,7 +196,7 @@ fn fcntl(file: &impl AsFd, command: i32, lock: &mut libc::flock) -> io::Result<(
 
 #[cfg(test)]
 mod tests {
-    use super::{Denied, Hold, alone, is_written, join, only_read, share, take};
+    use super::{Denied, Hold, alone, is_written, join, lives, only_read, share, sign_of_life, take};
     use std::fs::File;
     use tempfile::NamedTempFile;
 
@@ -232,6 +251,17 @@ mod tests {
         drop(late);
         assert!(!is_written(&next).expect("locks"));
         take(&next, Hold::Write).expect("nobody has it");
+    }
+
+    #[test]
+    fn a_sign_of_life_goes_with_its_process_and_not_with_its_operations() {
+        let file = NamedTempFile::new().expect("a temporary file");
+        let (writer, next) = (again(&file), again(&file));
+        take(&writer, Hold::Write).expect("nobody has it");
+        let sign = sign_of_life(&writer).expect("locks");
+        assert!(is_written(&next).expect("locks") && lives(&next));
+        drop(sign);
+        assert!(is_written(&next).expect("locks") && !lives(&next), "as a dead process's last write");
     }
 
     #[test]

@@ -11,10 +11,17 @@ use std::os::fd::AsFd;
 /// What `statfs(2)` calls tmpfs and ramfs.
 const TMPFS: u32 = 0x0102_1994;
 const RAMFS: u32 = 0x8584_58f6;
+/// What it calls FUSE.
+const FUSE: u32 = 0x6573_5546;
 
 /// True where the file system of an open file is in memory.
 pub fn is_in_memory(file: impl AsFd) -> bool {
     fstatfs(file).is_ok_and(|system| [TMPFS, RAMFS].contains(&(system.f_type as u32)))
+}
+
+/// True where a process serves the file system of an open file.
+pub(super) fn is_served(file: impl AsFd) -> bool {
+    fstatfs(file).is_ok_and(|system| system.f_type as u32 == FUSE)
 }
 
 /// Carries `op` out, where it is one on a file in memory.

@@ -146,6 +146,20 @@ pub enum Op {
     },
 }
 
+impl Op {
+    /// The file that it reads or changes.
+    fn file(&self) -> Option<&File> {
+        match self {
+            Self::Read { file, .. }
+            | Self::Write { file, .. }
+            | Self::Zero { file, .. }
+            | Self::Flush { file }
+            | Self::Prefetch { file, .. } => Some(file),
+            _ => None,
+        }
+    }
+}
+
 /// When a receive is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Until {

@@ -246,7 +246,9 @@ impl Ring {
     fn start(&mut self, token: Option<Token>, mut op: Op) {
         let slot = self.slot();
         let mut extra = Extra::None;
-        let entry = self.entry(&mut op, &mut extra).user_data(slot as u64);
+        let is_served = op.file().is_some_and(File::is_served);
+        let flags = if is_served { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
+        let entry = self.entry(&mut op, &mut extra).user_data(slot as u64).flags(flags);
         self.in_kernel[slot] = Some(InKernel { token, op, extra });
         loop {
             // SAFETY: what `entry` points into is in `in_kernel[slot]`, which is emptied only by this

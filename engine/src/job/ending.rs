@@ -98,9 +98,10 @@ impl Job {
 
     /// Why a pivot cannot be asked for now; `None` where it can.
     pub fn not_ready(&self) -> Option<Error> {
-        let left = self.remaining();
+        let (left, phase) = (self.remaining(), self.phase.name());
+        let late = self.lateness().map(|late| format!("; {late}")).unwrap_or_default();
         (self.phase != Phase::Ready)
-            .then(|| Error::invalid(format!("cannot pivot: {left} bytes still to copy (phase: {})", self.phase.name())))
+            .then(|| Error::invalid(format!("cannot pivot: {left} bytes still to copy (phase: {phase}){late}")))
     }
 
     /// True where the wish for an end is known and not carried out yet.

@@ -65,6 +65,11 @@ impl Rest {
     }
 }
 
+/// No space on the file system, or none for this user.
+fn is_no_space(errno: i32) -> bool {
+    [Errno::NOSPC, Errno::DQUOT].iter().any(|known| known.raw_os_error() == errno)
+}
+
 impl Job {
     /// What failed since it was asked last.
     pub fn take_io_error(&mut self) -> Option<IoError> {
@@ -164,7 +169,7 @@ impl Job {
             true => self.parts.on_target_error,
             false => self.parts.on_source_error,
         };
-        let no_space = errno == Some(Errno::NOSPC.raw_os_error());
+        let no_space = errno.is_some_and(is_no_space);
         let message = format!("{}: {words}", if target { "target" } else { "source" });
         self.error = Some(message.clone());
         let action = match policy {

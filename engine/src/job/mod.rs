@@ -5,6 +5,7 @@
 mod bounds;
 mod ending;
 mod errors;
+mod lateness;
 mod life;
 mod phase;
 mod sync;
@@ -27,6 +28,7 @@ use crate::seed::Seeder;
 use bounds::{Bounds, Standing};
 use ending::Wish;
 use errors::Rest;
+use lateness::FellBack;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -89,6 +91,8 @@ pub struct Job {
     undone: Option<String>,
     /// It rests after an error, or tries again what had failed.
     rest: Option<Rest>,
+    /// The target took too long for a guest.
+    fell_back: Option<FellBack>,
     /// The record as a finished pivot left it.
     record: Option<RecordFile>,
     /// It was ready once.
@@ -144,6 +148,7 @@ impl Job {
             io_error: None,
             undone: None,
             rest: None,
+            fell_back: None,
             record: None,
             was_ready: false,
             flushed: false,
@@ -282,6 +287,7 @@ impl Job {
     /// Does what can be done. Never waits. True where something is to be done at once again.
     pub fn step<I: Io>(&mut self, tools: &mut Tools<I>, base: Token) -> bool {
         self.look_at_errors(tools.io.now());
+        self.look_at_lateness(tools.io.now());
         if matches!(self.wish, Some(Wish::GiveUp)) {
             // What is under way has to end first.
             self.parts.mirror.target.hurry(true);
@@ -392,10 +398,11 @@ impl Job {
         self.choose_mode();
     }
 
-    /// True where something failed, and was not brought over since.
+    /// True where something failed, and was not brought over since, or has not ended.
     fn lacks_something(&self) -> bool {
         let mirror = &self.parts.mirror;
-        (mirror.has_fault() || mirror.missed_len() > 0) && !planted(fault::Fault::ReadyWithoutWhatFailed)
+        let failed = mirror.has_fault() || mirror.missed_len() > 0;
+        mirror.late().0 > 0 || (failed && !planted(fault::Fault::ReadyWithoutWhatFailed))
     }
 
     /// Looks at the backlog.
@@ -434,6 +441,8 @@ impl Job {
             _ if self.is_attaching() => false,
             // It could not be reached, or has no space: what guests write is marked until that is over.
             _ if self.rest.is_some() || mirror.has_fault() => false,
+            // It takes too long.
+            _ if mirror.has_fallen_back() => false,
             // A guest does not wait for a server that may be out of reach.
             _ if mirror.target.is_remote() => false,
             Mode::WriteBlocking => true,

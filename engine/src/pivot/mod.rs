@@ -3,7 +3,7 @@
 //! ```text
 //! Drain        gate closed, nobody inside: no more marks can come, so the bitmap only shrinks
 //! LastPass     copiers until nothing is marked and nothing is claimed
-//! FlushTarget  the target's metadata and payload are durable
+//! FlushTarget  the target's metadata and payload are durable; longer than the pause: undone
 //! ──────────── everything above is undone by opening the gate on the source
 //! Record       the slot that does not count, checksum, flush        ◄── the point of no return
 //! ──────────── everything below is done again after a crash
@@ -90,6 +90,8 @@ enum Stage {
     Drain(Leaving),
     LastPass,
     FlushTarget(Box<Task>),
+    /// That takes too long: guests are on the source again, and what the target has under way ends first.
+    GiveUp(Box<Task>, Error),
     /// Nothing is in the way of the record.
     Begin,
     Record(Recorder),
@@ -129,7 +131,7 @@ impl Pivot {
 
     /// True while guests wait at the gate.
     pub fn holds_gate(&self) -> bool {
-        !matches!(self.stage, Stage::Confirm(_) | Stage::Over)
+        !matches!(self.stage, Stage::GiveUp(..) | Stage::Confirm(_) | Stage::Over)
     }
 
     /// True where it ends on the target.
@@ -159,6 +161,9 @@ impl Pivot {
                 },
                 Stage::FlushTarget(task) => {
                     if task.step(tools, base) != Status::Done {
+                        if tools.io.now() > self.deadline {
+                            self.give_up_flush();
+                        }
                         return Step::Busy;
                     }
                     let Stage::FlushTarget(task) = std::mem::replace(&mut self.stage, Stage::Over) else { continue };
@@ -169,6 +174,13 @@ impl Pivot {
                         End::Stay => return self.stay(Ok(())),
                         End::Switch { .. } => self.stage = Stage::Begin,
                     }
+                }
+                Stage::GiveUp(task, _) => {
+                    if task.step(tools, base) != Status::Done {
+                        return Step::Busy;
+                    }
+                    let Stage::GiveUp(task, late) = std::mem::replace(&mut self.stage, Stage::Over) else { continue };
+                    return Step::Done(task.end().0.and(Err(late)));
                 }
                 Stage::Begin => match self.begin_record(tools, base) {
                     Ok(stage) => self.stage = stage,
@@ -188,7 +200,7 @@ impl Pivot {
     /// Takes in what became of one of its operations. A result says that the pivot is over.
     pub fn complete<I: Io>(&mut self, tools: &mut Tools<I>, base: Token, done: Completion) -> Step {
         match &mut self.stage {
-            Stage::FlushTarget(task) => {
+            Stage::FlushTarget(task) | Stage::GiveUp(task, _) => {
                 task.complete(tools, base, done);
                 Step::Busy
             }
@@ -254,6 +266,15 @@ impl Pivot {
         self.gate.reopen();
         self.stage = Stage::Over;
         Step::Done(Err(Self::too_long(self.pause_max)))
+    }
+
+    /// Nothing is recorded yet: guests go on, and the target is followed as before.
+    fn give_up_flush(&mut self) {
+        let Stage::FlushTarget(task) = std::mem::replace(&mut self.stage, Stage::Over) else { return };
+        let pause = self.pause_max.as_millis();
+        let late = Error::invalid(format!("the target's flush took longer than the pause allows ({pause} ms)"));
+        let Step::Done(Err(late)) = self.undo(late) else { return };
+        self.stage = Stage::GiveUp(task, late);
     }
 
     fn too_long(pause_max: Duration) -> Error {

@@ -1,7 +1,7 @@
 //! Corners that a world of dice rarely comes to: each is built by hand, step by step.
 use super::files::{Dice, Files, SimIo};
 use crate::chain::{Chain, Layer, Look, Source};
-use crate::control::jobs::JobStatus;
+use crate::control::jobs::{IoStatus, JobStatus};
 use crate::control::{Mode, OnError};
 use crate::copier::{Copier, Depth};
 use crate::disk::{DataFile, Disk, Status, Task, Tools};
@@ -457,6 +457,29 @@ fn a_target_that_is_tried_at_once_is_caught() {
     let (refused, ..) = full_target(120);
     plant(None);
     assert!(refused > 1000, "{refused} writes");
+}
+
+/// A user without space has no space: the quota's error was one like any other, and ended the job.
+#[test]
+fn a_quota_that_is_used_up_is_no_space() {
+    for (errno, phase, io_status) in [
+        (122, Phase::Seeding, IoStatus::Nospace),
+        (28, Phase::Seeding, IoStatus::Nospace),
+        (5, Phase::Failed, IoStatus::Ok),
+    ] {
+        let stage = Stage::new();
+        let (mut io, mut copier) = (SimIo::new(&stage.files, 2, 0), stage.copier());
+        let mut job = stage.job(OnError::Enospc);
+        stage.files.set_refusing(1, Some(errno));
+        while job.error().is_none() {
+            stage.step(&mut job, &mut io, &mut copier);
+        }
+        assert_eq!((job.is_paused(), job.io_status()), (phase == Phase::Seeding, io_status), "{errno}");
+        stage.files.set_refusing(1, None);
+        job.pause(false);
+        let last = if phase == Phase::Failed { Phase::Failed } else { Phase::Ready };
+        assert_eq!(stage.run(&mut job, &mut io, &mut copier, last), last, "{errno}");
+    }
 }
 
 /// A policy that is changed holds for the error that stands, too.

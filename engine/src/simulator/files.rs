@@ -44,9 +44,11 @@ pub struct FileBytes {
     len: usize,
     /// Which flush made `durable` what it is.
     flush: u64,
-    /// There is no space for what is written, and how often that was said.
-    full: bool,
+    /// There is no space for what is written, in the system's words, and how often that was said.
+    full: Option<i32>,
     refused: u64,
+    /// Nothing that is done to it ends.
+    hung: bool,
 }
 
 /// All files of a world, by number.
@@ -91,16 +93,34 @@ impl Files {
 
     /// From now on there is no space for what is written to a file, or there is again. How often it was refused so far.
     pub fn set_full(&self, number: u32, full: bool) -> u64 {
+        self.set_refusing(number, full.then_some(NO_SPACE))
+    }
+
+    /// The same with this error.
+    pub fn set_refusing(&self, number: u32, errno: Option<i32>) -> u64 {
         let file = &mut self.lock()[number as usize];
-        file.full = full;
+        file.full = errno;
         file.refused
     }
 
-    /// True where what is to be written finds no space.
-    fn refuses(&self, op: &Op) -> bool {
-        let (Op::Write { file, .. } | Op::Zero { file, .. }) = op else { return false };
+    /// From now on nothing that is done to a file ends, or all of it does again.
+    pub fn set_hung(&self, number: u32, hung: bool) {
+        self.lock()[number as usize].hung = hung;
+    }
+
+    /// True where an operation cannot end now.
+    fn holds(&self, op: &Op) -> bool {
+        let (Op::Read { file, .. } | Op::Write { file, .. } | Op::Zero { file, .. } | Op::Flush { file }) = op else {
+            return false;
+        };
+        file.number().is_some_and(|number| self.lock()[number as usize].hung)
+    }
+
+    /// Why what is to be written finds no space, if it finds none.
+    fn refuses(&self, op: &Op) -> Option<i32> {
+        let (Op::Write { file, .. } | Op::Zero { file, .. }) = op else { return None };
         let file = &mut self.lock()[file.number().expect("a simulated file") as usize];
-        file.refused += u64::from(file.full);
+        file.refused += u64::from(file.full.is_some());
         file.full
     }
 
@@ -136,8 +156,8 @@ impl Storage for SimStorage {
     }
     fn write_at(&self, at: u64, bytes: &[u8]) -> io::Result<()> {
         self.with(|file| match file.full {
-            true => Err(io::Error::from_raw_os_error(NO_SPACE)),
-            false => {
+            Some(errno) => Err(io::Error::from_raw_os_error(errno)),
+            None => {
                 file.write(at as usize, bytes);
                 Ok(())
             }
@@ -296,17 +316,19 @@ impl Io for SimIo {
 
     fn reap(&mut self, _: Wait, done: &mut Vec<Completion>) -> io::Result<()> {
         self.now += Duration::from_millis(1);
-        if self.queue.is_empty() {
+        let able: Vec<usize> = (0..self.queue.len()).filter(|at| !self.files.holds(&self.queue[*at].op)).collect();
+        if able.is_empty() {
             return Ok(());
         }
-        let pick = self.roll(self.queue.len() as u64) as usize;
+        let pick = able[self.roll(able.len() as u64) as usize];
         let mut queued = self.queue.swap_remove(pick);
         if let Op::Timeout { after } = queued.op {
             self.now += after;
         }
         let fails = self.fail_one_in > 0 && self.roll(self.fail_one_in) == 0;
+        let refused = self.files.refuses(&queued.op);
         let result = match (&queued.op, fails) {
-            (op, _) if self.files.refuses(op) => Err(io::Error::from_raw_os_error(NO_SPACE)),
+            _ if refused.is_some() => Err(io::Error::from_raw_os_error(refused.unwrap_or_default())),
             // A failed write may have changed some of its sectors.
             (Op::Write { .. }, true) => {
                 self.tear(&queued.op);

@@ -3,8 +3,9 @@ use super::files::{Dice, Files, SECTOR, SimIo};
 use super::history::{History, Trust};
 use crate::disk::{Status, Tools};
 use crate::export::gate::Gate;
+use crate::export::late::Late;
 use crate::export::request::{Action, GuestRequest};
-use crate::io::{Arena, Buffer, Io, Token, Wait, Waker};
+use crate::io::{Arena, Buffer, Completion, Io, Token, Wait, Waker};
 use formats::image::Zeroing;
 use formats::range::ByteRange;
 
@@ -16,6 +17,10 @@ pub struct Guest {
     arena: Arena,
     waker: Waker,
     under_way: Option<UnderWay>,
+    /// What its requests left under way, each with the first token of its request.
+    late: Vec<(Token, Late)>,
+    /// Of the request under way, or the next one.
+    base: Token,
     blocked: bool,
     /// Requests that it will still make.
     pub left: u32,
@@ -45,6 +50,8 @@ impl Guest {
             arena: Arena::new(64 << 10),
             waker: Waker::simulated(number as u32),
             under_way: None,
+            late: Vec::new(),
+            base: Token(0),
             blocked: false,
             left: requests,
             number,
@@ -52,8 +59,14 @@ impl Guest {
         }
     }
 
-    pub fn is_idle(&self) -> bool {
+    /// True where it waits for nothing.
+    pub fn is_answered(&self) -> bool {
         self.under_way.is_none()
+    }
+
+    /// True where nothing of it is under way either.
+    pub fn is_idle(&self) -> bool {
+        self.under_way.is_none() && self.late.is_empty()
     }
 
     /// True while it makes zeroes.
@@ -66,34 +79,68 @@ impl Guest {
     pub fn die(mut self) {
         self.io.abandon();
         // What was under way is dropped with its process, not by its rules.
-        std::mem::forget(self.under_way.take());
+        std::mem::forget((self.under_way.take(), std::mem::take(&mut self.late)));
     }
 
     /// One move.
     pub fn step(&mut self, gate: &Gate, history: &mut History, dice: &mut Dice) {
+        self.step_late();
         if self.under_way.is_none() {
             if self.left == 0 {
                 return;
             }
             self.left -= 1;
+            self.base = Token(self.base.0 + GuestRequest::TOKENS);
             self.begin(gate.route().disk.size(), history, dice);
         }
         // As its thread does: it waits in its ring for an operation's end, or for its waker.
-        if self.blocked && self.io.is_empty() && !self.waker.was_woken() {
+        let timed = self.under_way.as_ref().is_some_and(|under_way| under_way.request.patience_ends().is_some());
+        if self.blocked && !timed && self.io.is_empty() && !self.waker.was_woken() {
             return;
         }
+        let done = self.reap();
         let Some(under_way) = &mut self.under_way else { return };
+        let mut tools = Tools { io: &mut self.io, arena: &self.arena, waker: &self.waker };
+        for completion in done {
+            under_way.request.complete(&mut tools, self.base, completion);
+        }
+        let status = under_way.request.step(gate, &mut tools, self.base);
+        self.blocked = status == Status::Blocked;
+        if status == Status::Done {
+            let mut under_way = self.under_way.take().expect("just stepped");
+            self.late.extend(under_way.request.take_late().map(|late| (self.base, late)));
+            under_way.end(history);
+        }
+    }
+
+    /// What is done of the request under way; what is late takes its own.
+    fn reap(&mut self) -> Vec<Completion> {
         let mut done = Vec::new();
         self.io.reap(Wait::No, &mut done).expect("a simulated queue");
         let mut tools = Tools { io: &mut self.io, arena: &self.arena, waker: &self.waker };
+        let mut mine = Vec::new();
         for completion in done {
-            under_way.request.complete(&mut tools, Token(0), completion);
+            let of =
+                |(base, _): &&mut (Token, Late)| (base.0..base.0 + GuestRequest::TOKENS).contains(&completion.token.0);
+            match self.late.iter_mut().find(of) {
+                Some((base, late)) => late.complete(&mut tools, GuestRequest::of_target(*base), completion),
+                None => mine.push(completion),
+            }
         }
-        let status = under_way.request.step(gate, &mut tools, Token(0));
-        self.blocked = status == Status::Blocked;
-        if status == Status::Done {
-            let under_way = self.under_way.take().expect("just stepped");
-            under_way.end(history);
+        mine
+    }
+
+    /// Goes on with what nobody waits for.
+    fn step_late(&mut self) {
+        if self.under_way.is_none() && !self.late.is_empty() {
+            assert!(self.reap().is_empty(), "nothing else is under way");
+        }
+        for (base, mut late) in std::mem::take(&mut self.late) {
+            let mut tools = Tools { io: &mut self.io, arena: &self.arena, waker: &self.waker };
+            match late.step(&mut tools, GuestRequest::of_target(base)) {
+                Status::Done => late.end(),
+                _ => self.late.push((base, late)),
+            }
         }
     }
 

@@ -34,7 +34,7 @@ pub struct Life {
 impl Life {
     /// True where no guest has anything left to ask.
     pub fn is_silent(&self) -> bool {
-        self.guests.iter().all(|guest| guest.left == 0 && guest.is_idle())
+        self.guests.iter().all(|guest| guest.left == 0 && guest.is_answered())
     }
 
     /// True where no job is ending: then the daemon sees to that first.

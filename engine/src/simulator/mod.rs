@@ -145,6 +145,36 @@ fn with_a_full_target(seed: u64) -> Plan {
     Plan { full: Some((from, from + 200 + seed * 7 % 3000)), fail_one_in: 0, ..Plan::of(seed) }
 }
 
+/// Promises 2 and 4, where the target answers nothing for some time, and no guest waits for it.
+#[test]
+fn worlds_with_a_hung_target_keep_every_promise() {
+    let pivots: u32 = (1..=800).map(|seed| World::new(with_a_hung_target(seed)).run()).sum();
+    assert!(pivots > 100, "{pivots} pivots");
+}
+
+/// Promise 2. Where the late write lands, the target has it; where it fails, the mark alone knows.
+#[test]
+fn an_answer_without_the_target_that_marks_nothing_is_caught() {
+    assert_caught(Fault::NoMarkWhenLate, |seed| Plan {
+        fate: Fate::Lives,
+        fail_one_in: 10,
+        ..with_a_hung_target(seed)
+    });
+}
+
+/// Promise 4.
+#[test]
+fn a_claim_released_before_a_late_write_lands_is_caught() {
+    assert_caught(Fault::ReleaseWhileLate, |seed| Plan { fate: Fate::Lives, ..with_a_hung_target(seed) });
+}
+
+/// Half of them hang until every guest has all its answers: who waits for the target then, waits for ever.
+fn with_a_hung_target(seed: u64) -> Plan {
+    let from = seed % 900;
+    let until = seed.is_multiple_of(2).then_some(from + 100 + seed * 7 % 2000);
+    Plan { hung: Some((from, until)), mode: Mode::WriteBlocking, fail_one_in: 0, ..Plan::of(seed) }
+}
+
 /// Promise 4.
 #[test]
 fn claiming_around_the_targets_write_alone_is_caught() {

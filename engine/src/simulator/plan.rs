@@ -48,6 +48,9 @@ pub struct Plan {
     pub limits: Limits,
     /// Between these steps of the first life the target has no space, and the job backs off.
     pub full: Option<(u64, u64)>,
+    /// From this step of the first life on the target answers nothing: to that step, or until no guest waits for
+    /// anything.
+    pub hung: Option<(u64, Option<u64>)>,
 }
 
 impl Plan {
@@ -83,6 +86,7 @@ impl Plan {
             },
             chunk_bits: 12 + (seed / 5 % 4) as u32,
             full: None,
+            hung: None,
         }
     }
 }

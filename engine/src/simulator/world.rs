@@ -153,6 +153,7 @@ impl World {
         loop {
             self.step += 1;
             self.fill_up(with_job);
+            self.hang(with_job, &life);
             match self.plan.fate {
                 Fate::Killed(step) if step == self.step => return Some(self.kill(life)),
                 Fate::PowerCut(step) if step == self.step => return Some(self.cut_power(life)),
@@ -190,6 +191,19 @@ impl World {
         }
     }
 
+    /// The target answers nothing for some time: while any guest still asks for something, or up to a step.
+    fn hang(&self, first: bool, life: &Life) {
+        let Some((from, until)) = self.plan.hung else { return };
+        let lasts = until.map_or(!life.is_silent(), |until| self.step < until);
+        self.set_hung(first && lasts && !life.stopping && self.pivots == 0 && self.step >= from);
+    }
+
+    fn set_hung(&self, hung: bool) {
+        for file in [Some(self.target.file), self.target.data].into_iter().flatten() {
+            self.files.set_hung(file, hung);
+        }
+    }
+
     /// One actor moves.
     fn step(&mut self, life: &mut Life) {
         if self.plan.eager && self.dice.one_in(2) {
@@ -198,9 +212,9 @@ impl World {
         match self.dice.roll(GUESTS + 4) {
             number if number < GUESTS => {
                 let guest = &mut life.guests[number as usize];
-                let was_busy = !guest.is_idle();
+                let was_busy = !guest.is_answered();
                 guest.step(&life.gate, &mut self.history, &mut self.dice);
-                life.answered += u64::from(was_busy && guest.is_idle());
+                life.answered += u64::from(was_busy && guest.is_answered());
             }
             0..=5 => life.step_copier(),
             _ => self.step_job(life),
@@ -321,7 +335,9 @@ impl World {
         let (target, journal) = self.open_image(&self.target, true);
         let source = life.gate.route().disk;
         let planes = self.kept.lay_out(taken, !self.target.raw);
-        let mirror = Arc::new(Mirror::on(planes, source, target, self.plan.shallow));
+        let mut mirror = Mirror::on(planes, source, target, self.plan.shallow);
+        mirror.patience = Duration::from_millis(20);
+        let mirror = Arc::new(mirror);
         mirror.set_compare(taken.compare);
         mirror.set_shares(self.plan.shares && self.target.raw);
         mirror.courtesy.set_factor(self.plan.courtesy);
@@ -336,7 +352,7 @@ impl World {
             mode: self.plan.mode,
             on_source_error: if self.plan.mends { OnError::Report } else { OnError::Ignore },
             on_target_error: if self.plan.full.is_some() { OnError::BackOff } else { OnError::Ignore },
-            pause_max: Duration::from_secs(3600),
+            pause_max: self.plan.hung.map_or(Duration::from_secs(3600), |_| Duration::from_millis(100)),
             limits: self.plan.limits,
         });
         let copier = Copier::new(mirror, Depth { slots: 3, run_len: 16 << 10, beside: 16 << 10 }, 0);
@@ -419,6 +435,7 @@ impl World {
     /// As the daemon ends: requests and copies are finished, both sides are settled, the planes are left in order.
     fn stop(&mut self, mut life: Life) -> Fate {
         life.stopping = true;
+        self.set_hung(false);
         self.kept.kill_at_store(None);
         life.guests.iter_mut().for_each(|guest| guest.left = 0);
         let mirror = life.job.as_ref().map(|(job, ..)| Arc::clone(job.mirror()));

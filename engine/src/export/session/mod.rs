@@ -26,8 +26,9 @@ mod transmission;
 mod tests;
 
 use super::gate::Gate;
+use super::request::GuestRequest;
 use super::roll::Member;
-use crate::disk::{Task, Tools};
+use crate::disk::Tools;
 use crate::io::{Arena, Completion, File, Io, Op, Token, Waker};
 use crate::tls::{Credentials, in_words};
 use formats::nbd::handshake::Reason;
@@ -54,15 +55,19 @@ pub const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
 /// A client that leaves and does not take its last replies by then is dropped.
 pub const LINGER_MAX: Duration = Duration::from_secs(10);
 
-/// Tokens, from the session's own on: its own operations, then `Task::TOKENS` for each slot.
+/// Requests, and writes to a target that outlast theirs.
+const SLOTS_MAX: usize = 2 * REQUESTS_MAX;
+
+/// Tokens, from the session's own on: its own operations, then `GuestRequest::TOKENS` for each slot.
 const RECEIVE: u64 = 0;
 const SEND: u64 = 1;
 const WAKE: u64 = 2;
 const DEADLINE: u64 = 3;
 const LINGER: u64 = 4;
+const PATIENCE: u64 = 5;
 const SLOTS: u64 = 8;
 /// How many tokens a session uses.
-pub const TOKENS: u64 = SLOTS + REQUESTS_MAX as u64 * Task::TOKENS;
+pub const TOKENS: u64 = SLOTS + SLOTS_MAX as u64 * GuestRequest::TOKENS;
 
 /// The disks that a client may ask for.
 pub trait Directory: Exports + Send + Sync {
@@ -222,7 +227,11 @@ impl Session {
         match &self.leaving {
             Some(ending) if self.is_idle() => {
                 self.socket.shut_down();
-                Progress::Over(ending.clone())
+                let over = match &mut self.phase {
+                    Phase::Transmission(transmission) => transmission.leave(),
+                    _ => true,
+                };
+                if over { Progress::Over(ending.clone()) } else { Progress::Running }
             }
             _ => Progress::Running,
         }
@@ -279,6 +288,11 @@ impl Session {
             DEADLINE => self.deadline(io),
             // Whoever has not listened until now does not.
             LINGER => self.socket.shut_down(),
+            PATIENCE => {
+                let Phase::Transmission(transmission) = &mut self.phase else { unreachable!("requests come later") };
+                let mut tools = Tools { io, arena: &self.arena, waker: &self.waker };
+                transmission.look_at_the_time(&mut self.outbound, &mut tools, Token(self.base.0 + SLOTS));
+            }
             slot => {
                 let Phase::Transmission(transmission) = &mut self.phase else { unreachable!("slots come later") };
                 let mut tools = Tools { io, arena: &self.arena, waker: &self.waker };
@@ -366,7 +380,8 @@ impl Session {
                     match self.directory.enter(&negotiated.export.name, self.socket.clone()) {
                         Some((gate, member)) => {
                             self.inbound.expect_requests(Header::bytes(negotiated.style), &self.arena);
-                            let transmission = Transmission::new(*negotiated, gate, member);
+                            let transmission =
+                                Transmission::new(*negotiated, gate, member, Token(self.base.0 + PATIENCE));
                             self.phase = Phase::Transmission(Box::new(transmission));
                         }
                         None => self.leave(io, Ending::NoExport(negotiated.export.name)),

@@ -3,12 +3,14 @@ use super::reply::{Answer, Run};
 use super::status::{self, Runs};
 use crate::disk::{Status, Tools};
 use crate::export::gate::Gate;
+use crate::export::late::Late;
 use crate::export::request::{Action as Wish, GuestRequest};
 use crate::io::{Buffer, Completion, Io, Token};
 use formats::error::{Error, Kind};
 use formats::image::Zeroing;
 use formats::nbd::{Action, Errno, Negotiated, ReplyTo, Style};
 use formats::range::ByteRange;
+use std::time::Duration;
 
 /// Reads from this length on look for holes first: in a shorter one they are not worth the look.
 const HOLES_FROM: u64 = 16 << 10;
@@ -28,6 +30,8 @@ pub(super) struct Slot {
     runs: Vec<Run>,
     /// What is known without asking the disk.
     answer: Option<Answer>,
+    /// What of it goes on behind its answer.
+    late: Option<Late>,
 }
 
 impl Slot {
@@ -41,6 +45,7 @@ impl Slot {
             request: None,
             runs: Vec::new(),
             answer: None,
+            late: None,
         };
         let (wish, range, fua) = match action {
             Action::Read { range, unfragmented } => {
@@ -89,8 +94,20 @@ impl Slot {
         self.request.as_mut().expect("only a guest's request has operations").complete(tools, base, done);
     }
 
+    /// When it has to be stepped at the latest, if it waits for a mirror.
+    pub fn patience_ends(&self) -> Option<Duration> {
+        self.request.as_ref()?.patience_ends()
+    }
+
+    /// What of it goes on behind its answer, to be kept until it is done.
+    pub fn take_late(&mut self) -> Option<Late> {
+        self.late.take()
+    }
+
     fn answer(&mut self) -> Answer {
-        let (outcome, buffer) = self.request.take().expect("it was just stepped").end();
+        let mut request = self.request.take().expect("it was just stepped");
+        self.late = request.take_late();
+        let (outcome, buffer) = request.end();
         match (outcome, self.action, buffer) {
             (Err(error), action, _) => failed(&action, &error),
             (Ok(()), Action::Read { range, .. }, Some(buffer)) => match self.runs.is_empty() {

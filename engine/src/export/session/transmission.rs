@@ -3,14 +3,17 @@ use super::inbound::{Inbound, Item};
 use super::outbound::Outbound;
 use super::reply::{self, Answer};
 use super::slot::{self, Slot};
-use super::{Ending, Load, PAYLOAD_MAX, REQUESTS_MAX};
-use crate::disk::{Task, Tools};
+use super::{Ending, Load, PAYLOAD_MAX, REQUESTS_MAX, SLOTS_MAX};
+use crate::disk::{Status, Tools};
 use crate::export::gate::Gate;
+use crate::export::late::Late;
+use crate::export::request::GuestRequest;
 use crate::export::roll::Member;
-use crate::io::{Buffer, Completion, Io, Token};
+use crate::io::{Buffer, Completion, Io, Op, Token};
 use formats::nbd::request::{check, check_filter};
 use formats::nbd::wire::Header;
 use formats::nbd::{Action, Negotiated, ReplyTo, Verdict};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// What was negotiated, and what is under way.
@@ -18,9 +21,14 @@ pub(super) struct Transmission {
     negotiated: Negotiated,
     gate: Arc<Gate>,
     /// Present as long as a request of it may touch the disk.
-    member: Member,
+    member: Option<Member>,
     slots: Vec<Option<Slot>>,
     free: Vec<usize>,
+    /// What goes on behind the answers of requests, in their slots: no more than there are requests, for nobody begins
+    /// anything of that kind while there is any.
+    late: BTreeMap<usize, Late>,
+    /// The token of the timer, and whether it runs.
+    timer: (Token, bool),
     /// Of all requests whose replies are not sent.
     load: Load,
     /// A request that waits for room.
@@ -45,13 +53,15 @@ enum Expected {
 
 impl Transmission {
     /// The start of it: nothing is under way.
-    pub fn new(negotiated: Negotiated, gate: Arc<Gate>, member: Member) -> Self {
+    pub fn new(negotiated: Negotiated, gate: Arc<Gate>, member: Member, timer: Token) -> Self {
         Self {
             negotiated,
-            member,
+            member: Some(member),
             gate,
-            slots: (0..REQUESTS_MAX).map(|_| None).collect(),
-            free: (0..REQUESTS_MAX).rev().collect(),
+            slots: (0..SLOTS_MAX).map(|_| None).collect(),
+            free: (0..SLOTS_MAX).rev().collect(),
+            late: BTreeMap::new(),
+            timer: (timer, false),
             load: Load::default(),
             waiting: None,
             expected: None,
@@ -65,7 +75,14 @@ impl Transmission {
 
     /// True where no request touches the disk.
     pub fn is_idle(&self) -> bool {
-        self.free.len() == REQUESTS_MAX
+        self.free.len() + self.late.len() == SLOTS_MAX
+    }
+
+    /// No request will come any more. False where something of its requests is under way still; it does not touch the
+    /// disk that its client's next connection finds.
+    pub fn leave(&mut self) -> bool {
+        self.member = None;
+        self.late.is_empty()
     }
 
     /// These replies hold nothing any more.
@@ -81,7 +98,7 @@ impl Transmission {
         tools: &mut Tools<I>,
         base: Token,
     ) -> Option<Ending> {
-        if !self.member.may_begin(tools.waker) {
+        if !self.member.as_mut().is_some_and(|member| member.may_begin(tools.waker)) {
             return None;
         }
         loop {
@@ -184,10 +201,39 @@ impl Transmission {
     fn step<I: Io>(&mut self, number: usize, out: &mut Outbound, tools: &mut Tools<I>, base: Token) {
         let Some(slot) = &mut self.slots[number] else { return };
         if let Some(answer) = slot.step(&self.negotiated, &self.gate, tools, token(base, number)) {
-            let (to, load) = (slot.to, Load { requests: 1, bytes: slot.bytes });
+            let (to, load, late) = (slot.to, Load { requests: 1, bytes: slot.bytes }, slot.take_late());
             self.slots[number] = None;
-            self.free.push(number);
+            match late {
+                None => self.free.push(number),
+                Some(late) => {
+                    self.late.insert(number, late);
+                    self.step_late(number, tools, base);
+                }
+            }
             self.reply(to, load, answer, out);
+        } else if let (Some(ends), (timer, false)) = (slot.patience_ends(), self.timer) {
+            self.timer.1 = true;
+            tools.io.submit(timer, Op::Timeout { after: ends.saturating_sub(tools.io.now()) });
+        }
+    }
+
+    fn step_late<I: Io>(&mut self, number: usize, tools: &mut Tools<I>, base: Token) {
+        let Some(late) = self.late.get_mut(&number) else { return };
+        if late.step(tools, late_token(base, number)) == Status::Done
+            && let Some(late) = self.late.remove(&number)
+        {
+            late.end();
+            self.free.push(number);
+        }
+    }
+
+    /// The timer has run: the patience of some requests may be over.
+    pub fn look_at_the_time<I: Io>(&mut self, out: &mut Outbound, tools: &mut Tools<I>, base: Token) {
+        self.timer.1 = false;
+        for number in 0..SLOTS_MAX {
+            if self.slots[number].as_ref().is_some_and(|slot| slot.patience_ends().is_some()) {
+                self.step(number, out, tools, base);
+            }
         }
     }
 
@@ -205,7 +251,11 @@ impl Transmission {
         local: u64,
         completion: Completion,
     ) {
-        let number = (local / Task::TOKENS) as usize;
+        let number = (local / GuestRequest::TOKENS) as usize;
+        if let Some(late) = self.late.get_mut(&number) {
+            late.complete(tools, late_token(base, number), completion);
+            return self.step_late(number, tools, base);
+        }
         let slot = self.slots[number].as_mut().expect("who has operations has a slot");
         slot.complete(tools, token(base, number), completion);
         self.step(number, out, tools, base);
@@ -213,14 +263,21 @@ impl Transmission {
 
     /// Somebody that a request may wait for is done.
     pub fn wake<I: Io>(&mut self, out: &mut Outbound, tools: &mut Tools<I>, base: Token) {
-        for number in 0..REQUESTS_MAX {
+        for number in 0..SLOTS_MAX {
             if self.slots[number].as_ref().is_some_and(|slot| slot.blocked) {
                 self.step(number, out, tools, base);
             }
+        }
+        for number in self.late.keys().copied().collect::<Vec<_>>() {
+            self.step_late(number, tools, base);
         }
     }
 }
 
 fn token(base: Token, number: usize) -> Token {
-    Token(base.0 + number as u64 * Task::TOKENS)
+    Token(base.0 + number as u64 * GuestRequest::TOKENS)
+}
+
+fn late_token(base: Token, number: usize) -> Token {
+    GuestRequest::of_target(token(base, number))
 }
