@@ -23,6 +23,7 @@ pub fn lines(status: &Status) -> Vec<String> {
         facts.push(("speed", speed(status)));
         facts.extend((status.failed_bytes > 0).then(|| ("failed", failed(status))));
     }
+    facts.extend(verified(status).map(|verified| ("verified", verified)));
     facts.extend(status.redundancy.filter(|_| status.phase != "none").map(|times| ("copies", copies(times))));
     facts.extend(status.notes.iter().map(|note| ("note", note.clone())));
     facts.extend(status.error.iter().map(|error| ("error", error.clone())));
@@ -59,7 +60,8 @@ pub fn phase(status: &Status) -> String {
         Some(_) => ", backing off",
         None => "",
     };
-    format!("{}{rests}", status.phase)
+    let verifies = if status.verifying && status.phase == "ready" { ", verifying" } else { "" };
+    format!("{}{rests}{verifies}", status.phase)
 }
 
 /// What is left, and for how long.
@@ -100,6 +102,13 @@ pub fn lag(status: &Status) -> Option<String> {
 fn failed(status: &Status) -> String {
     let again = status.back_off_ms.map(|rest| format!(", tried again every {:.1} s", rest as f64 / 1000.0));
     format!("{}{}", size::format(status.failed_bytes), again.unwrap_or_default())
+}
+
+/// How much was read back from the target, and what was found.
+pub fn verified(status: &Status) -> Option<String> {
+    let (bytes, mismatches) = (size::format(status.verified_bytes?), status.mismatches?);
+    let so_far = if status.verifying { " so far" } else { "" };
+    Some(format!("{bytes}{so_far}, mismatches: {mismatches}"))
 }
 
 /// How often the disk's data was copied.
@@ -207,6 +216,10 @@ mod tests {
         running.eta_high_s = Some(3600);
         assert!(lines(&running).contains(&"remaining 1.00 MiB, 1 min 15 s (1 min 10 s to 1 h 0 min)".into()));
         running.phase = "ready".into();
+        (running.verified_bytes, running.mismatches, running.verifying) = (Some(1 << 20), Some(2), true);
+        let told = lines(&running);
+        assert!(told.contains(&"phase     ready, verifying".into()), "{told:?}");
+        assert!(told.contains(&"verified  1.00 MiB so far, mismatches: 2".into()), "{told:?}");
         assert!(lines(&running).contains(&"remaining 1.00 MiB".into()));
     }
 

@@ -16,10 +16,12 @@ const END_MAX: Duration = Duration::from_secs(60);
 pub fn pivot(pivot: &Pivot) -> Result<(), Failure> {
     let mut client = Client::connect(&pivot.daemon.control)?;
     if let [export] = &pivot.exports[..] {
-        let _: Value = client.call_and_wait("blkmirror-pivot", &json!({ "export": export }))?;
+        let _: Value =
+            client.call_and_wait("blkmirror-pivot", &json!({ "export": export, "verified": pivot.verified }))?;
         return ended(&mut client, export, "pivoted", pivot.form);
     }
-    let _: Value = client.call_and_wait("blkmirror-pivot-together", &json!({ "exports": pivot.exports }))?;
+    let arguments = json!({ "exports": pivot.exports, "verified": pivot.verified });
+    let _: Value = client.call_and_wait("blkmirror-pivot-together", &arguments)?;
     let mut all = Vec::new();
     for export in &pivot.exports {
         let serving = client.status(export)?.serving;

@@ -1,5 +1,8 @@
 //! What sessions and copiers of one job share: the two disks, the bitmap, the limits.
 mod missed;
+mod verification;
+
+pub use verification::{Check, Outcome, Verified};
 
 use crate::bell::Bell;
 use crate::dirty::{Claim, DirtyBitmap};
@@ -13,6 +16,7 @@ use formats::image::Zeroing;
 use formats::range::ByteRange;
 use missed::Missed;
 use std::sync::{Arc, PoisonError};
+use verification::Verification;
 
 /// One mirror: a source that guests write to, and a target that follows.
 pub struct Mirror {
@@ -56,6 +60,9 @@ pub struct Mirror {
     missed: Mutex<Missed>,
     /// Bytes of that.
     missed_len: AtomicU64,
+    verification: Mutex<Verification>,
+    /// Whether it may go on.
+    verifies: AtomicBool,
 }
 
 /// Counters, in bytes unless they say otherwise.
@@ -124,6 +131,8 @@ impl Mirror {
             answers: AtomicU64::new(0),
             missed: Mutex::default(),
             missed_len: AtomicU64::new(0),
+            verification: Mutex::default(),
+            verifies: AtomicBool::new(false),
         }
     }
 
@@ -318,25 +327,37 @@ impl Mirror {
 
     /// A copier's next claim; its marks are cleared.
     pub fn take(&self, within: ByteRange, chunks_max: u64) -> Option<Claim> {
+        let claim = self.counted(|| self.dirty.take(within, chunks_max));
+        if let Some(claim) = &claim {
+            self.stats.underway.fetch_add(self.dirty.claimed(claim).len(), Ordering::Relaxed);
+        }
+        claim
+    }
+
+    /// A claim, where a copier may have one more and finds one.
+    fn counted<T>(&self, find: impl FnOnce() -> Option<T>) -> Option<T> {
         // Counted first, so that nobody who looks for claims misses one: see `is_settled`.
         let others = self.claims.fetch_add(1, Ordering::SeqCst);
         let runs_max = if self.probe.load(Ordering::SeqCst) { 1 } else { self.runs_max.load(Ordering::SeqCst) };
-        if others >= runs_max {
-            // Whoever puts one of the others rings.
+        // Where there are as many already, whoever puts one of the others rings.
+        let found = (others < runs_max).then(|| {
+            self.taken.fetch_add(1, Ordering::SeqCst);
+            find()
+        });
+        let found = found.flatten();
+        if found.is_none() {
             self.claims.fetch_sub(1, Ordering::SeqCst);
-            return None;
         }
-        self.taken.fetch_add(1, Ordering::SeqCst);
-        let claim = self.dirty.take(within, chunks_max);
-        match &claim {
-            Some(claim) => self.stats.underway.fetch_add(self.dirty.claimed(claim).len(), Ordering::Relaxed),
-            None => self.claims.fetch_sub(1, Ordering::SeqCst),
-        };
-        claim
+        found
     }
 
     /// A copier is done with a claim; `brought` where the target was changed. What `failed` is marked again first.
     pub fn put(&self, claim: Claim, brought: bool, failed: bool) {
+        self.stats.underway.fetch_sub(self.dirty.claimed(&claim).len(), Ordering::Relaxed);
+        self.put_counted(claim, brought, failed);
+    }
+
+    fn put_counted(&self, claim: Claim, brought: bool, failed: bool) {
         let range = self.dirty.claimed(&claim);
         match failed {
             true => {
@@ -347,7 +368,6 @@ impl Mirror {
             }
             false => self.hit(range, brought),
         }
-        self.stats.underway.fetch_sub(range.len(), Ordering::Relaxed);
         self.release_brought(claim, brought.then_some(range));
         self.claims.fetch_sub(1, Ordering::SeqCst);
         self.released.ring();

@@ -80,7 +80,7 @@ enum Deed {
     Event(u8, bool),
 }
 
-const COMMANDS: [&str; 41] = [
+const COMMANDS: [&str; 42] = [
     "qmp_capabilities",
     "blkmirror-cancel",
     "blkmirror-finish",
@@ -122,6 +122,7 @@ const COMMANDS: [&str; 41] = [
     "blockdev-snapshot-sync",
     "blkmirror-resize",
     "block_resize",
+    "blkmirror-verify",
 ];
 const MEMBERS: [&str; 35] = [
     "device",

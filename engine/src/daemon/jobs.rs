@@ -63,6 +63,10 @@ pub(super) struct Active {
     pub back_off_told: Seldom,
     pub stands_told: Seldom,
     pub told_backs_off: bool,
+    /// When mismatches were told of last, how many, and whether it was told that everything is verified.
+    pub mismatches_told: Seldom,
+    pub told_mismatches: u64,
+    pub told_verified: bool,
 }
 
 /// What a job is told by.
@@ -199,6 +203,7 @@ impl Active {
             on_source_error: request.on_source_error,
             on_target_error: request.on_target_error,
             pause_max: Duration::from_millis(request.pause_budget),
+            verify: request.verify,
         });
         if paused {
             job.pause(true);
@@ -224,6 +229,9 @@ impl Active {
             back_off_told: Seldom::default(),
             stands_told: Seldom::default(),
             told_backs_off: false,
+            mismatches_told: Seldom::default(),
+            told_mismatches: 0,
+            told_verified: false,
         };
         Ok((started, Some(active)))
     }
@@ -330,6 +338,8 @@ impl Active {
         // Before everything was brought over once the target is not behind: it is not there yet.
         let follows = matches!(phase, Phase::Converging | Phase::Ready | Phase::Pivoting);
         let lag = follows.then(|| self.pace.lag(self.begun.elapsed(), counters, backlog));
+        let verified = self.job.verified();
+        let is_verified = verified.is_some_and(|verified| verified.is_complete());
         Status {
             export: export.name.clone(),
             serving: self.job.serving().name(),
@@ -360,6 +370,10 @@ impl Active {
             guest_delay_us: rates.delay.map(|delay| u64::try_from(delay.as_micros()).unwrap_or(u64::MAX)),
             lag_bytes: follows.then_some(backlog),
             lag_s: lag.map(|lag| thousandths(lag.as_secs_f64())),
+            verified_bytes: verified.map(|verified| verified.bytes),
+            verified: is_verified,
+            verifying: verified.is_some() && !is_verified,
+            mismatches: verified.map(|verified| verified.mismatches),
             source: mirror.source.name(),
             target: Some(self.target.display().to_string()),
             error: self.job.error().map(str::to_owned),

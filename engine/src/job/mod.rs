@@ -7,6 +7,7 @@ mod errors;
 mod life;
 mod phase;
 mod sync;
+mod verifying;
 
 pub use ending::Goal;
 pub use errors::IoError;
@@ -58,6 +59,8 @@ pub struct Parts {
     pub on_target_error: OnError,
     /// How long the guest may be kept waiting for the last pass.
     pub pause_max: Duration,
+    /// When it is ready, everything that the target has is read back.
+    pub verify: bool,
 }
 
 /// One mirror job.
@@ -93,6 +96,8 @@ pub struct Job {
     complete: bool,
     /// Set while a failed job is being taken out of the guest's way.
     broken: bool,
+    /// When what was not equal is verified again.
+    verify_again: Duration,
 }
 
 enum Stage {
@@ -142,6 +147,7 @@ impl Job {
             flushed: false,
             complete: false,
             broken: false,
+            verify_again: Duration::ZERO,
         };
         job.choose_patience();
         job
@@ -259,6 +265,7 @@ impl Job {
     /// Does what can be done. Never waits. True where something is to be done at once again.
     pub fn step<I: Io>(&mut self, tools: &mut Tools<I>, base: Token) -> bool {
         self.look_at_errors(tools.io.now());
+        self.watch_verification(tools.io.now());
         if matches!(self.wish, Some(Wish::GiveUp)) {
             // What is under way has to end first.
             self.parts.mirror.target.hurry(true);

@@ -73,6 +73,7 @@ impl Stage {
             on_source_error: OnError::Report,
             on_target_error,
             pause_max: Duration::from_secs(1),
+            verify: false,
         }
     }
 

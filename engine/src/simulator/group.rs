@@ -173,6 +173,7 @@ impl Actor {
             on_source_error: OnError::Ignore,
             on_target_error: OnError::Report,
             pause_max: Duration::from_secs(60),
+            verify: false,
             seen: 0,
             sync_rest: Duration::from_secs(1),
         });

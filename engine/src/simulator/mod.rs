@@ -308,6 +308,41 @@ fn killed_at_a_store(seed: u64) -> Plan {
     Plan { fate: Fate::KilledAtStore(1 + seed % 300), ..killed_in_its_job(seed) }
 }
 
+/// Promise 14. With every pivot verified, under load, errors and crashes: nothing is called a mismatch that is none.
+#[test]
+fn worlds_in_which_pivots_are_verified_keep_every_promise() {
+    let pivots: u32 = (1..=600).map(|seed| World::new(Plan { verify: true, ..Plan::of(seed) }).run()).sum();
+    assert!(pivots > 100, "{pivots} pivots");
+}
+
+/// Promise 14. What has rotted on the target is mended, whatever guests write meanwhile, and found, unless one of them
+/// writes there just then.
+#[test]
+fn a_target_that_rots_is_found_and_mended() {
+    let found = (1..=300).filter(|seed| World::new(rotting(*seed)).mismatches() > 0).count();
+    assert!(found > 100, "{found} were found");
+}
+
+/// Promise 14. Nobody else would have seen it before the guest did.
+#[test]
+fn a_target_that_rots_and_is_not_verified_is_seen() {
+    let lost = |seed: &u64| {
+        let plan = Plan { verify: false, ..rotting(*seed) };
+        catch_unwind(AssertUnwindSafe(|| World::new(plan).run())).is_err()
+    };
+    assert!((1..=60).any(|seed| lost(&seed)), "the simulator is too tame to be trusted");
+}
+
+/// Promise 14.
+#[test]
+fn looking_at_marks_before_flights_is_caught() {
+    assert_caught(Fault::MarksBeforeFlights, |seed| Plan { mode: Mode::Background, verify: true, ..calm(seed) });
+}
+
+fn rotting(seed: u64) -> Plan {
+    Plan { verify: true, rots: true, raw_target: true, shallow: false, ..calm(seed) }
+}
+
 /// The daemon is killed, or the power goes, some time after the pivot.
 fn crashing_after_the_record(seed: u64) -> Plan {
     let fate = if seed.is_multiple_of(2) { Fate::PowerCut(seed % 1500) } else { Fate::Killed(seed % 1500) };

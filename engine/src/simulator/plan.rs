@@ -38,6 +38,10 @@ pub struct Plan {
     pub mends: bool,
     /// Between these steps of the first life the target has no space, and the job backs off.
     pub full: Option<(u64, u64)>,
+    /// The pivot waits until everything was read back from the target.
+    pub verify: bool,
+    /// A byte of the target rots when it is about to be read back; the target is raw then.
+    pub rots: bool,
 }
 
 impl Plan {
@@ -65,6 +69,8 @@ impl Plan {
             held: dice.one_in(4),
             mends: false,
             full: None,
+            verify: dice.one_in(3),
+            rots: false,
         }
     }
 }

@@ -59,6 +59,10 @@ pub struct World {
     pivots: u32,
     /// The steps between the beginning of the pivot and its end.
     pivoting: Option<(u64, u64)>,
+    /// A byte of the target has rotted.
+    rotted: bool,
+    /// How many mismatches were found, in the job that pivoted.
+    mismatches: u64,
 }
 
 impl World {
@@ -100,7 +104,21 @@ impl World {
         let record = files.add(first_record(&mut dice));
         files.sync();
         let kept = Kept::default();
-        Self { plan, dice, files, source, target, record, kept, history, step: 0, pivots: 0, pivoting: None }
+        Self {
+            plan,
+            dice,
+            files,
+            source,
+            target,
+            record,
+            kept,
+            history,
+            step: 0,
+            pivots: 0,
+            pivoting: None,
+            rotted: false,
+            mismatches: 0,
+        }
     }
 
     /// Lives as the plan says, and again after a crash, and after a second one; every promise is checked on the
@@ -127,6 +145,14 @@ impl World {
             self.check(crashed);
         }
         self.pivots
+    }
+
+    /// Lives as the plan says. Says how many mismatches were found.
+    pub fn mismatches(mut self) -> u64 {
+        self.live(true);
+        self.check(None);
+        assert!(self.pivots > 0, "verified, it pivots: {:?}", self.plan);
+        self.mismatches
     }
 
     /// Lives without a crash. Says between which steps the pivot was.
@@ -217,7 +243,8 @@ impl World {
         for completion in done {
             job.complete(&mut tools, Token(0), completion);
         }
-        if job.phase() == Phase::Ready && !life.stopping && !job.is_ending() && self.dice.one_in(6) {
+        let is_verified = job.verified().is_some_and(|verified| verified.is_complete()) || !self.plan.verify;
+        if job.phase() == Phase::Ready && !life.stopping && !job.is_ending() && is_verified && self.dice.one_in(6) {
             let end = End::Switch { record: new_record(), journal: Some(Arc::clone(journal)), member: None };
             job.pivot(end, self.record_file());
             if self.plan.held {
@@ -234,6 +261,14 @@ impl World {
         let before = job.phase();
         job.step(&mut tools, Token(0));
         let phase = job.phase();
+        if let Some(verified) = job.verified() {
+            assert!(verified.mismatches == 0 || self.rotted, "no write was lost: {verified:?}: {:?}", self.plan);
+            self.mismatches = verified.mismatches;
+        }
+        if self.plan.rots && phase == Phase::Ready && !std::mem::replace(&mut self.rotted, true) {
+            let at = self.dice.roll(DISK);
+            self.files.lock()[self.target.file as usize].rot(at as usize);
+        }
         if (before, phase) == (Phase::Converging, Phase::Ready) {
             let (failed, missed) = (job.mirror().has_fault(), job.mirror().missed_len());
             assert!(!failed && missed == 0, "ready without what failed: {missed} bytes: {:?}", self.plan);
@@ -335,6 +370,7 @@ impl World {
             on_source_error: if self.plan.mends { OnError::Report } else { OnError::Ignore },
             on_target_error: if self.plan.full.is_some() { OnError::BackOff } else { OnError::Ignore },
             pause_max: Duration::from_secs(3600),
+            verify: self.plan.verify,
         });
         let copier = Copier::new(mirror, Depth { slots: 3, run_len: 16 << 10, beside: 16 << 10 }, 0);
         let io = SimIo::new(&self.files, self.plan.seed ^ 0xc09, self.plan.fail_one_in);

@@ -9,6 +9,7 @@ mod ends;
 mod reaching;
 mod replacing;
 mod together;
+mod verifying;
 
 use super::exports::{Export, Table, layer_of};
 use super::jobs::Active;
@@ -228,7 +229,7 @@ impl Desk {
                 Ok(Some(started)) => Ok(Reply::Started(started)),
                 Err(refusal) => Err(refusal),
             },
-            Request::Pivot(name) => match self.pivot(&name, wait) {
+            Request::Pivot(request) => match self.pivot(&request, wait) {
                 Ok(number) if wait => return self.wait_for(client, number, Wish::Pivot),
                 answer => answer.map(|_| Reply::Done {}),
             },
@@ -250,9 +251,13 @@ impl Desk {
                     Reply::Done {}
                 })
             }
-            Request::PivotTogether(names) => match self.pivot_together(client, &names) {
+            Request::PivotTogether { exports, verified } => match self.pivot_together(client, &exports, verified) {
                 Ok(()) => return None,
                 Err(refusal) => Err(refusal),
+            },
+            Request::Verify(name) => match self.verify(&name) {
+                Ok(number) if wait => return self.wait_for(client, number, Wish::Verify),
+                answer => answer.map(|_| Reply::Done {}),
             },
             Request::Snapshot(request) => match self.snapshot(client, &request) {
                 Ok(()) => return None,
@@ -433,8 +438,9 @@ impl Desk {
         }
         if let Some(reason) = undone {
             let refusal = refuse(Code::OperationFailed, reason);
-            self.answer_waiting(number, |_| Err(refusal.clone()));
+            self.answer_waiting(number, |wish| (wish != Wish::Verify).then(|| Err(refusal.clone())));
         }
+        self.answer_verified(number);
         if over {
             self.end_job(number);
         }
