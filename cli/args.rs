@@ -36,6 +36,8 @@ pub enum Verb {
     Status(Status),
     /// Make the target of a ready mirror the disk that is served; of several exports at one instant, or of none
     Pivot(Pivot),
+    /// End the way back from a pivot that kept its source; the guest stays where it is
+    Commit(Job),
     /// Read back what a copy has: a ready mirror's target while its guest writes, or an image by its manifest
     Verify(Verify),
     /// End a mirror; the guest stays on the source
@@ -91,6 +93,7 @@ impl Verb {
             | Self::Resize(Resize { form, .. })
             | Self::Export(Export::Add(AddExport { form, .. }) | Export::Remove(RemoveExport { form, .. }))
             | Self::Cancel(Cancel { job: Job { form, .. }, .. })
+            | Self::Commit(Job { form, .. })
             | Self::Pause(Job { form, .. })
             | Self::Resume(Job { form, .. })
             | Self::Set(Set { job: Job { form, .. }, .. })
@@ -376,6 +379,12 @@ pub struct Pivot {
     /// Only where everything was read back from the target, and held against the source, since the job began
     #[arg(long)]
     pub verified: bool,
+    /// Keep the source, and keep it up to date from then on: `pivot --back` returns to it, `commit` ends that
+    #[arg(long)]
+    pub keep_source: bool,
+    /// Back to the source that a pivot with --keep-source has kept
+    #[arg(long)]
+    pub back: bool,
     #[command(flatten)]
     pub form: Form,
 }

@@ -51,6 +51,7 @@ fn run(verb: Verb) -> Result<(), Failure> {
         Verb::Snapshot(snapshot) => verbs::export::snapshot(&snapshot),
         Verb::Resize(resize) => verbs::export::resize(&resize),
         Verb::Export(export) => verbs::export::run(&export),
+        Verb::Commit(job) => verbs::job::commit(&job),
         Verb::Cancel(cancel) => verbs::job::cancel(&cancel),
         Verb::Pause(job) => verbs::job::pause(&job),
         Verb::Resume(job) => verbs::job::resume(&job),

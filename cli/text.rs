@@ -23,6 +23,7 @@ pub fn lines(status: &Status) -> Vec<String> {
         facts.push(("speed", speed(status)));
         facts.extend((status.failed_bytes > 0).then(|| ("failed", failed(status))));
     }
+    facts.extend(rollback(status).map(|rollback| ("rollback", rollback)));
     facts.extend(verified(status).map(|verified| ("verified", verified)));
     facts.extend(status.redundancy.filter(|_| status.phase != "none").map(|times| ("copies", copies(times))));
     facts.extend(status.notes.iter().map(|note| ("note", note.clone())));
@@ -102,6 +103,13 @@ pub fn lag(status: &Status) -> Option<String> {
 fn failed(status: &Status) -> String {
     let again = status.back_off_ms.map(|rest| format!(", tried again every {:.1} s", rest as f64 / 1000.0));
     format!("{}{}", size::format(status.failed_bytes), again.unwrap_or_default())
+}
+
+/// Whether the guest can go back to the disk of before its pivot.
+pub fn rollback(status: &Status) -> Option<String> {
+    let behind = size::format(status.lag_bytes.unwrap_or(status.remaining_bytes));
+    let possible = || format!("possible, behind by {behind}");
+    status.rollback.then(|| if status.is_active() { possible() } else { "lost".to_owned() })
 }
 
 /// How much was read back from the target, and what was found.
@@ -219,6 +227,8 @@ mod tests {
         (running.verified_bytes, running.mismatches, running.verifying) = (Some(1 << 20), Some(2), true);
         let told = lines(&running);
         assert!(told.contains(&"phase     ready, verifying".into()), "{told:?}");
+        running.rollback = true;
+        assert!(lines(&running).contains(&"rollback  possible, behind by 4.00 KiB".into()));
         assert!(told.contains(&"verified  1.00 MiB so far, mismatches: 2".into()), "{told:?}");
         assert!(lines(&running).contains(&"remaining 1.00 MiB".into()));
     }

@@ -80,7 +80,7 @@ enum Deed {
     Event(u8, bool),
 }
 
-const COMMANDS: [&str; 42] = [
+const COMMANDS: [&str; 43] = [
     "qmp_capabilities",
     "blkmirror-cancel",
     "blkmirror-finish",
@@ -123,6 +123,7 @@ const COMMANDS: [&str; 42] = [
     "blkmirror-resize",
     "block_resize",
     "blkmirror-verify",
+    "blkmirror-commit",
 ];
 const MEMBERS: [&str; 35] = [
     "device",

@@ -411,12 +411,13 @@ fn the_short_verbs_say_what_was_done() {
         _ => Ok(Reply::Done {}),
     });
     let vda = || String::from("vda");
-    let cases: [(&[&str], &str, Request); 10] = [
+    let cases: [(&[&str], &str, Request); 11] = [
         (
-            &["pivot", "vda", "--verified"],
+            &["pivot", "vda", "--verified", "--keep-source", "--back"],
             "vda: pivoted, serving /images/old.qcow2\n",
-            Request::Pivot(PivotRequest { export: vda(), verified: true }),
+            Request::Pivot(PivotRequest { export: vda(), verified: true, keep_source: true, back: true }),
         ),
+        (&["commit", "vda"], "vda: committed, serving /images/old.qcow2\n", Request::Commit(vda())),
         (&["verify", "vda"], "vda: the target is being read back\n", Request::Verify(vda())),
         (&["pivot", "vda"], "vda: pivoted, serving /images/old.qcow2\n", Request::Pivot(PivotRequest::of(vda()))),
         (

@@ -73,6 +73,8 @@ pub enum Request {
         /// Only where each of them was verified.
         verified: bool,
     },
+    /// End the way back from a pivot that kept its source. Answered when it is done.
+    Commit(String),
     /// Read back from the target of a ready job what it has, and hold it against the source. Answered when everything was
     /// equal once; who does not wait is answered when it has begun.
     Verify(String),
@@ -219,6 +221,12 @@ pub struct PivotRequest {
     /// Only where everything was verified since the job began.
     #[serde(default, skip_serializing_if = "is_false")]
     pub verified: bool,
+    /// The source is kept up to date from then on, to go back to.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub keep_source: bool,
+    /// Back to the source that a pivot before has kept.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub back: bool,
 }
 
 impl PivotRequest {
@@ -481,6 +489,9 @@ pub struct Status {
     /// How often the target had other bytes than it was given. They were copied again.
     #[serde(default)]
     pub mismatches: Option<u64>,
+    /// The job keeps the source of the last pivot up to date, to go back to.
+    #[serde(default)]
+    pub rollback: bool,
     /// Path of the source's top image.
     pub source: String,
     /// Path of the target.

@@ -126,10 +126,23 @@ impl Job {
         // would take for something that need not be brought.
         parts.mirror.hold(!planted(fault::Fault::CopyBeforeOldWritesEnd));
         let stage = Stage::Attaching(parts.gate.replace(route));
+        Self::new(parts, Phase::Seeding, stage)
+    }
+
+    /// One whose mirror has been in the guest's way since an instant at which both sides were equal.
+    pub fn follow(parts: Parts) -> Self {
+        if planted(fault::Fault::BackAfterOpen) {
+            let route = Route { disk: Arc::clone(&parts.mirror.source), mirror: Some(Arc::clone(&parts.mirror)) };
+            drop(parts.gate.replace(route));
+        }
+        Self { was_ready: true, ..Self::new(parts, Phase::Ready, Stage::Copying) }
+    }
+
+    fn new(parts: Parts, phase: Phase, stage: Stage) -> Self {
         let job = Self {
             syncs: Syncs::new(parts.sync_rest),
             parts,
-            phase: Phase::Seeding,
+            phase,
             stage,
             wish: None,
             held: false,

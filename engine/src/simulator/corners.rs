@@ -115,7 +115,7 @@ impl Stage {
             size: DISK,
         };
         (
-            End::Switch { record, journal: None, member: None },
+            End::Switch { record, journal: None, member: None, back: None },
             RecordFile::new(File::simulated(self.record), PathBuf::new(), None),
         )
     }

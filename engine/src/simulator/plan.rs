@@ -42,6 +42,8 @@ pub struct Plan {
     pub verify: bool,
     /// A byte of the target rots when it is about to be read back; the target is raw then.
     pub rots: bool,
+    /// The pivot keeps its source, and later there is one back.
+    pub keeps: bool,
 }
 
 impl Plan {
@@ -71,6 +73,7 @@ impl Plan {
             full: None,
             verify: dice.one_in(3),
             rots: false,
+            keeps: dice.one_in(3),
         }
     }
 }

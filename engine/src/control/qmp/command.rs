@@ -130,6 +130,7 @@ const COMMANDS: &[Command] = &[
     command!("blkmirror-cancel", Cancel => Empty, |it| {
         Ok(waiting(Request::Cancel { export: it.export, force: it.force }))
     }),
+    command!("blkmirror-commit", NamedExport => Empty, |it| Ok(waiting(Request::Commit(it.export)))),
     command!("blkmirror-export-add", ExportOptions => Empty, |it| Ok(waiting(Request::AddExport(it)))),
     command!("blkmirror-export-remove", RemoveExport => Empty, |it| {
         Ok(waiting(Request::RemoveExport { export: it.export, force: it.force }))

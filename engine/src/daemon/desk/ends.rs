@@ -60,6 +60,7 @@ impl Desk {
 
     pub(super) fn pivot(&mut self, request: &PivotRequest, wait: bool) -> Result<usize, Refusal> {
         let name = &request.export;
+        self.refuse_direction(request)?;
         if let Some(number) = self.finalized_by(name, Goal::Pivot, wait) {
             return Ok(number);
         }
@@ -67,6 +68,10 @@ impl Desk {
         let export = &self.exports[&number];
         let Some(record) = export.record.clone() else { return Ok(number) };
         if let Some(active) = self.jobs.get_mut(&number) {
+            match request.keep_source {
+                true => active.prepare_back(export, &self.state)?,
+                false => active.drop_back(&self.state),
+            }
             let end = active.switch(export, None);
             active.job.pivot(end, record);
             active.end_asked(wait);
@@ -81,6 +86,8 @@ impl Desk {
         if verified {
             refuse_unverified(name, &active.job)?;
         }
+        // One that an earlier pivot was to have must not count with the record of this one.
+        self.state.forget_rollback(name)?;
         match self.exports[&number].record {
             Some(_) => Ok(number),
             None => Err(refuse(Code::OperationInvalid, format!("export {name} is read-only: it cannot be pivoted"))),
@@ -124,10 +131,7 @@ impl Desk {
         if let Some(record) = active.job.take_record() {
             export.record = Some(record);
         }
-        active.close();
-        self.forget_job(number);
-        let export = self.export_mut(number);
-        export.last = Some(status.clone());
+        self.leave(number, active, &status);
         self.answer_waiting(number, |wish| {
             Some(match (wish, phase) {
                 (Wish::Pivot | Wish::Together(_), Phase::Pivoted) | (Wish::Cancel, Phase::Cancelled) => {
@@ -141,8 +145,8 @@ impl Desk {
         });
     }
 
-    /// Answers who waits for this export, if there is an answer to what they wait for. Who waits for a group is answered when the last of it is done, or when one
-    /// of it is not.
+    /// Answers who waits for this export, if there is an answer to what they wait for. Who waits for a group is answered
+    /// when the last of it is done, or when one of it is not.
     pub(super) fn answer_waiting(&mut self, number: usize, answer: impl Fn(Wish) -> Option<Answer>) {
         let (these, others) = std::mem::take(&mut self.waiting).into_iter().partition(|(_, of, _)| *of == number);
         self.waiting = others;

@@ -15,6 +15,7 @@ impl Desk {
         if names.is_empty() {
             return Err(refuse(Code::InvalidArg, "no export is named".to_owned()));
         }
+        names.iter().try_for_each(|name| self.refuse_direction(&PivotRequest::of(name)))?;
         let numbers = names.iter().map(|name| self.may_pivot(name, verified)).collect::<Result<Vec<_>, _>>()?;
         if let [number] = numbers[..] {
             self.pivot(&PivotRequest::of(&names[0]), true)?;

@@ -106,8 +106,8 @@ fn qmp_verbs_begin_and_our_verbs_end() {
         ("blkmirror-pivot", json!({ "export": "vda" }), Request::Pivot(PivotRequest::of(vda()))),
         (
             "blkmirror-pivot",
-            json!({ "export": "vda", "verified": true }),
-            Request::Pivot(PivotRequest { export: vda(), verified: true }),
+            json!({ "export": "vda", "verified": true, "keep-source": true, "back": true }),
+            Request::Pivot(PivotRequest { export: vda(), verified: true, keep_source: true, back: true }),
         ),
         (
             "blkmirror-pivot-together",
@@ -115,6 +115,7 @@ fn qmp_verbs_begin_and_our_verbs_end() {
             Request::PivotTogether { exports: vec![vda()], verified: true },
         ),
         ("blkmirror-verify", json!({ "export": "vda", "wait": true }), Request::Verify(vda())),
+        ("blkmirror-commit", json!({ "export": "vda" }), Request::Commit(vda())),
         ("blkmirror-cancel", json!({ "export": "vda" }), cancel(false)),
         ("blkmirror-finish", json!({ "export": "vda" }), Request::Finish(vda())),
         ("blkmirror-pause", json!({ "export": "vda" }), Request::Pause(vda())),
