@@ -37,6 +37,10 @@ pub enum Verb {
     Status(Status),
     /// Make the target of a ready mirror the disk that is served; of several exports at one instant, or of none
     Pivot(Pivot),
+    /// End the way back from a pivot that kept its source; the guest stays where it is
+    Commit(Job),
+    /// Read back what a copy has: a ready mirror's target while its guest writes, or an image by its manifest
+    Verify(Verify),
     /// End a mirror; the guest stays on the source
     Cancel(Cancel),
     /// Stop copying; guest writes are still tracked
@@ -85,10 +89,12 @@ impl Verb {
             Self::Mirror(Mirror { form, .. })
             | Self::Status(Status { form, .. })
             | Self::Pivot(Pivot { form, .. })
+            | Self::Verify(Verify { form, .. })
             | Self::Snapshot(Snapshot { form, .. })
             | Self::Resize(Resize { form, .. })
             | Self::Export(Export::Add(AddExport { form, .. }) | Export::Remove(RemoveExport { form, .. }))
             | Self::Cancel(Cancel { job: Job { form, .. }, .. })
+            | Self::Commit(Job { form, .. })
             | Self::Pause(Job { form, .. })
             | Self::Resume(Job { form, .. })
             | Self::Set(Set { job: Job { form, .. }, .. })
@@ -266,6 +272,9 @@ pub struct Convert {
     /// The target is there already
     #[arg(long)]
     pub reuse_external: bool,
+    /// Read back what was copied, and write a manifest of it to this file
+    #[arg(long, value_name = "FILE")]
+    pub manifest: Option<PathBuf>,
     /// Whether images go through the page cache
     #[arg(long, default_value = "none", value_parser = copy_caches())]
     pub cache: Cache,
@@ -289,6 +298,9 @@ pub struct Compare {
     /// The other one's
     #[arg(long, value_name = "FORMAT", value_parser = formats())]
     pub b_format: Option<TargetFormat>,
+    /// Where they read alike, write a manifest of what they have to this file
+    #[arg(long, value_name = "FILE")]
+    pub manifest: Option<PathBuf>,
     /// They also have to be equally long and to have payload, zeroes and nothing at the same places
     #[arg(long)]
     pub strict: bool,
@@ -365,6 +377,43 @@ pub struct Pivot {
     /// The exports' names
     #[arg(required = true, value_name = "EXPORT")]
     pub exports: Vec<String>,
+    /// Only where everything was read back from the target, and held against the source, since the job began
+    #[arg(long)]
+    pub verified: bool,
+    /// Keep the source, and keep it up to date from then on: `pivot --back` returns to it, `commit` ends that
+    #[arg(long)]
+    pub keep_source: bool,
+    /// Back to the source that a pivot with --keep-source has kept
+    #[arg(long)]
+    pub back: bool,
+    #[command(flatten)]
+    pub form: Form,
+}
+
+/// A mismatch of a mirror's target is copied again, counted, and told by an event. Exit status: 0 an image is as its manifest
+/// says, 1 it is not.
+#[derive(Debug, Arguments)]
+#[command(group = ArgGroup::new("which").required(true).args(["control", "manifest"]))]
+pub struct Verify {
+    /// The daemon's control socket: its export's target is read back
+    #[arg(long, value_name = "PATH")]
+    pub control: Option<PathBuf>,
+    /// A manifest, as `convert` and `compare` write it: an image that nobody writes to is held against it
+    #[arg(long, value_name = "FILE")]
+    pub manifest: Option<PathBuf>,
+    /// The export's name, or the image
+    #[arg(value_name = "EXPORT|IMAGE")]
+    pub what: PathBuf,
+    /// Return when everything was read back, not when that has begun
+    #[arg(long, requires = "control")]
+    pub wait: bool,
+    /// The image's format; by its header where it is not given
+    #[arg(long, value_name = "FORMAT", requires = "manifest", value_parser = formats())]
+    pub format: Option<TargetFormat>,
+    #[command(flatten)]
+    pub sharing: Sharing,
+    #[command(flatten)]
+    pub servers: Servers,
     #[command(flatten)]
     pub form: Form,
 }
@@ -515,6 +564,9 @@ pub struct Mirror {
     /// The job's name; the export's where it is not given
     #[arg(long, value_name = "NAME")]
     pub job_id: Option<String>,
+    /// When it is ready, read back from the target what it has; what waits for the mirror waits for that too
+    #[arg(long)]
+    pub verify: bool,
     /// Return when the mirror is ready, not when it has started
     #[arg(long)]
     pub wait: bool,

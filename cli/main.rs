@@ -4,6 +4,7 @@
 //! args     what can be said on the command line, each word once
 //! client   asks a running daemon, by QMP over its control socket
 //! verbs    one file for what each verb does
+//! manifest writes manifests, and holds disks against them
 //! text     what a status looks like to a person
 //! plot     one quantity over time, in a terminal
 //! output   results on stdout, everything else on stderr
@@ -18,6 +19,7 @@ mod export;
 mod failure;
 mod image;
 mod listener;
+mod manifest;
 mod output;
 mod place;
 mod plot;
@@ -49,6 +51,7 @@ fn run(verb: Verb) -> Result<(), Failure> {
         Verb::Snapshot(snapshot) => verbs::export::snapshot(&snapshot),
         Verb::Resize(resize) => verbs::export::resize(&resize),
         Verb::Export(export) => verbs::export::run(&export),
+        Verb::Commit(job) => verbs::job::commit(&job),
         Verb::Cancel(cancel) => verbs::job::cancel(&cancel),
         Verb::Pause(job) => verbs::job::pause(&job),
         Verb::Resume(job) => verbs::job::resume(&job),
@@ -57,6 +60,7 @@ fn run(verb: Verb) -> Result<(), Failure> {
         Verb::Events(events) => verbs::events::run(&events),
         Verb::Demo(demo) => demo::run(&demo),
         Verb::Serve(serve) => verbs::serve::run(serve),
+        Verb::Verify(verify) => verbs::verify::run(&verify),
         Verb::Convert(convert) => verbs::convert::run(convert),
         Verb::Compare(compare) => verbs::compare::run(&compare),
         Verb::Info(info) => verbs::info::run(&info),

@@ -27,6 +27,8 @@ pub fn lines(status: &Status) -> Vec<String> {
         facts.extend((status.failed_bytes > 0).then(|| ("failed", failed(status))));
         facts.extend((status.late_bytes > 0).then(|| ("late", size::format(status.late_bytes))));
     }
+    facts.extend(rollback(status).map(|rollback| ("rollback", rollback)));
+    facts.extend(verified(status).map(|verified| ("verified", verified)));
     facts.extend(status.redundancy.filter(|_| status.phase != "none").map(|times| ("copies", copies(times))));
     facts.extend(status.notes.iter().map(|note| ("note", note.clone())));
     facts.extend(status.error.iter().map(|error| ("error", error.clone())));
@@ -63,7 +65,8 @@ pub fn phase(status: &Status) -> String {
         Some(_) => ", backing off",
         None => "",
     };
-    format!("{}{rests}", status.phase)
+    let verifies = if status.verifying && status.phase == "ready" { ", verifying" } else { "" };
+    format!("{}{rests}{verifies}", status.phase)
 }
 
 /// What is left, and for how long.
@@ -121,6 +124,20 @@ pub fn lag(status: &Status) -> Option<String> {
 fn failed(status: &Status) -> String {
     let again = status.back_off_ms.map(|rest| format!(", tried again every {:.1} s", rest as f64 / 1000.0));
     format!("{}{}", size::format(status.failed_bytes), again.unwrap_or_default())
+}
+
+/// Whether the guest can go back to the disk of before its pivot.
+pub fn rollback(status: &Status) -> Option<String> {
+    let behind = size::format(status.lag_bytes.unwrap_or(status.remaining_bytes));
+    let possible = || format!("possible, behind by {behind}");
+    status.rollback.then(|| if status.is_active() { possible() } else { "lost".to_owned() })
+}
+
+/// How much was read back from the target, and what was found.
+pub fn verified(status: &Status) -> Option<String> {
+    let (bytes, mismatches) = (size::format(status.verified_bytes?), status.mismatches?);
+    let so_far = if status.verifying { " so far" } else { "" };
+    Some(format!("{bytes}{so_far}, mismatches: {mismatches}"))
 }
 
 /// How often the disk's data was copied.
@@ -228,6 +245,12 @@ mod tests {
         running.eta_high_s = Some(3600);
         assert!(lines(&running).contains(&"remaining 1.00 MiB, 1 min 15 s (1 min 10 s to 1 h 0 min)".into()));
         running.phase = "ready".into();
+        (running.verified_bytes, running.mismatches, running.verifying) = (Some(1 << 20), Some(2), true);
+        let told = lines(&running);
+        assert!(told.contains(&"phase     ready, verifying".into()), "{told:?}");
+        running.rollback = true;
+        assert!(lines(&running).contains(&"rollback  possible, behind by 4.00 KiB".into()));
+        assert!(told.contains(&"verified  1.00 MiB so far, mismatches: 2".into()), "{told:?}");
         assert!(lines(&running).contains(&"remaining 1.00 MiB".into()));
     }
 

@@ -3,6 +3,7 @@ use crate::args::Compare;
 use crate::bar::Bar;
 use crate::failure::Failure;
 use crate::image;
+use crate::manifest;
 use crate::output::tell;
 use engine::control::TargetFormat;
 use engine::daemon::{Comparison, Incomparable, compare};
@@ -38,6 +39,9 @@ pub fn run(args: &Compare) -> Result<(), Failure> {
         }
     };
     let is_same = object["result"] == "same";
+    if let Some(path) = args.manifest.as_ref().filter(|_| is_same) {
+        manifest::write(path, open(args, &args.a, args.a_format)?)?;
+    }
     tell(args.form, &object, || words)?;
     if is_same { Ok(()) } else { Err(Failure::Told) }
 }

@@ -3,6 +3,7 @@ use crate::args::{Cancel, Form, Job, Pivot, Quit, Set};
 use crate::client::Client;
 use crate::failure::Failure;
 use crate::output::tell;
+use engine::control::PivotRequest;
 use serde::Serialize;
 use serde_json::{Value, json};
 use std::time::Duration;
@@ -16,10 +17,16 @@ const END_MAX: Duration = Duration::from_secs(60);
 pub fn pivot(pivot: &Pivot) -> Result<(), Failure> {
     let mut client = Client::connect(&pivot.daemon.control)?;
     if let [export] = &pivot.exports[..] {
-        let _: Value = client.call_and_wait("blkmirror-pivot", &json!({ "export": export }))?;
+        let Pivot { verified, keep_source, back, .. } = *pivot;
+        let request = PivotRequest { export: export.clone(), verified, keep_source, back };
+        let _: Value = client.call_and_wait("blkmirror-pivot", &request)?;
         return ended(&mut client, export, "pivoted", pivot.form);
     }
-    let _: Value = client.call_and_wait("blkmirror-pivot-together", &json!({ "exports": pivot.exports }))?;
+    if pivot.keep_source || pivot.back {
+        return Err(Failure::new("--keep-source and --back are of one export: ask for one at a time"));
+    }
+    let arguments = json!({ "exports": pivot.exports, "verified": pivot.verified });
+    let _: Value = client.call_and_wait("blkmirror-pivot-together", &arguments)?;
     let mut all = Vec::new();
     for export in &pivot.exports {
         let serving = client.status(export)?.serving;
@@ -40,6 +47,13 @@ pub fn cancel(cancel: &Cancel) -> Result<(), Failure> {
     let mut client = Client::connect(&job.daemon.control)?;
     let _: Value = client.call_and_wait("blkmirror-cancel", &json!({ "export": job.export, "force": force }))?;
     ended(&mut client, &job.export, "cancelled", job.form)
+}
+
+/// Ends the way back from a pivot; returns when it has ended.
+pub fn commit(job: &Job) -> Result<(), Failure> {
+    let mut client = Client::connect(&job.daemon.control)?;
+    let _: Value = client.call_and_wait("blkmirror-commit", &json!({ "export": job.export }))?;
+    ended(&mut client, &job.export, "committed", job.form)
 }
 
 /// Stops copying.

@@ -30,15 +30,16 @@ pub fn run(args: Mirror) -> Result<(), Failure> {
         Stay::DryRun => ("possible", format!("{export}: could be mirrored to {target}")),
         Stay::Started => ("started", format!("{export}: mirror to {target} started, job {job}")),
         Stay::Ready => {
-            until_ready(&mut client, export)?;
+            until_ready(&mut client, &request)?;
             ("ready", format!("{export}: ready, target {target}"))
         }
         Stay::Pivoted => {
-            when_ready(&mut client, export, "blkmirror-pivot")?;
+            let arguments = json!({ "export": export, "verified": request.verify });
+            when_ready(&mut client, &request, "blkmirror-pivot", &arguments)?;
             ("pivoted", format!("{export}: pivoted, serving {}", client.status(export)?.serving))
         }
         Stay::Finished => {
-            when_ready(&mut client, export, "blkmirror-finish")?;
+            when_ready(&mut client, &request, "blkmirror-finish", &json!({ "export": export }))?;
             ("finished", format!("{export}: finished, {target} is a copy of this instant"))
         }
     };
@@ -95,6 +96,7 @@ fn request(args: Mirror) -> Result<MirrorRequest, Failure> {
         job_id: args.job_id,
         relative_backing: args.relative_backing,
         options: creation::all(&args.options).map_err(Failure::new)?,
+        verify: args.verify,
         ..MirrorRequest::default()
     })
 }
@@ -106,10 +108,10 @@ pub(super) fn name(target: &str) -> Result<String, Failure> {
 }
 
 /// Ends the job by `command` when it is ready.
-fn when_ready(client: &mut Client, export: &str, command: &str) -> Result<(), Failure> {
+fn when_ready(client: &mut Client, request: &MirrorRequest, command: &str, arguments: &Value) -> Result<(), Failure> {
     loop {
-        until_ready(client, export)?;
-        let ended: Result<Value, _> = client.call_and_wait(command, &json!({ "export": export }));
+        until_ready(client, request)?;
+        let ended: Result<Value, _> = client.call_and_wait(command, arguments);
         match ended {
             Ok(_) => return Ok(()),
             // The guest wrote more meanwhile than a pause allows to bring over: again when that is done.
@@ -119,17 +121,17 @@ fn when_ready(client: &mut Client, export: &str, command: &str) -> Result<(), Fa
     }
 }
 
-/// Waits until the job is ready, with a progress bar where stderr is a terminal.
-fn until_ready(client: &mut Client, export: &str) -> Result<(), Failure> {
-    let bar = Bar::new(export);
+/// Waits until the job is ready, and verified where that was asked for, with a progress bar where stderr is a terminal.
+fn until_ready(client: &mut Client, request: &MirrorRequest) -> Result<(), Failure> {
+    let bar = Bar::new(&request.export);
     let mut last_error = None;
     loop {
-        let status = client.status(export)?;
+        let status = client.status(&request.export)?;
         bar.show(&status);
         if status.error.is_some() && status.error != last_error && status.is_active() {
             bar.remark(&text::line(&status));
         }
-        if is_ready(&status)? {
+        if is_ready(&status)? && (status.verified || !request.verify) {
             return Ok(());
         }
         last_error = status.error;

@@ -12,4 +12,5 @@ pub mod map;
 pub mod mirror;
 pub mod serve;
 pub mod status;
+pub mod verify;
 pub mod watch;

@@ -9,12 +9,14 @@
 //!                    any error: mark again, tell the job ───────────┴─► put (release)
 //! ```
 //!
-//! Of what was taken those parts are brought that the target lacks. Where source and target are compared (`Mirror::compares`), what was read is held against the target between
-//! the read and the runs.
+//! Of what was taken those parts are brought that the target lacks. Where source and target are compared
+//! (`Mirror::compares`), what was read is held against the target between the read and the runs. What is being verified
+//! goes the same way, and nothing is brought where both are equal: `verify`.
 //!
 //! A copier never takes a lock across its I/O: a guest write that changes what was just looked at
 //! marks the chunk after it, so it is copied again.
 mod runs;
+mod verify;
 
 use crate::chain::{Look, Source};
 use crate::dirty::Claim;
@@ -29,6 +31,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
+use verify::Verify;
 
 /// Runs of zeroes in data become holes from this many bytes on, at multiples of it.
 const ZERO_RUN_MIN: usize = 64 << 10;
@@ -38,6 +41,9 @@ const SHARED_RUNS: u64 = 16;
 
 /// How many runs a slot takes in one step, where they need no operation at all.
 const TURNS_MAX: usize = 256;
+
+/// One slot in so many verifies, where that was asked for.
+const VERIFIERS_OF: usize = 4;
 
 /// How much a copier has under way at most.
 #[derive(Clone, Copy, Debug)]
@@ -84,8 +90,8 @@ pub enum Progress {
 
 /// One run of chunks on its way.
 struct Slot {
-    claim: Claim,
-    /// How many of its ranges were begun.
+    work: Work,
+    /// How many of the ranges that the target lacks were begun.
     begun: usize,
     /// The one that is brought now, and up to where it is.
     range: ByteRange,
@@ -98,6 +104,12 @@ struct Slot {
     failed: bool,
 }
 
+/// What is done with a run.
+enum Work {
+    Copy(Claim),
+    Verify(Verify),
+}
+
 enum Stage {
     Look,
     Read(Task, ByteRange),
@@ -107,6 +119,8 @@ enum Stage {
     Share(Task, ByteRange),
     /// What was read goes to the target, run by run.
     Place(Placing),
+    /// What was sent to the target, and is read back.
+    Back(Buffer, Task),
 }
 
 struct Placing {
@@ -169,24 +183,33 @@ impl Copier {
     /// Fills a free slot where there is something to copy; says how long to wait where the speed
     /// limit forbids it.
     fn start<I: Io>(&mut self, tools: &Tools<I>, number: usize) -> std::result::Result<(), Duration> {
-        let claim = match self.take(tools)? {
+        self.slots[number] = match self.find(tools, number)? {
             None => {
                 // Marked chunks may be in the claim of a guest that writes to both sides.
                 self.mirror.work.listen(tools.waker);
                 self.mirror.released().listen(tools.waker);
-                self.take(tools)?
+                self.find(tools, number)?
             }
-            claim => claim,
+            slot => slot,
         };
-        if let Some(claim) = claim {
+        Ok(())
+    }
+
+    /// Something for this slot to do. A few of them verify, so that neither waits for the other's end.
+    fn find<I: Io>(&mut self, tools: &Tools<I>, number: usize) -> std::result::Result<Option<Slot>, Duration> {
+        if number < (self.slots.len() / VERIFIERS_OF).max(1)
+            && let Some(verify) = self.take_to_verify(tools)?
+        {
+            return Ok(Some(Slot::verify(verify)));
+        }
+        Ok(self.take(tools)?.map(|claim| {
             let range = self.mirror.dirty.claimed(&claim);
             self.cursor = range.end;
             if planted(Fault::ClearAfterCopy) {
                 self.mirror.dirty.mark(range);
             }
-            self.slots[number] = Some(Slot::new(claim, self.run_len as u64));
-        }
-        Ok(())
+            Slot::new(Work::Copy(claim), ByteRange { start: 0, end: 0 }, self.run_len as u64)
+        }))
     }
 
     /// The next run to copy, from the cursor on and then from the disk's start.
@@ -205,14 +228,15 @@ impl Copier {
 }
 
 impl Slot {
-    fn new(claim: Claim, len_max: u64) -> Self {
-        let nothing = ByteRange { start: 0, end: 0 };
-        Self { claim, begun: 0, range: nothing, at: 0, len_max, stage: Stage::Look, brought: false, failed: false }
+    fn new(work: Work, range: ByteRange, len_max: u64) -> Self {
+        let (at, stage) = (range.start, Stage::Look);
+        Self { work, begun: 0, range, at, len_max, stage, brought: false, failed: false }
     }
 
     /// The next range; false where there is none.
     fn next_range(&mut self) -> bool {
-        let next = self.claim.lacking().get(self.begun).filter(|_| !self.failed).copied();
+        let Work::Copy(claim) = &self.work else { return false };
+        let next = claim.lacking().get(self.begun).filter(|_| !self.failed).copied();
         if let Some(range) = next {
             (self.begun, self.range, self.at) = (self.begun + 1, range, range.start);
         }
@@ -234,9 +258,11 @@ impl Slot {
                     }
                     continue;
                 }
-                Stage::Read(task, _) | Stage::Compare(_, task) | Stage::Zero(task, _) | Stage::Share(task, _) => {
-                    task.step(tools, base)
-                }
+                Stage::Read(task, _)
+                | Stage::Compare(_, task)
+                | Stage::Zero(task, _)
+                | Stage::Share(task, _)
+                | Stage::Back(_, task) => task.step(tools, base),
                 Stage::Place(placing) => placing.step(mirror, self.at, tools, base),
             };
             if status != Status::Done {
@@ -248,7 +274,11 @@ impl Slot {
 
     fn complete<I: Io>(&mut self, tools: &mut Tools<I>, base: Token, done: Completion) {
         match &mut self.stage {
-            Stage::Read(task, _) | Stage::Compare(_, task) | Stage::Zero(task, _) | Stage::Share(task, _) => {
+            Stage::Read(task, _)
+            | Stage::Compare(_, task)
+            | Stage::Zero(task, _)
+            | Stage::Share(task, _)
+            | Stage::Back(_, task) => {
                 task.complete(tools, base, done);
             }
             Stage::Place(Placing { task: Some((task, _)), .. }) => task.complete(tools, base, done),
@@ -259,6 +289,9 @@ impl Slot {
     /// Finds out what the next bytes are and starts to bring them.
     fn look<I: Io>(&mut self, mirror: &Mirror, tools: &Tools<I>) -> Result<()> {
         let rest = ByteRange { start: self.at, end: self.range.end };
+        if matches!(self.work, Work::Verify(_)) {
+            return self.look_to_verify(mirror, tools, rest);
+        }
         if let Some(below) = below_both(mirror, rest)?
             && let below = mirror.whole(below)
             && !below.is_empty()
@@ -299,12 +332,14 @@ impl Slot {
                 (more, _) => piece.end = more.end,
             }
         }
-        let piece = mirror.completed(piece);
-        mirror.spend(piece.len());
-        let len = piece.len() as usize;
-        let buf = tools.arena.take(len).unwrap_or_else(|| Buffer::alone(len));
-        self.stage = Stage::Read(Task::read(Arc::clone(&mirror.source), piece, buf), piece);
+        self.read(mirror, tools, mirror.completed(piece));
         Ok(())
+    }
+
+    fn read<I: Io>(&mut self, mirror: &Mirror, tools: &Tools<I>, piece: ByteRange) {
+        mirror.spend(piece.len());
+        let buf = room(tools, piece.len() as usize);
+        self.stage = Stage::Read(Task::read(Arc::clone(&mirror.source), piece, buf), piece);
     }
 
     /// What follows a stage that is done.
@@ -312,8 +347,8 @@ impl Slot {
         match std::mem::replace(&mut self.stage, Stage::Look) {
             Stage::Look => {}
             Stage::Read(task, range) => match task.end() {
-                (Ok(()), Some(bytes)) if mirror.compares() => {
-                    let buf = tools.arena.take(bytes.len()).unwrap_or_else(|| Buffer::alone(bytes.len()));
+                (Ok(()), Some(bytes)) if mirror.compares() || matches!(self.work, Work::Verify(_)) => {
+                    let buf = room(tools, bytes.len());
                     self.stage = Stage::Compare(bytes, Task::read(Arc::clone(&mirror.target), range, buf));
                 }
                 (Ok(()), Some(bytes)) => {
@@ -326,6 +361,7 @@ impl Slot {
                 (Ok(()), None) => self.fail(mirror, false, Error::invalid("a read without its buffer")),
             },
             Stage::Compare(bytes, task) => match task.end() {
+                (Ok(()), Some(there)) if self.is_equal(mirror, &bytes, &there) => self.at += bytes.len() as u64,
                 (Ok(()), Some(there)) => {
                     let runs = differences(&bytes, &there, ZERO_RUN_MIN).collect();
                     self.stage = Stage::Place(Placing::new(bytes, runs));
@@ -352,11 +388,17 @@ impl Slot {
                     self.brought |= placing.same == 0;
                     placing.same = 0;
                     mirror.stats.written.fetch_add(written, Ordering::Relaxed);
-                    if !placing.runs.is_empty() {
-                        self.stage = Stage::Place(placing);
+                    match placing.runs.is_empty() {
+                        false => self.stage = Stage::Place(placing),
+                        true => self.read_back(mirror, tools, placing.loan.end()),
                     }
                 }
                 Err(error) => self.fail(mirror, true, error),
+            },
+            Stage::Back(bytes, task) => match task.end() {
+                (Ok(()), Some(there)) => self.hold_against(mirror, &bytes, &there),
+                (Err(error), _) => self.fail(mirror, true, error),
+                (Ok(()), None) => self.fail(mirror, true, Error::invalid("a read without its buffer")),
             },
         }
     }
@@ -369,11 +411,15 @@ impl Slot {
 
     /// Marks again what failed, and only then lets go.
     fn finish(self, mirror: &Mirror) {
+        let claim = match self.work {
+            Work::Copy(claim) => claim,
+            Work::Verify(verify) => return verify.finish(mirror, self.brought, self.failed),
+        };
         if !self.failed {
-            mirror.stats.copied.fetch_add(self.claim.lacking_len(), Ordering::Relaxed);
+            mirror.stats.copied.fetch_add(claim.lacking_len(), Ordering::Relaxed);
         }
-        let claimed = mirror.dirty.claimed(&self.claim);
-        mirror.put(self.claim, self.brought, self.failed);
+        let claimed = mirror.dirty.claimed(&claim);
+        mirror.put(claim, self.brought, self.failed);
         if planted(Fault::ClearAfterCopy) {
             while let Some(claim) = mirror.take(claimed, 1) {
                 mirror.put(claim, false, false);
@@ -421,6 +467,11 @@ impl Placing {
         }
         outcome.map(|()| (written, len))
     }
+}
+
+/// Memory for `len` bytes: of the thread's own, or more where that is in use.
+fn room<I: Io>(tools: &Tools<I>, len: usize) -> Buffer {
+    tools.arena.take(len).unwrap_or_else(|| Buffer::alone(len))
 }
 
 /// In a shallow copy, a prefix of `range` that neither top layer has: both read it from the same layers below.

@@ -201,6 +201,18 @@ impl DirtyBitmap {
         Some(Claim::of(first, end))
     }
 
+    /// Claims chunks from the start of `range` on, marked or not, up to one that is claimed already; `None` where the first
+    /// one is.
+    pub fn claim_some(&self, range: ByteRange) -> Option<Claim> {
+        let (first, last) = self.chunks(range);
+        let claim = |chunk: &u64| {
+            let bit = 1 << (chunk % 64);
+            self.claims.set((chunk / 64) as usize, bit) & bit == 0
+        };
+        let end = first + (first..last).take_while(claim).count() as u64;
+        (end > first).then_some(Claim::of(first, end))
+    }
+
     /// Ends a claim.
     pub fn release(&self, claim: Claim) {
         for (word, bits) in words(claim.first, claim.end) {

@@ -66,6 +66,12 @@ pub enum Fault {
     SeenBeforeMarks,
     /// 10: a guest writes past the mirror of a job that ends before the planes say that they count no more.
     PassBeforeUnfollowed,
+    /// 14: where both sides differ, marks are looked at before they are read, and flights after.
+    MarksBeforeFlights,
+    /// 15: after a pivot that keeps the source, guests write before the way back follows them.
+    BackAfterOpen,
+    /// 15: a mirror that was to go back is taken up without what its target had in the journal alone.
+    ForgetOldJournal,
     /// 12: a server that said ACK to STARTTLS is spoken to in plain.
     PlainBehindStartTls,
     /// 13: a write to another server's export is done while its bytes are still being sent.

@@ -1,6 +1,9 @@
 //! What sessions and copiers of one job share: the two disks, the bitmap, the limits.
 mod lateness;
 mod missed;
+mod verification;
+
+pub use verification::{Check, Outcome, Verified};
 
 pub use lateness::PATIENCE;
 
@@ -19,6 +22,7 @@ use lateness::Lateness;
 use missed::Missed;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
+use verification::Verification;
 
 /// One mirror: a source that guests write to, and a target that follows.
 pub struct Mirror {
@@ -72,6 +76,9 @@ pub struct Mirror {
     /// Bytes of that.
     missed_len: AtomicU64,
     lateness: Lateness,
+    verification: Mutex<Verification>,
+    /// Whether it may go on.
+    verifies: AtomicBool,
 }
 
 /// Counters, in bytes unless they say otherwise.
@@ -148,6 +155,8 @@ impl Mirror {
             missed: Mutex::default(),
             missed_len: AtomicU64::new(0),
             lateness: Lateness::default(),
+            verification: Mutex::default(),
+            verifies: AtomicBool::new(false),
         }
     }
 
@@ -394,17 +403,7 @@ impl Mirror {
     }
 
     fn take_by(&self, find: impl FnOnce(&DirtyBitmap) -> Option<Claim>) -> Option<Claim> {
-        // Counted first, so that nobody who looks for claims misses one: see `is_settled`.
-        let others = self.claims.fetch_add(1, Ordering::SeqCst);
-        let runs_max = if self.probe.load(Ordering::SeqCst) { 1 } else { self.runs_max.load(Ordering::SeqCst) };
-        let runs_max = runs_max.min(self.courtesy.runs());
-        if others >= runs_max {
-            // Whoever puts one of the others rings.
-            self.claims.fetch_sub(1, Ordering::SeqCst);
-            return None;
-        }
-        self.taken.fetch_add(1, Ordering::SeqCst);
-        let claim = find(&self.dirty).map(|claim| match self.compress {
+        let claim = self.counted(|| find(&self.dirty)).map(|claim| match self.compress {
             // A cluster is compressed as one.
             Some(_) => {
                 let range = self.dirty.claimed(&claim);
@@ -412,15 +411,36 @@ impl Mirror {
             }
             None => claim,
         });
-        match &claim {
-            Some(claim) => self.stats.underway.fetch_add(claim.lacking_len(), Ordering::Relaxed),
-            None => self.claims.fetch_sub(1, Ordering::SeqCst),
-        };
+        if let Some(claim) = &claim {
+            self.stats.underway.fetch_add(claim.lacking_len(), Ordering::Relaxed);
+        }
         claim
+    }
+
+    /// A claim, where a copier may have one more and finds one.
+    fn counted<T>(&self, find: impl FnOnce() -> Option<T>) -> Option<T> {
+        // Counted first, so that nobody who looks for claims misses one: see `is_settled`.
+        let others = self.claims.fetch_add(1, Ordering::SeqCst);
+        let runs_max = if self.probe.load(Ordering::SeqCst) { 1 } else { self.runs_max.load(Ordering::SeqCst) };
+        // Where there are as many already, whoever puts one of the others rings.
+        let found = (others < runs_max.min(self.courtesy.runs())).then(|| {
+            self.taken.fetch_add(1, Ordering::SeqCst);
+            find()
+        });
+        let found = found.flatten();
+        if found.is_none() {
+            self.claims.fetch_sub(1, Ordering::SeqCst);
+        }
+        found
     }
 
     /// A copier is done with a claim; `brought` where the target was changed. What `failed` is marked again first.
     pub fn put(&self, claim: Claim, brought: bool, failed: bool) {
+        self.stats.underway.fetch_sub(claim.lacking_len(), Ordering::Relaxed);
+        self.put_counted(claim, brought, failed);
+    }
+
+    fn put_counted(&self, claim: Claim, brought: bool, failed: bool) {
         let range = self.dirty.claimed(&claim);
         match failed {
             true => {
@@ -431,7 +451,6 @@ impl Mirror {
             }
             false => self.hit(range, brought),
         }
-        self.stats.underway.fetch_sub(claim.lacking_len(), Ordering::Relaxed);
         self.release_brought(claim, brought.then_some(range));
         self.claims.fetch_sub(1, Ordering::SeqCst);
         self.released.ring();

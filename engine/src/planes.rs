@@ -98,6 +98,11 @@ impl Planes {
         }
     }
 
+    /// True where a guest's write of some of `range` may be in flight. Where flights are not noted nobody knows.
+    pub fn is_in_flight(&self, range: ByteRange) -> bool {
+        self.kept.as_ref().is_none_or(|kept| kept.is_in_flight(range))
+    }
+
     /// Rings when a place for a flight becomes free.
     pub fn landed(&self) -> &Bell {
         &self.landed
@@ -180,6 +185,16 @@ impl Kept {
         // From here on it counts.
         self.flights.store(2 * place + 1, range.len());
         Some(place)
+    }
+
+    /// A place may get another flight between the two looks: the first one has landed by then, and marked before, and
+    /// the second one began after this look.
+    fn is_in_flight(&self, range: ByteRange) -> bool {
+        (0..self.flights.count() / 2).any(|place| match self.flights.load(2 * place + 1) {
+            0 => false,
+            TAKING => true,
+            len => ByteRange::new(self.flights.load(2 * place), len).is_none_or(|flight| flight.overlaps(range)),
+        })
     }
 
     fn take_place(&self, place: usize) -> bool {

@@ -7,13 +7,17 @@
 //! DIR/exports.json        the exports that were added to a running daemon
 //! DIR/NAME.job            the copy request of export NAME's job, while it is under way
 //! DIR/NAME.planes         what that job's target lacks, at each instant (`planes`)
+//! DIR/NAME.rollback       the job that begins when a pivot that keeps the source has happened (`rollback`)
+//! DIR/NAME.rollback-planes  and its planes
 //! DIR/FILE-CRC.journal    mappings of the image FILE that are only in memory; CRC is of its path
 //! ```
 mod exports;
 mod group;
 mod planes;
+mod rollback;
 mod show;
 
+pub use rollback::KeptRollback;
 pub use show::{Entry, What, show};
 
 use crate::control::MirrorRequest;
@@ -201,6 +205,9 @@ pub struct KeptJob {
     /// An operator has it rest.
     #[serde(default)]
     pub paused: bool,
+    /// It goes back to the disk that a pivot has left.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub rollback: bool,
     /// What was asked for, as it was changed since; its target is there already.
     pub request: MirrorRequest,
 }

@@ -12,6 +12,7 @@
 //! backing   the names of images below
 //! nbd       the wire: handshake, requests, replies
 //! record    which disk is the truth
+//! manifest  what a disk holds, as hashes in text
 //! planes    what a job's target lacks, in memory that outlives the daemon
 //! storage   the bytes that metadata is read from and written to
 //! journal   keeps metadata that is only in memory through a kill of the process
@@ -27,6 +28,7 @@ pub mod backing;
 pub mod error;
 pub mod image;
 pub mod journal;
+pub mod manifest;
 pub mod nbd;
 pub mod planes;
 pub mod probe;

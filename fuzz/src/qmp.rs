@@ -80,7 +80,7 @@ enum Deed {
     Event(u8, bool),
 }
 
-const COMMANDS: [&str; 41] = [
+const COMMANDS: [&str; 43] = [
     "qmp_capabilities",
     "blkmirror-cancel",
     "blkmirror-finish",
@@ -122,6 +122,8 @@ const COMMANDS: [&str; 41] = [
     "blockdev-snapshot-sync",
     "blkmirror-resize",
     "block_resize",
+    "blkmirror-verify",
+    "blkmirror-commit",
 ];
 const MEMBERS: [&str; 40] = [
     "reflink",

@@ -25,13 +25,15 @@ fn every_verb_that_asks_a_daemon_answers_in_json() {
         let notes = ["the source has no backing: a full copy"];
         json!({ "export": "vda", "job": "vda", "target": "/t", "result": result, "notes": notes })
     };
-    let cases: [(&[&str], Value); 11] = [
+    let cases: [(&[&str], Value); 13] = [
         (&["mirror", "vda", "/t"], mirror("started")),
         (&["mirror", "vda", "/t", "--dry-run"], mirror("possible")),
         (&["mirror", "vda", "/t", "--wait"], mirror("ready")),
         (&["mirror", "vda", "/t", "--pivot"], mirror("pivoted")),
         (&["mirror", "vda", "/t", "--finish"], mirror("finished")),
         (&["pivot", "vda"], json!({ "export": "vda", "result": "pivoted", "serving": serving })),
+        (&["verify", "vda"], json!({ "export": "vda", "result": "verifying", "verified_bytes": 0, "mismatches": 0 })),
+        (&["commit", "vda"], json!({ "export": "vda", "result": "committed", "serving": serving })),
         (&["cancel", "vda"], json!({ "export": "vda", "result": "cancelled", "serving": serving })),
         (&["pause", "vda"], json!({ "export": "vda", "result": "paused" })),
         (&["resume", "vda"], json!({ "export": "vda", "result": "resumed" })),

@@ -15,7 +15,7 @@ use assert_cmd::Command;
 use engine::control::creation::{Compat, CreateOptions};
 use engine::control::qmp::Call;
 use engine::control::{
-    Changes, Code, MirrorRequest, Mode, OnError, Refusal, Reply, Request, Started, Status, TargetFormat,
+    Changes, Code, MirrorRequest, Mode, OnError, PivotRequest, Refusal, Reply, Request, Started, Status, TargetFormat,
 };
 use fake::Fake;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -306,8 +306,11 @@ fn pivot_waits_for_ready_and_tries_again_when_the_guest_was_faster() {
     });
     let run = ask(&fake, &["mirror", "vda", "/t", "--pivot"]);
     assert_eq!((run.code, run.stdout.as_str()), (Some(0), "vda: pivoted, serving /images/old.qcow2\n"), "{run:?}");
-    let pivots =
-        fake.calls().into_iter().filter(|call| call.request == Request::Pivot("vda".into())).collect::<Vec<_>>();
+    let pivots = fake
+        .calls()
+        .into_iter()
+        .filter(|call| call.request == Request::Pivot(PivotRequest::of("vda")))
+        .collect::<Vec<_>>();
     assert!(pivots.len() == 2 && pivots.iter().all(|call| call.wait), "{pivots:?}");
 }
 
@@ -419,8 +422,15 @@ fn the_short_verbs_say_what_was_done() {
         _ => Ok(Reply::Done {}),
     });
     let vda = || String::from("vda");
-    let cases: [(&[&str], &str, Request); 8] = [
-        (&["pivot", "vda"], "vda: pivoted, serving /images/old.qcow2\n", Request::Pivot(vda())),
+    let cases: [(&[&str], &str, Request); 11] = [
+        (
+            &["pivot", "vda", "--verified", "--keep-source", "--back"],
+            "vda: pivoted, serving /images/old.qcow2\n",
+            Request::Pivot(PivotRequest { export: vda(), verified: true, keep_source: true, back: true }),
+        ),
+        (&["commit", "vda"], "vda: committed, serving /images/old.qcow2\n", Request::Commit(vda())),
+        (&["verify", "vda"], "vda: the target is being read back\n", Request::Verify(vda())),
+        (&["pivot", "vda"], "vda: pivoted, serving /images/old.qcow2\n", Request::Pivot(PivotRequest::of(vda()))),
         (
             &["cancel", "vda"],
             "vda: cancelled, serving /images/old.qcow2\n",

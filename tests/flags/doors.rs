@@ -163,7 +163,7 @@ impl Door {
             }
             Self::Numbers => command(daemon, "block-job-abort", json!({ "export": export, "flags": flags })),
             Self::Functions => match libvirt::abort(export.to_owned(), flags) {
-                Ok((Request::Pivot(export), true)) => command(daemon, "blkmirror-pivot", json!({ "export": export })),
+                Ok((Request::Pivot(request), true)) => command(daemon, "blkmirror-pivot", json!(request)),
                 Ok((Request::Cancel { export, force: false }, true)) => {
                     command(daemon, "blkmirror-cancel", json!({ "export": export }))
                 }

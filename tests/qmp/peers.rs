@@ -215,7 +215,7 @@ fn same_names(ours: &Schema, theirs: &Schema) {
 #[track_caller]
 fn same_members(of: &Value, ours: Vec<(&str, &str, bool)>, theirs: &[(&str, &str, bool)]) {
     let more: &[&str] = match of.as_str() {
-        Some("drive-mirror") => &["options", "dry-run"],
+        Some("drive-mirror") => &["options", "verify", "dry-run"],
         Some("BLOCK_JOB_ERROR") => &["export", "message"],
         _ => &[],
     };

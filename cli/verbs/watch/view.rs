@@ -164,6 +164,8 @@ impl Paint {
             lines.push(Line::from(format!("left {}{band}", text::remaining(status))));
             let lag = text::lag(status).map(|lag| format!("; behind by {lag}")).unwrap_or_default();
             lines.push(Line::from(format!("{}{lag}", text::rates(status))));
+            lines.extend(text::rollback(status).map(|rollback| Line::from(format!("rollback {rollback}"))));
+            lines.extend(text::verified(status).map(|verified| Line::from(format!("verified {verified}"))));
         }
         lines.extend(status.notes.iter().map(|note| Line::from(note.clone())));
         lines.extend(status.error.iter().map(|error| Line::styled(error.clone(), self.style(Color::Red))));

@@ -1,6 +1,6 @@
 //! The same requests by libvirt's numbers: `virDomainBlockRebase` with its copy flags, and
 //! `virDomainBlockJobAbort`.
-use crate::control::{Code, MirrorRequest, OnError, Refusal, Request, TargetFormat};
+use crate::control::{Code, MirrorRequest, OnError, PivotRequest, Refusal, Request, TargetFormat};
 
 /// `VIR_DOMAIN_BLOCK_REBASE_SHALLOW`: copy only what the top layer holds.
 pub const REBASE_SHALLOW: u32 = 1;
@@ -71,7 +71,7 @@ pub fn abort(export: String, flags: u32) -> Result<(Request, bool), Refusal> {
     let wait = flags & ABORT_ASYNC == 0;
     Ok(match flags & ABORT_PIVOT {
         0 => (Request::Cancel { export, force: false }, wait),
-        _ => (Request::Pivot(export), wait),
+        _ => (Request::Pivot(PivotRequest::of(export)), wait),
     })
 }
 
@@ -87,7 +87,7 @@ fn bytes_per_s(bandwidth: u64, flags: u32) -> Result<u64, Refusal> {
 #[cfg(test)]
 mod tests {
     use super::{abort, rebase};
-    use crate::control::{Code, MirrorRequest, Refusal, Request, TargetFormat};
+    use crate::control::{Code, MirrorRequest, PivotRequest, Refusal, Request, TargetFormat};
 
     fn copy(bandwidth: u64, flags: u32) -> Result<MirrorRequest, Refusal> {
         rebase("vda".into(), Some("/t".into()), bandwidth, flags)
@@ -136,8 +136,8 @@ mod tests {
         let cancel = Request::Cancel { export: "vda".into(), force: false };
         assert_eq!(abort("vda".into(), 0), Ok((cancel.clone(), true)));
         assert_eq!(abort("vda".into(), 1), Ok((cancel, false)));
-        assert_eq!(abort("vda".into(), 2), Ok((Request::Pivot("vda".into()), true)));
-        assert_eq!(abort("vda".into(), 3), Ok((Request::Pivot("vda".into()), false)));
+        assert_eq!(abort("vda".into(), 2), Ok((Request::Pivot(PivotRequest::of("vda")), true)));
+        assert_eq!(abort("vda".into(), 3), Ok((Request::Pivot(PivotRequest::of("vda")), false)));
         assert!(abort("vda".into(), 4).is_err());
     }
 }

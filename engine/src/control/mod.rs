@@ -40,7 +40,7 @@ pub enum Request {
     ///
     /// The job of a request with `auto_finalize: false` waits for `Finalize` before it is ended with a whole target,
     /// unless whoever asks for the end waits for it.
-    Pivot(String),
+    Pivot(PivotRequest),
     /// End the job, the guest staying on the source. Answered when it is done; of the wait the same is true.
     Cancel {
         /// Whose job.
@@ -67,7 +67,17 @@ pub enum Request {
         changes: Changes,
     },
     /// Make the targets of several exports the disks that are served, at one instant. Answered when it is done.
-    PivotTogether(Vec<String>),
+    PivotTogether {
+        /// Of which.
+        exports: Vec<String>,
+        /// Only where each of them was verified.
+        verified: bool,
+    },
+    /// End the way back from a pivot that kept its source. Answered when it is done.
+    Commit(String),
+    /// Read back from the target of a ready job what it has, and hold it against the source. Answered when everything was
+    /// equal once; who does not wait is answered when it has begun.
+    Verify(String),
     /// Put a new overlay on top of an export's chain. Answered when it is done.
     Snapshot(SnapshotRequest),
     /// Make an export's disk larger. Answered when it is; clients see it when they connect again.
@@ -228,6 +238,35 @@ pub struct MirrorRequest {
     /// The target is a folder, to which every layer of the chain goes.
     #[serde(default, skip_serializing_if = "is_false")]
     pub chain: bool,
+    /// When the job is ready, everything is read back from the target and held against the source.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub verify: bool,
+}
+
+/// A request to make the target of an export's job the disk that is served.
+///
+/// Its serialised form is the arguments of `blkmirror-pivot`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct PivotRequest {
+    /// Whose job.
+    pub export: String,
+    /// Only where everything was verified since the job began.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub verified: bool,
+    /// The source is kept up to date from then on, to go back to.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub keep_source: bool,
+    /// Back to the source that a pivot before has kept.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub back: bool,
+}
+
+impl PivotRequest {
+    /// The plain pivot of an export.
+    pub fn of(export: impl Into<String>) -> Self {
+        Self { export: export.into(), ..Self::default() }
+    }
 }
 
 /// A request for an external snapshot: a new overlay becomes the top of an export's chain, and what was the top is not
@@ -289,6 +328,7 @@ impl Default for MirrorRequest {
             options: CreateOptions::default(),
             relative_backing: false,
             chain: false,
+            verify: false,
         }
     }
 }
@@ -516,6 +556,21 @@ pub struct Status {
     /// For how long what it lacks has been missing.
     #[serde(default)]
     pub lag_s: Option<f64>,
+    /// What was read back from the target and equal once, since that was asked for; none where it was not.
+    #[serde(default)]
+    pub verified_bytes: Option<u64>,
+    /// Everything was.
+    #[serde(default)]
+    pub verified: bool,
+    /// It is being read back, or will be when the job is ready again.
+    #[serde(default)]
+    pub verifying: bool,
+    /// How often the target had other bytes than it was given. They were copied again.
+    #[serde(default)]
+    pub mismatches: Option<u64>,
+    /// The job keeps the source of the last pivot up to date, to go back to.
+    #[serde(default)]
+    pub rollback: bool,
     /// Path of the source's top image.
     pub source: String,
     /// Path of the target.
@@ -611,5 +666,27 @@ pub enum Event {
         rest_ms: Option<u64>,
         /// Why it rests.
         message: Option<String>,
+    },
+    /// The target of a job has other bytes than it was given.
+    Mismatch {
+        /// Whose job.
+        export: String,
+        /// The job's name.
+        job: String,
+        /// Where the last one was found.
+        offset: u64,
+        /// How many there are since the verification began.
+        mismatches: u64,
+    },
+    /// Everything was read back from the target of a job.
+    Verified {
+        /// Whose job.
+        export: String,
+        /// The job's name.
+        job: String,
+        /// Bytes of the disk.
+        verified_bytes: u64,
+        /// How many mismatches were found, and mended.
+        mismatches: u64,
     },
 }

@@ -54,9 +54,19 @@ pub struct Copied {
     pub total: u64,
 }
 
-/// Copies a chain. `progress` is called now and then. The answer is notes on what was done, and how
-/// much.
-pub fn convert(options: &ConvertOptions, mut progress: impl FnMut(Copied)) -> Result<(Vec<String>, Copied)> {
+/// What came of it.
+#[derive(Debug)]
+pub struct Converted {
+    /// Notes on what was done.
+    pub notes: Vec<String>,
+    /// How much.
+    pub copied: Copied,
+    /// The format that the target has.
+    pub format: TargetFormat,
+}
+
+/// Copies a chain. `progress` is called now and then.
+pub fn convert(options: &ConvertOptions, mut progress: impl FnMut(Copied)) -> Result<Converted> {
     super::outlive_size_limit()?;
     let access = Access::read_only(&options.reach);
     let source = Arc::new(open_disk_at(&options.source, options.source_format, access)?);
@@ -82,7 +92,7 @@ pub fn convert(options: &ConvertOptions, mut progress: impl FnMut(Copied)) -> Re
         // Half a copy is of no use to anybody.
         plan.unmake();
     })?;
-    Ok((plan.notes, copied))
+    Ok(Converted { notes: plan.notes, copied, format: plan.format })
 }
 
 /// Compressed clusters share pages, so they go through the page cache.

@@ -221,16 +221,27 @@ impl Truth {
             let access = Access { size: self.size, ..Access::writable(reach) };
             return open_disk(&self.path, Some(self.format), access);
         }
+        bring_in(&self.path, Some(self.format), state)?;
         let path = lasting_name(&self.path).context(|| self.path.display().to_string())?;
         let journal = state.journal(&path)?;
-        let left = journal.left_behind()?;
-        if !left.is_empty() {
-            recover(&path, self.format, &left)?;
-            tracing::info!("{}: {} mappings that a kill left behind were brought in", path.display(), left.len());
-        }
         let access = Access { journal: Some(journal.start()), size: self.size, ..Access::writable(reach) };
         open_disk(&path, Some(self.format), access)
     }
+}
+
+/// Brings what a kill left behind of an image that was served into it. Another server's export has everything.
+pub(super) fn bring_in(path: &Path, format: Option<TargetFormat>, state: &StateFolder) -> Result<()> {
+    if export_named(path).is_some() {
+        return Ok(());
+    }
+    let path = lasting_name(path).context(|| path.display().to_string())?;
+    let left = state.journal(&path)?.left_behind()?;
+    if !left.is_empty() {
+        let format = format.map_or_else(|| probe_format(&path), Ok)?;
+        recover(&path, format, &left)?;
+        tracing::info!("{}: {} mappings that a kill left behind were brought in", path.display(), left.len());
+    }
+    Ok(())
 }
 
 /// What sessions look exports up in; the first is the default.

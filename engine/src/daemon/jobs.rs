@@ -1,7 +1,9 @@
 //! A job with its threads: how it is started, how it stands, and what is tidied when it is over.
-use super::exports::Export;
+mod rollback;
+
+use super::exports::{Export, bring_in};
 use super::pace::{Counters, Eta, Pace};
-use super::resume::{self, Begin};
+use super::resume::{self, Begin, Kept};
 use super::retune::{Room, Seldom, limits, millis, refuse_bounds};
 use super::threads::Worker;
 use super::wait::until_image_is_free;
@@ -24,6 +26,7 @@ use formats::error::{Context, Error};
 use formats::journal::Journal;
 use formats::planes::Header;
 use formats::record::Record;
+use rollback::Back;
 use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -65,6 +68,12 @@ pub(super) struct Active {
     pub back_off_told: Seldom,
     pub stands_told: Seldom,
     pub told_backs_off: bool,
+    /// When mismatches were told of last, how many, and whether it was told that everything is verified.
+    pub mismatches_told: Seldom,
+    pub told_mismatches: u64,
+    pub told_verified: bool,
+    /// What follows the pivot that was asked for, where it keeps the source.
+    back: Option<Box<Back>>,
 }
 
 /// What a job is told by.
@@ -87,13 +96,13 @@ impl Active {
         state: &StateFolder,
         check: &dyn Fn(&MirrorRequest) -> Result<(), Refusal>,
     ) -> Result<(Started, Option<Self>), Refusal> {
-        Self::begin(request, Begin::New(reached), false, export, reach, state, check)
+        Self::begin(request, Begin::New(reached), Kept::default(), export, reach, state, check)
     }
 
     fn begin(
         request: &MirrorRequest,
         begin: Begin,
-        paused: bool,
+        Kept { paused, rollback }: Kept,
         export: &Export,
         reach: &Reach,
         state: &StateFolder,
@@ -185,6 +194,7 @@ impl Active {
             target_identity,
             planes: Some(number),
             paused,
+            rollback,
             request: kept_request,
         };
         let buf_size = request.buf_size;
@@ -207,24 +217,35 @@ impl Active {
             on_target_error: request.on_target_error,
             pause_max: Duration::from_millis(request.pause_budget),
             limits: limits(request),
+            verify: request.verify,
         });
         if paused {
             job.pause(true);
         }
-        let brought_before = if let Reached::Lower { bytes, .. } = reached { bytes } else { 0 };
-        let (begun, pace) = (Instant::now(), Pace::default());
         let active = Self {
-            job,
-            threads,
-            target: path,
             journal,
             notes: plan.notes,
-            brought_before,
-            auto_finalize: request.auto_finalize,
-            auto_dismiss: request.auto_dismiss,
+            brought_before: if let Reached::Lower { bytes, .. } = reached { bytes } else { 0 },
+            ..Self::of(job, threads, path, kept, room)
+        };
+        Ok((started, Some(active)))
+    }
+
+    /// A job with its threads, that has nothing to say of itself yet.
+    fn of(job: Job, threads: Vec<Worker>, target: PathBuf, kept: KeptJob, room: Room) -> Self {
+        let MirrorRequest { auto_finalize, auto_dismiss, buf_size, .. } = kept.request;
+        Self {
+            job,
+            threads,
+            target,
+            journal: None,
+            notes: Vec::new(),
+            brought_before: 0,
+            auto_finalize,
+            auto_dismiss,
             told: None,
-            begun,
-            pace,
+            begun: Instant::now(),
+            pace: Pace::default(),
             asked: kept.request.clone(),
             kept,
             room,
@@ -233,8 +254,11 @@ impl Active {
             back_off_told: Seldom::default(),
             stands_told: Seldom::default(),
             told_backs_off: false,
-        };
-        Ok((started, Some(active)))
+            mismatches_told: Seldom::default(),
+            told_mismatches: 0,
+            told_verified: false,
+            back: None,
+        }
     }
 
     /// Goes on with the job that a kill or a stop interrupted, if there is one. An error is what its status says
@@ -245,10 +269,13 @@ impl Active {
         state: &StateFolder,
         check: &dyn Fn(&MirrorRequest) -> Result<(), Refusal>,
     ) -> Result<Option<Self>, Box<(MirrorRequest, Refusal)>> {
-        let Some((request, begin, paused)) = resume::find(export, state)? else { return Ok(None) };
-        let resumed = until_image_is_free(Path::new(&request.target), request.format)
+        let Some((request, begin, kept)) = resume::find(export, state)? else { return Ok(None) };
+        let target = Path::new(&request.target);
+        let resumed = until_image_is_free(target, request.format)
+            // It was served before, and what it was told then may be in its journal alone.
+            .and_then(|()| if kept.rollback { bring_in(target, request.format, state) } else { Ok(()) })
             .map_err(Refusal::from)
-            .and_then(|()| Self::begin(&request, begin, paused, export, reach, state, check));
+            .and_then(|()| Self::begin(&request, begin, kept, export, reach, state, check));
         match resumed {
             Ok((_, active)) => Ok(active),
             Err(refusal) => Err(resume::refused(export, state, request, refusal)),
@@ -269,6 +296,7 @@ impl Active {
             },
             journal: self.journal.clone(),
             member,
+            back: self.back.as_ref().map(|back| Arc::clone(&back.mirror)),
         }
     }
 
@@ -340,6 +368,8 @@ impl Active {
         let follows = matches!(phase, Phase::Converging | Phase::Ready | Phase::Pivoting);
         let lag = follows.then(|| self.pace.lag(self.begun.elapsed(), counters, backlog));
         let (alone, late) = mirror.courtesy.measured();
+        let verified = self.job.verified();
+        let is_verified = verified.is_some_and(|verified| verified.is_complete());
         Status {
             export: export.name.clone(),
             serving: self.job.serving().name(),
@@ -381,6 +411,11 @@ impl Active {
             guest_delay_us: rates.delay.map(micros),
             lag_bytes: follows.then_some(backlog),
             lag_s: lag.map(|lag| thousandths(lag.as_secs_f64())),
+            verified_bytes: verified.map(|verified| verified.bytes),
+            verified: is_verified,
+            verifying: verified.is_some() && !is_verified,
+            mismatches: verified.map(|verified| verified.mismatches),
+            rollback: self.rolls_back(),
             source: mirror.source.name(),
             target: Some(self.target.display().to_string()),
             error: self.job.error().map(str::to_owned).or_else(|| self.job.lateness()),
@@ -406,14 +441,18 @@ impl Active {
     }
 
     /// Ends the threads of a job that is over, or that nobody will see the end of, and leaves the
-    /// disk that is served no more as tidy as it can be. What is shared of a job that can go on.
-    pub fn close(self) -> Option<Arc<Mirror>> {
+    /// disk that is served no more as tidy as it can be, unless it is kept. What is shared of a job that can go on.
+    pub fn close(self, keep: bool) -> Option<Arc<Mirror>> {
         let (mirror, phase) = (Arc::clone(self.job.mirror()), self.job.phase());
         mirror.hold(true);
         mirror.target.hurry(phase != Phase::Pivoted);
         self.threads.into_iter().for_each(Worker::end);
         // A settle of its own may be under way, and would keep another one waiting.
         drop(self.job);
+        self.back.into_iter().for_each(|back| back.end());
+        if keep {
+            return None;
+        }
         let left: &Disk = if phase == Phase::Pivoted { &mirror.source } else { &mirror.target };
         let closed = left.chain().top().close();
         if let Err(error) = &closed {

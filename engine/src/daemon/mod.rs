@@ -19,6 +19,7 @@ mod exports;
 mod jobs;
 mod listen;
 mod lower;
+mod manifest;
 mod map;
 mod pace;
 mod pool;
@@ -28,7 +29,8 @@ mod threads;
 mod wait;
 
 pub use compare::{Comparison, Incomparable, compare};
-pub use convert::{ConvertOptions, Copied, convert};
+pub use convert::{ConvertOptions, Converted, Copied, convert};
+pub use manifest::hashes;
 pub use map::{Run, Runs};
 
 use crate::control::options::{Access, ExportOptions, ServeOptions};

@@ -6,6 +6,7 @@
 use super::exports::Export;
 use crate::control::{Code, MirrorRequest, Refusal};
 use crate::open::{identity, same_image};
+use crate::pivot::{RecordFile, recorded_as};
 use crate::planes::TakenUp;
 use crate::state::{KeptJob, StateFolder, owner};
 use crate::target::Reached;
@@ -34,14 +35,31 @@ impl Begin {
     }
 }
 
+/// What of a job is kept beside its request.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Kept {
+    /// An operator has it rest.
+    pub paused: bool,
+    /// It is the way back from a pivot.
+    pub rollback: bool,
+}
+
 /// A job that does not go on, and why.
 pub(super) type Unresumed = Box<(MirrorRequest, Refusal)>;
 
-/// The job that was under way, from where it goes on, and whether an operator had it rest; `None` where there was none, or its pivot happened.
+/// The job that was under way, from where it goes on, and what else is kept of it; `None` where there was none, or its pivot
+/// happened.
 pub(super) fn find(
     export: &Export,
     state: &StateFolder,
-) -> std::result::Result<Option<(MirrorRequest, Begin, bool)>, Unresumed> {
+) -> std::result::Result<Option<(MirrorRequest, Begin, Kept)>, Unresumed> {
+    if let Err(error) = adopt(export, state) {
+        // From now on nobody follows the guest: what is kept of either direction must not be believed later.
+        let forgotten = state.forget_rollback(&export.name);
+        forgotten.unwrap_or_else(|error| tracing::error!("{}", error.one_line()));
+        let request = MirrorRequest { export: export.name.clone(), ..MirrorRequest::default() };
+        return Err(refused(export, state, request, error.into()));
+    }
     let kept = match state.kept_job(&export.name) {
         Ok(Some(kept)) => kept,
         Ok(None) => return Ok(None),
@@ -66,9 +84,20 @@ pub(super) fn find(
             if let Begin::Taken { chunk_len, .. } = begin {
                 request.granularity = chunk_len;
             }
-            Ok(Some((request, begin, kept.paused)))
+            Ok(Some((request, begin, Kept { paused: kept.paused, rollback: kept.rollback })))
         }
         Err(error) => Err(refused(export, state, kept.request, error.into())),
+    }
+}
+
+/// A way back counts if the pivot that it is of was recorded, and nothing since.
+fn adopt(export: &Export, state: &StateFolder) -> Result<()> {
+    let Some(kept) = state.kept_rollback(&export.name)? else { return state.forget_rollback(&export.name) };
+    let newest = export.record.as_ref().and_then(RecordFile::newest);
+    let is_source = |truth: &str| same_image(Path::new(truth), Path::new(&kept.job.source));
+    match recorded_as(newest, kept.generation, is_source) && is_source(&export.serving()) {
+        true => state.adopt_rollback(&kept),
+        false => state.forget_rollback(&export.name),
     }
 }
 

@@ -2,6 +2,7 @@
 use super::jobs::Active;
 use crate::control::{Changes, Code, Event, MirrorRequest, PAUSE_BUDGET_MAX, Refusal};
 use crate::job::Limits;
+use crate::mirror::Verified;
 use crate::state::{KeptJob, StateFolder};
 use crate::target::NO_BLOCKING;
 use crate::{control::Mode, job::IoError};
@@ -148,8 +149,30 @@ impl Active {
         if backs_off.is_some() != self.told_backs_off && self.back_off_told.may(now) {
             self.told_backs_off = backs_off.is_some();
             let message = self.job.error().filter(|_| backs_off.is_some()).map(str::to_owned);
+            let (export, job) = (export.clone(), job.clone());
             events.push(Event::BackOff { export, job, rest_ms: backs_off.map(millis), message });
         }
+        events.extend(self.verification(export, job));
+        events
+    }
+
+    /// What there is to tell of what was read back: of mismatches not each.
+    fn verification(&mut self, export: String, job: String) -> Vec<Event> {
+        let Some(Verified { bytes, mismatches, last_at, .. }) = self.job.verified() else { return Vec::new() };
+        let is_over = self.job.verified().is_some_and(|verified| verified.is_complete());
+        let mut events = Vec::new();
+        // Another one has begun since.
+        self.told_mismatches = self.told_mismatches.min(mismatches);
+        if let Some(offset) = last_at.filter(|_| mismatches > self.told_mismatches)
+            && (is_over || self.mismatches_told.may(self.begun.elapsed()))
+        {
+            self.told_mismatches = mismatches;
+            events.push(Event::Mismatch { export: export.clone(), job: job.clone(), offset, mismatches });
+        }
+        if is_over && !std::mem::replace(&mut self.told_verified, is_over) {
+            events.push(Event::Verified { export, job, verified_bytes: bytes, mismatches });
+        }
+        self.told_verified = is_over;
         events
     }
 

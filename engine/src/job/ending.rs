@@ -172,6 +172,7 @@ impl Job {
         self.paused = false;
         self.flushed = false;
         self.parts.mirror.hold(false);
+        self.parts.mirror.set_verifying(false);
         // From the switch on nobody else tries again for the guest.
         self.parts.mirror.target.fail_soon(false);
         let (mirror, gate) = (Arc::clone(&self.parts.mirror), Arc::clone(&self.parts.gate));
@@ -210,6 +211,7 @@ impl Job {
         self.rest = None;
         let route = Route { disk: Arc::clone(&self.parts.mirror.source), mirror: None };
         self.parts.mirror.hold(true);
+        self.parts.mirror.set_verifying(false);
         self.parts.mirror.planes.unfollow();
         self.stage = Stage::Detaching(self.parts.gate.replace(route));
     }

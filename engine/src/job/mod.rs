@@ -9,6 +9,7 @@ mod lateness;
 mod life;
 mod phase;
 mod sync;
+mod verifying;
 
 pub use bounds::{Limits, SLOWDOWN_MAX};
 pub use ending::Goal;
@@ -65,6 +66,8 @@ pub struct Parts {
     pub pause_max: Duration,
     /// Until when it is to be ready, and what for.
     pub limits: Limits,
+    /// When it is ready, everything that the target has is read back.
+    pub verify: bool,
 }
 
 /// One mirror job.
@@ -103,6 +106,8 @@ pub struct Job {
     complete: bool,
     /// Set while a failed job is being taken out of the guest's way.
     broken: bool,
+    /// When what was not equal is verified again.
+    verify_again: Duration,
 }
 
 enum Stage {
@@ -131,11 +136,24 @@ impl Job {
         // would take for something that need not be brought.
         parts.mirror.hold(!planted(fault::Fault::CopyBeforeOldWritesEnd));
         let stage = Stage::Attaching(parts.gate.replace(route));
+        Self::new(parts, Phase::Seeding, stage)
+    }
+
+    /// One whose mirror has been in the guest's way since an instant at which both sides were equal.
+    pub fn follow(parts: Parts) -> Self {
+        if planted(fault::Fault::BackAfterOpen) {
+            let route = Route { disk: Arc::clone(&parts.mirror.source), mirror: Some(Arc::clone(&parts.mirror)) };
+            drop(parts.gate.replace(route));
+        }
+        Self { was_ready: true, ..Self::new(parts, Phase::Ready, Stage::Copying) }
+    }
+
+    fn new(parts: Parts, phase: Phase, stage: Stage) -> Self {
         let job = Self {
             syncs: Syncs::new(parts.sync_rest),
             bounds: Bounds::new(parts.limits),
             parts,
-            phase: Phase::Seeding,
+            phase,
             stage,
             wish: None,
             held: false,
@@ -154,6 +172,7 @@ impl Job {
             flushed: false,
             complete: false,
             broken: false,
+            verify_again: Duration::ZERO,
         };
         job.choose_patience();
         job
@@ -288,6 +307,7 @@ impl Job {
     pub fn step<I: Io>(&mut self, tools: &mut Tools<I>, base: Token) -> bool {
         self.look_at_errors(tools.io.now());
         self.look_at_lateness(tools.io.now());
+        self.watch_verification(tools.io.now());
         if matches!(self.wish, Some(Wish::GiveUp)) {
             // What is under way has to end first.
             self.parts.mirror.target.hurry(true);

@@ -11,6 +11,10 @@
 //! Confirm      the same record in the other slot, which still names the source
 //! ```
 //!
+//! Where the source is kept to go back to, a mirror in the other direction is in the route that the gate opens on: both
+//! sides are equal at that instant, so it begins with nothing to copy, and misses no write. What the next daemon needs of it
+//! is in the state folder before the record, and counts only with the record: see `recorded_as`.
+//!
 //! A copy of one point in time (cancel when ready) goes the same way and ends before `Record`.
 //!
 //! `recorder` writes the record; where it fails, the gate stays closed until one side is named for certain. `confirm`
@@ -51,6 +55,8 @@ pub enum End {
         journal: Option<Arc<WordJournal>>,
         /// Its part in a group, if it is not alone.
         member: Option<Member>,
+        /// What follows the guest from the switch on, back to the source, which is then equal.
+        back: Option<Arc<Mirror>>,
     },
     /// The guest stays on the source; the target is a copy of this instant.
     Stay,
@@ -69,6 +75,12 @@ impl End {
             _ => None,
         }
     }
+}
+
+/// True where a pivot that was to be recorded as `generation` happened, and nothing was recorded since: `newest` names what
+/// it made the truth, once or, confirmed, once more. A pivot that failed has recorded the other side anew.
+pub fn recorded_as(newest: Option<&Record>, generation: u64, is_truth: impl Fn(&str) -> bool) -> bool {
+    newest.is_some_and(|record| record.generation.wrapping_sub(generation) <= 1 && is_truth(&record.truth))
 }
 
 /// One pivot on its way.
@@ -322,7 +334,7 @@ impl Pivot {
 
     /// Puts the record on its way: the target as the truth or, should that fail, the source again.
     fn begin_record<I: Io>(&mut self, tools: &mut Tools<I>, base: Token) -> Result<Stage> {
-        let (End::Switch { record, journal, member }, Some(file)) = (&mut self.end, &self.record_file) else {
+        let (End::Switch { record, journal, member, .. }, Some(file)) = (&mut self.end, &self.record_file) else {
             return Err(Error::invalid("a pivot without a record"));
         };
         // The last look at what the record relies on; from the next instant on it decides.
@@ -358,7 +370,11 @@ impl Pivot {
     fn recorded<I: Io>(&mut self, tools: &mut Tools<I>, base: Token) -> Step {
         self.carry_bitmaps();
         let disk = if planted(Fault::SourceAfterRecord) { &self.mirror.source } else { &self.mirror.target };
-        self.open(Route { disk: Arc::clone(disk), mirror: None });
+        let back = match &self.end {
+            End::Switch { back, .. } if !planted(Fault::BackAfterOpen) => back.clone(),
+            _ => None,
+        };
+        self.open(Route { disk: Arc::clone(disk), mirror: back });
         let (End::Switch { record, member, .. }, Some(file)) = (&self.end, &self.record_file) else {
             return Step::Done(Ok(()));
         };

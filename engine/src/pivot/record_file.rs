@@ -45,7 +45,8 @@ impl RecordFile {
         self.newest.as_ref()
     }
 
-    pub(super) fn generation(&self) -> u64 {
+    /// How often something was recorded.
+    pub fn generation(&self) -> u64 {
         self.newest().map_or(0, |record| record.generation)
     }
 

@@ -74,6 +74,7 @@ impl Stage {
             on_target_error,
             pause_max: Duration::from_secs(1),
             limits: Limits::default(),
+            verify: false,
         }
     }
 
@@ -115,7 +116,7 @@ impl Stage {
             size: DISK,
         };
         (
-            End::Switch { record, journal: None, member: None },
+            End::Switch { record, journal: None, member: None, back: None },
             RecordFile::new(File::simulated(self.record), PathBuf::new(), None),
         )
     }

@@ -190,9 +190,11 @@ impl FileBytes {
         count
     }
 
-    /// A bit of the device is not what it was.
+    /// A bit of the device is not what it was, where there is something.
     pub fn rot(&mut self, at: usize) {
-        self.cached.flip(at);
+        if at < self.cached.len() {
+            self.cached.flip(at);
+        }
     }
 
     pub fn set_len(&mut self, len: usize) {

@@ -99,7 +99,7 @@ impl World {
             let text = |text: &str| text.to_owned();
             let (origin, truth, format) = (text("source"), text("target"), text("raw"));
             let new = Record { generation: 0, export: actor.name.clone(), origin, truth, format, size: DISK };
-            actor.job.pivot(End::Switch { record: new, journal: None, member: Some(member) }, record);
+            actor.job.pivot(End::Switch { record: new, journal: None, member: Some(member), back: None }, record);
         }
     }
 
@@ -174,6 +174,7 @@ impl Actor {
             on_target_error: OnError::Report,
             pause_max: Duration::from_secs(60),
             limits: Limits::default(),
+            verify: false,
             seen: 0,
             sync_rest: Duration::from_secs(1),
         });

@@ -13,6 +13,10 @@ const FLIGHTS: u32 = 2;
 #[derive(Default)]
 pub struct Kept {
     planes: Option<(Header, Arc<Words>)>,
+    /// The job goes from the target to the source.
+    pub goes_back: bool,
+    /// The job in the other direction, that begins with the pivot of this number.
+    back: Option<(u64, Header, Arc<Words>)>,
     boot: u64,
 }
 
@@ -30,7 +34,32 @@ impl Kept {
             target_is_zero: true,
         };
         self.planes = Some((header, Arc::new(Words::in_memory(0))));
+        self.goes_back = false;
         TakenUp::nothing(&header)
+    }
+
+    /// A job in the other direction, which counts if the pivot of this number is recorded.
+    pub fn prepare_back(&mut self, generation: u64) -> (DirtyBitmap, Planes) {
+        let (header, _) = self.planes.as_ref().expect("a job");
+        let header = Header { boot: [7, self.boot], job: header.job + 1, target_is_zero: false, ..*header };
+        let words = Arc::new(Words::in_memory(header.layout().words()));
+        lay_out(&words, &header, &TakenUp { seen: header.size, ..TakenUp::nothing(&header) });
+        let planes = Planes::on(&words, &header, true);
+        self.back = Some((generation, header, words));
+        planes
+    }
+
+    /// The number of the pivot with which a job in the other direction begins, and whether that goes back.
+    pub fn back(&self) -> Option<(u64, bool)> {
+        self.back.as_ref().map(|(generation, ..)| (*generation, !self.goes_back))
+    }
+
+    /// It begins, or does not.
+    pub fn adopt_back(&mut self, begins: bool) {
+        if let Some((_, header, words)) = self.back.take().filter(|_| begins) {
+            self.planes = Some((header, words));
+            self.goes_back = !self.goes_back;
+        }
     }
 
     /// What the job goes on with, if there is one.

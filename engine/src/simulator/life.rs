@@ -7,6 +7,7 @@ use crate::export::gate::Gate;
 use crate::io::{Arena, Completion, Io, Wait, Waker};
 use crate::job::{Job, Phase};
 use crate::journal::WordJournal;
+use crate::mirror::Mirror;
 use std::sync::Arc;
 
 /// One life of the daemon.
@@ -16,7 +17,9 @@ pub struct Life {
     pub control: SimIo,
     pub arena: Arena,
     pub waker: Waker,
-    pub job: Option<(Job, Arc<WordJournal>, Copier, SimIo)>,
+    pub job: Option<(Job, Option<Arc<WordJournal>>, Copier, SimIo)>,
+    /// What follows its pivot.
+    pub back: Option<(Arc<Mirror>, Copier, SimIo)>,
     pub copier_arena: Arena,
     pub copier_waker: Waker,
     pub copier_waits: bool,
@@ -80,6 +83,10 @@ impl Life {
         if let Some((job, journal, copier, mut io)) = self.job.take() {
             io.abandon();
             std::mem::forget((job, journal, copier));
+        }
+        if let Some((mirror, copier, mut io)) = self.back.take() {
+            io.abandon();
+            std::mem::forget((mirror, copier));
         }
     }
 }

@@ -53,7 +53,7 @@ fn one_world() {
 
 /// A world without crashes or errors, with a job, for faults that need neither.
 fn calm(seed: u64) -> Plan {
-    Plan { fate: Fate::Lives, fail_one_in: 0, ..Plan::of(seed) }
+    Plan { fate: Fate::Lives, fail_one_in: 0, keeps: false, ..Plan::of(seed) }
 }
 
 /// The first world of `plan` that shows `fault`.
@@ -350,6 +350,69 @@ fn killed_in_its_job(seed: u64) -> Plan {
 
 fn killed_at_a_store(seed: u64) -> Plan {
     Plan { fate: Fate::KilledAtStore(1 + seed % 300), ..killed_in_its_job(seed) }
+}
+
+/// Promise 15. Pivots that keep their source, and the ways back, through kills, power cuts and errors.
+#[test]
+fn worlds_that_go_back_keep_every_promise() {
+    let pivots: u32 = (1..=900).map(|seed| World::new(Plan { keeps: true, ..Plan::of(seed) }).run()).sum();
+    assert!(pivots > 500, "{pivots} pivots");
+}
+
+/// Promise 15. A crash at every step from the first pivot to the end of the second: whichever side is named then has
+/// everything, and where the way back is still there, it brings all of it.
+#[test]
+fn a_crash_at_every_step_of_the_way_back_leaves_one_truth() {
+    let crashes: u64 = (1..=3).map(|seed| crash_at_every_step(Plan { keeps: true, ..calm(seed) })).sum();
+    assert!(crashes > 500, "{crashes} crashes");
+}
+
+/// Promise 15.
+#[test]
+fn a_way_back_that_follows_too_late_is_caught() {
+    assert_caught(Fault::BackAfterOpen, |seed| Plan { keeps: true, ..calm(seed) });
+}
+
+/// Promise 15.
+#[test]
+fn a_way_back_without_the_old_journal_is_caught() {
+    let killed = |seed: u64| Plan { fate: Fate::Killed(300 + seed % 1500), fail_one_in: 0, ..Plan::of(seed) };
+    assert_caught(Fault::ForgetOldJournal, |seed| Plan { keeps: true, raw_source: false, ..killed(seed) });
+}
+
+/// Promise 14. With every pivot verified, under load, errors and crashes: nothing is called a mismatch that is none.
+#[test]
+fn worlds_in_which_pivots_are_verified_keep_every_promise() {
+    let pivots: u32 = (1..=600).map(|seed| World::new(Plan { verify: true, ..Plan::of(seed) }).run()).sum();
+    assert!(pivots > 100, "{pivots} pivots");
+}
+
+/// Promise 14. What has rotted on the target is mended, whatever guests write meanwhile, and found, unless one of them
+/// writes there just then.
+#[test]
+fn a_target_that_rots_is_found_and_mended() {
+    let found = (1..=300).filter(|seed| World::new(rotting(*seed)).mismatches() > 0).count();
+    assert!(found > 100, "{found} were found");
+}
+
+/// Promise 14. Nobody else would have seen it before the guest did.
+#[test]
+fn a_target_that_rots_and_is_not_verified_is_seen() {
+    let lost = |seed: &u64| {
+        let plan = Plan { verify: false, ..rotting(*seed) };
+        catch_unwind(AssertUnwindSafe(|| World::new(plan).run())).is_err()
+    };
+    assert!((1..=60).any(|seed| lost(&seed)), "the simulator is too tame to be trusted");
+}
+
+/// Promise 14.
+#[test]
+fn looking_at_marks_before_flights_is_caught() {
+    assert_caught(Fault::MarksBeforeFlights, |seed| Plan { mode: Mode::Background, verify: true, ..calm(seed) });
+}
+
+fn rotting(seed: u64) -> Plan {
+    Plan { verify: true, rots: true, raw_target: true, shallow: false, ..calm(seed) }
 }
 
 /// The daemon is killed, or the power goes, some time after the pivot.

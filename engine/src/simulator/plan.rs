@@ -51,6 +51,12 @@ pub struct Plan {
     /// From this step of the first life on the target answers nothing: to that step, or until no guest waits for
     /// anything.
     pub hung: Option<(u64, Option<u64>)>,
+    /// The pivot waits until everything was read back from the target.
+    pub verify: bool,
+    /// A byte of the target rots when it is about to be read back; the target is raw then.
+    pub rots: bool,
+    /// The pivot keeps its source, and later there is one back.
+    pub keeps: bool,
 }
 
 impl Plan {
@@ -87,6 +93,9 @@ impl Plan {
             chunk_bits: 12 + (seed / 5 % 4) as u32,
             full: None,
             hung: None,
+            verify: dice.one_in(3),
+            rots: false,
+            keeps: dice.one_in(3),
         }
     }
 }

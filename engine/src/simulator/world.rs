@@ -10,12 +10,12 @@ use crate::control::OnError;
 use crate::copier::{Copier, Depth};
 use crate::disk::{DataFile, Disk, Tools};
 use crate::export::gate::{Gate, Route};
-use crate::fault::Killed;
+use crate::fault::{Fault, Killed, planted};
 use crate::io::{Arena, File, Io, Token, Wait, Waker, Words};
 use crate::job::{Job, Parts, Phase};
 use crate::journal::{WORDS, WordJournal};
 use crate::mirror::Mirror;
-use crate::pivot::{End, RecordFile};
+use crate::pivot::{End, RecordFile, recorded_as};
 use crate::planes::TakenUp;
 use formats::image::{Image, Progress as Settling, Settle};
 use formats::journal::Journal;
@@ -58,6 +58,10 @@ pub struct World {
     pivots: u32,
     /// The steps between the beginning of the pivot and its end.
     pivoting: Option<(u64, u64)>,
+    /// A byte of the target has rotted.
+    rotted: bool,
+    /// How many mismatches were found, in the job that pivoted.
+    mismatches: u64,
 }
 
 impl World {
@@ -99,7 +103,21 @@ impl World {
         let record = files.add(first_record(&mut dice));
         files.sync();
         let kept = Kept::default();
-        Self { plan, dice, files, source, target, record, kept, history, step: 0, pivots: 0, pivoting: None }
+        Self {
+            plan,
+            dice,
+            files,
+            source,
+            target,
+            record,
+            kept,
+            history,
+            step: 0,
+            pivots: 0,
+            pivoting: None,
+            rotted: false,
+            mismatches: 0,
+        }
     }
 
     /// Lives as the plan says, and again after a crash, and after a second one; every promise is checked on the
@@ -126,6 +144,14 @@ impl World {
             self.check(crashed);
         }
         self.pivots
+    }
+
+    /// Lives as the plan says. Says how many mismatches were found.
+    pub fn mismatches(mut self) -> u64 {
+        self.live(true);
+        self.check(None);
+        assert!(self.pivots > 0, "verified, it pivots: {:?}", self.plan);
+        self.mismatches
     }
 
     /// Lives without a crash. Says between which steps the pivot was.
@@ -230,9 +256,22 @@ impl World {
         for completion in done {
             job.complete(&mut tools, Token(0), completion);
         }
-        if job.phase() == Phase::Ready && !life.stopping && !job.is_ending() && self.dice.one_in(6) {
-            let end = End::Switch { record: new_record(), journal: Some(Arc::clone(journal)), member: None };
-            job.pivot(end, self.record_file());
+        let is_verified = job.verified().is_some_and(|verified| verified.is_complete()) || !self.plan.verify;
+        if job.phase() == Phase::Ready && !life.stopping && !job.is_ending() && is_verified && self.dice.one_in(6) {
+            let file = self.record_file();
+            let goes_back = self.kept.goes_back;
+            let record = Record { truth: if goes_back { "source" } else { "target" }.to_owned(), ..new_record() };
+            let back = (self.plan.keeps && !goes_back).then(|| {
+                let planes = self.kept.prepare_back(file.generation() + 1);
+                let (source, target) = (Arc::clone(&job.mirror().target), Arc::clone(&job.mirror().source));
+                let mirror = Arc::new(Mirror::on(planes, source, target, false));
+                let copier = copier(&mirror);
+                (mirror, copier, SimIo::new(&self.files, self.plan.seed ^ 0xbac, self.plan.fail_one_in))
+            });
+            let follows = back.as_ref().map(|(mirror, ..)| Arc::clone(mirror));
+            let end = End::Switch { record, journal: journal.clone(), member: None, back: follows };
+            life.back = back;
+            job.pivot(end, file);
             if self.plan.held {
                 job.hold();
             }
@@ -247,6 +286,14 @@ impl World {
         let before = job.phase();
         job.step(&mut tools, Token(0));
         let phase = job.phase();
+        if let Some(verified) = job.verified() {
+            assert!(verified.mismatches == 0 || self.rotted, "no write was lost: {verified:?}: {:?}", self.plan);
+            self.mismatches = verified.mismatches;
+        }
+        if self.plan.rots && phase == Phase::Ready && !std::mem::replace(&mut self.rotted, true) {
+            let at = self.dice.roll(DISK);
+            self.files.lock()[self.target.file as usize].rot(at as usize);
+        }
         if (before, phase) == (Phase::Converging, Phase::Ready) {
             let (failed, missed) = (job.mirror().has_fault(), job.mirror().missed_len());
             assert!(!failed && missed == 0, "ready without what failed: {missed} bytes: {:?}", self.plan);
@@ -265,6 +312,11 @@ impl World {
         if phase.is_over() {
             life.job = None;
             self.kept.forget();
+            self.kept.adopt_back(phase == Phase::Pivoted);
+            if let Some((mirror, copier, io)) = life.back.take().filter(|_| phase == Phase::Pivoted) {
+                let job = Job::follow(self.parts(life, mirror, false, DISK));
+                (life.job, life.switched) = (Some((job, None, copier, io)), false);
+            }
         }
     }
 
@@ -304,6 +356,7 @@ impl World {
             arena: Arena::new(256 << 10),
             waker: Waker::simulated(100),
             job: None,
+            back: None,
             copier_arena: Arena::new(256 << 10),
             copier_waker: Waker::simulated(101),
             copier_waits: false,
@@ -322,8 +375,13 @@ impl World {
 
     /// As the daemon does, before anybody is served: goes on with the job, unless it has pivoted.
     fn resume_job(&mut self, life: &mut Life) {
-        let pivoted = self.record_file().newest().is_some_and(|record| record.truth == "target");
-        if pivoted {
+        let file = self.record_file();
+        if let Some((generation, goes_back)) = self.kept.back() {
+            let is_truth = |truth: &str| truth == if goes_back { "target" } else { "source" };
+            self.kept.adopt_back(recorded_as(file.newest(), generation, is_truth));
+        }
+        let target = if self.kept.goes_back { "source" } else { "target" };
+        if file.newest().is_some_and(|record| record.truth == target) {
             self.kept.forget();
         }
         if let Some(taken) = self.kept.take_up() {
@@ -332,32 +390,43 @@ impl World {
     }
 
     fn follow(&mut self, life: &mut Life, taken: &TakenUp) {
-        let (target, journal) = self.open_image(&self.target, true);
+        let goes_back = self.kept.goes_back;
+        let image = if goes_back { &self.source } else { &self.target };
+        if goes_back && !planted(Fault::ForgetOldJournal) {
+            // It was served before.
+            drop(self.open_image(image, false));
+        }
+        let (target, journal) = self.open_image(image, true);
         let source = life.gate.route().disk;
-        let planes = self.kept.lay_out(taken, !self.target.raw);
-        let mut mirror = Mirror::on(planes, source, target, self.plan.shallow);
+        let planes = self.kept.lay_out(taken, !image.raw);
+        let mut mirror = Mirror::on(planes, source, target, self.plan.shallow && !goes_back);
         mirror.patience = Duration::from_millis(20);
         let mirror = Arc::new(mirror);
         mirror.set_compare(taken.compare);
-        mirror.set_shares(self.plan.shares && self.target.raw);
+        mirror.set_shares(self.plan.shares && image.raw);
         mirror.courtesy.set_factor(self.plan.courtesy);
         self.kept.kill_at_store(if let Fate::KilledAtStore(stores) = self.plan.fate { Some(stores) } else { None });
-        let job = Job::start(Parts {
+        let copier = copier(&mirror);
+        let job = Job::start(self.parts(life, mirror, taken.target_is_zero, taken.seen));
+        let io = SimIo::new(&self.files, self.plan.seed ^ 0xc09, self.plan.fail_one_in);
+        life.job = Some((job, Some(journal), copier, io));
+    }
+
+    fn parts(&self, life: &Life, mirror: Arc<Mirror>, target_is_zero: bool, seen: u64) -> Parts {
+        Parts {
             id: "job".to_owned(),
-            mirror: Arc::clone(&mirror),
+            mirror,
             gate: Arc::clone(&life.gate),
-            target_is_zero: taken.target_is_zero,
-            seen: taken.seen,
+            target_is_zero,
+            seen,
             sync_rest: Duration::from_millis(20),
             mode: self.plan.mode,
             on_source_error: if self.plan.mends { OnError::Report } else { OnError::Ignore },
             on_target_error: if self.plan.full.is_some() { OnError::BackOff } else { OnError::Ignore },
             pause_max: self.plan.hung.map_or(Duration::from_secs(3600), |_| Duration::from_millis(100)),
             limits: self.plan.limits,
-        });
-        let copier = Copier::new(mirror, Depth { slots: 3, run_len: 16 << 10, beside: 16 << 10 }, 0);
-        let io = SimIo::new(&self.files, self.plan.seed ^ 0xc09, self.plan.fail_one_in);
-        life.job = Some((job, journal, copier, io));
+            verify: self.plan.verify,
+        }
     }
 
     /// The image that the record names.
@@ -454,8 +523,8 @@ impl World {
         }
         let disks = [Some(&life.gate.route().disk), mirror.as_ref().map(|mirror| &mirror.target)]
             .map(Option::<&Arc<Disk>>::cloned);
-        for (disk, file) in disks.into_iter().zip([self.source.file, self.target.file]) {
-            let image = if file == self.source.file { &self.source } else { &self.target };
+        let images = if self.kept.goes_back { [&self.target, &self.source] } else { [&self.source, &self.target] };
+        for (disk, image) in disks.into_iter().zip(images) {
             disk.iter().for_each(|disk| settle(&*disk.chain().top().image, &self.files, image));
         }
         for file in [&self.source, &self.target].into_iter().flat_map(|image| [Some(image.file), image.data]).flatten()
@@ -500,6 +569,10 @@ impl World {
         }
         self.files.sync();
     }
+}
+
+fn copier(mirror: &Arc<Mirror>) -> Copier {
+    Copier::new(Arc::clone(mirror), Depth { slots: 3, run_len: 16 << 10, beside: 16 << 10 }, 0)
 }
 
 /// The target as the truth. Its text is longer than a sector, so its writing can be cut short.

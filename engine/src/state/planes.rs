@@ -26,14 +26,19 @@ impl StateFolder {
 
     /// Planes with what a job begins or goes on with, in place of those that are there.
     pub fn new_planes(&self, export: &str, header: &Header, taken: &TakenUp) -> Result<Arc<Words>> {
-        let path = self.planes_path(export);
-        let new = path.with_extension("planes.new");
+        self.lay_out_planes(&self.planes_path(export), header, taken)
+    }
+
+    /// The same in the file at `path`.
+    pub(super) fn lay_out_planes(&self, path: &Path, header: &Header, taken: &TakenUp) -> Result<Arc<Words>> {
+        let mut new = path.as_os_str().to_owned();
+        new.push(".new");
         let named = || format!("{}: keeping what the job knows", path.display());
         let file = fs::File::options().create(true).truncate(true).read(true).write(true).open(&new);
         let file = file.context(named)?;
         let words = Arc::new(Words::in_file(&file, header.layout().words()).context(named)?);
         lay_out(&words, header, taken);
-        file.sync_all().and_then(|()| fs::rename(&new, &path)).context(named)?;
+        file.sync_all().and_then(|()| fs::rename(&new, path)).context(named)?;
         self.sync()?;
         Ok(words)
     }

@@ -142,6 +142,25 @@ pub(super) struct BackOff {
     pub(super) message: Option<String>,
 }
 
+/// `BLKMIRROR_MISMATCH`.
+#[derive(Serialize, Deserialize)]
+pub(super) struct Mismatch {
+    pub(super) export: String,
+    pub(super) job: String,
+    pub(super) offset: u64,
+    pub(super) mismatches: u64,
+}
+
+/// `BLKMIRROR_VERIFIED`.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) struct Verified {
+    pub(super) export: String,
+    pub(super) job: String,
+    pub(super) verified_bytes: u64,
+    pub(super) mismatches: u64,
+}
+
 /// One entry of `query-qmp-schema`: which members there are depends on `meta-type`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]

@@ -68,6 +68,17 @@ pub(super) struct NamedExport {
 #[serde(deny_unknown_fields)]
 pub(super) struct NamedExports {
     pub(super) exports: Vec<String>,
+    #[serde(default)]
+    pub(super) verified: bool,
+}
+
+/// An export whose job is verified.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Verify {
+    pub(super) export: String,
+    #[serde(default)]
+    pub(super) wait: bool,
 }
 
 /// An export that is to go.
@@ -284,6 +295,9 @@ pub(super) struct DriveMirror {
     /// Ours alone: answer whether it could be done.
     #[serde(default)]
     dry_run: bool,
+    /// Ours alone: everything is read back when the job is ready.
+    #[serde(default)]
+    verify: bool,
     #[serde(default = "yes")]
     unmap: bool,
     #[serde(default = "yes")]
@@ -337,6 +351,7 @@ impl DriveMirror {
             auto_finalize: self.auto_finalize,
             auto_dismiss: self.auto_dismiss,
             options: self.options,
+            verify: self.verify,
             ..MirrorRequest::default()
         })
     }

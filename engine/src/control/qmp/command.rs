@@ -5,6 +5,7 @@ use super::answers::{BlockJobInfo, CommandInfo, Empty, JobInfo, SchemaInfo, Vers
 use super::arguments::{
     BlockRebase, BlockResize, Cancel, CancelJob, Capabilities, ChangeJob, Device, DriveMirror, JobAbort, JobId,
     MapCells, MaybeExport, NamedExport, NamedExports, Nothing, RemoveExport, Resize, Set, SetSpeed, SnapshotSync,
+    Verify,
 };
 use super::problem::Problem;
 use super::render::{self, Render, value};
@@ -13,7 +14,9 @@ use super::shape::{Shape, shape};
 use super::{Call, event, version};
 use crate::control::jobs::{self, JobVerb};
 use crate::control::options::ExportOptions;
-use crate::control::{Changes, MirrorMap, MirrorRequest, Mode, Request, SnapshotRequest, Started, Status, libvirt};
+use crate::control::{
+    Changes, MirrorMap, MirrorRequest, Mode, PivotRequest, Request, SnapshotRequest, Started, Status, libvirt,
+};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -67,7 +70,7 @@ impl JobCommand {
         let request = match self.verb {
             // Asked for twice, it is asked for.
             Verb::Complete if job.completing => return Ok(None),
-            Verb::Complete => Request::Pivot(export),
+            Verb::Complete => Request::Pivot(PivotRequest::of(export)),
             Verb::Cancel { force } => Request::Cancel { export, force },
             Verb::Pause if job.at.paused => return Err(Problem::not_now("Job is already paused")),
             Verb::Pause => Request::Pause(export),
@@ -127,6 +130,7 @@ const COMMANDS: &[Command] = &[
     command!("blkmirror-cancel", Cancel => Empty, |it| {
         Ok(waiting(Request::Cancel { export: it.export, force: it.force }))
     }),
+    command!("blkmirror-commit", NamedExport => Empty, |it| Ok(waiting(Request::Commit(it.export)))),
     command!("blkmirror-export-add", ExportOptions => Empty, |it| Ok(waiting(Request::AddExport(it)))),
     command!("blkmirror-export-remove", RemoveExport => Empty, |it| {
         Ok(waiting(Request::RemoveExport { export: it.export, force: it.force }))
@@ -135,8 +139,10 @@ const COMMANDS: &[Command] = &[
     command!("blkmirror-map", MapCells => MirrorMap, |it| it.into_request().map(waiting)),
     command!("blkmirror-mirror", MirrorRequest => Started, |it| Ok(waiting(Request::Mirror(it)))),
     command!("blkmirror-pause", NamedExport => Empty, |it| Ok(waiting(Request::Pause(it.export)))),
-    command!("blkmirror-pivot", NamedExport => Empty, |it| Ok(waiting(Request::Pivot(it.export)))),
-    command!("blkmirror-pivot-together", NamedExports => Empty, |it| Ok(waiting(Request::PivotTogether(it.exports)))),
+    command!("blkmirror-pivot", PivotRequest => Empty, |it| Ok(waiting(Request::Pivot(it)))),
+    command!("blkmirror-pivot-together", NamedExports => Empty, |it| {
+        Ok(waiting(Request::PivotTogether { exports: it.exports, verified: it.verified }))
+    }),
     command!("blkmirror-resize", Resize => Empty, |it| {
         Ok(waiting(Request::Resize { export: it.export, size: it.size }))
     }),
@@ -144,6 +150,9 @@ const COMMANDS: &[Command] = &[
     command!("blkmirror-set", Set => Empty, |it| it.into_request().map(waiting)),
     command!("blkmirror-snapshot", SnapshotRequest => Empty, |it| Ok(waiting(Request::Snapshot(it)))),
     command!("blkmirror-status", MaybeExport => Status, |it| Ok(waiting(Request::Status(it.export)))),
+    command!("blkmirror-verify", Verify => Empty, |it| {
+        Ok(Plan::Ask(Call { request: Request::Verify(it.export), wait: it.wait }, render::whole))
+    }),
     command!("block-job-abort", JobAbort => Empty, |it| {
         let (request, wait) = libvirt::abort(it.export, it.flags)?;
         Ok(Plan::Ask(Call { request, wait }, render::whole))

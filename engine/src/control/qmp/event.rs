@@ -1,7 +1,7 @@
-//! Writes what happens to jobs down as QEMU's events, in QEMU's order, and as two of our own.
+//! Writes what happens to jobs down as QEMU's events, in QEMU's order, and as some of our own.
 use super::answers::{
     BackOff, BlockJobCompleted, BlockJobError, BlockJobPending, BlockJobProgress, IoOperation, JobStatusChange,
-    JobType, Phase,
+    JobType, Mismatch, Phase, Verified,
 };
 use super::render::{error, value};
 use super::schema::Schema;
@@ -19,6 +19,8 @@ const CANCELLED: &str = "BLOCK_JOB_CANCELLED";
 const ERROR: &str = "BLOCK_JOB_ERROR";
 const PHASE: &str = "BLKMIRROR_PHASE";
 const BACK_OFF: &str = "BLKMIRROR_BACK_OFF";
+const MISMATCH: &str = "BLKMIRROR_MISMATCH";
+const VERIFIED: &str = "BLKMIRROR_VERIFIED";
 
 /// The messages that tell a client of `event`, which happened `now` after the Unix epoch.
 pub(super) fn messages(event: &Event, now: Duration) -> Vec<Value> {
@@ -41,6 +43,14 @@ pub(super) fn messages(event: &Event, now: Duration) -> Vec<Value> {
             let (export, job, message) = (export.clone(), job.clone(), message.clone());
             say(BACK_OFF, value(&BackOff { export, job, active: rest_ms.is_some(), rest_ms: *rest_ms, message }));
         }
+        Event::Mismatch { export, job, offset, mismatches } => {
+            let (export, job, offset, mismatches) = (export.clone(), job.clone(), *offset, *mismatches);
+            say(MISMATCH, value(&Mismatch { export, job, offset, mismatches }));
+        }
+        Event::Verified { export, job, verified_bytes, mismatches } => {
+            let (export, job, verified_bytes, mismatches) = (export.clone(), job.clone(), *verified_bytes, *mismatches);
+            say(VERIFIED, value(&Verified { export, job, verified_bytes, mismatches }));
+        }
     }
     messages
 }
@@ -56,6 +66,8 @@ pub(super) fn describe(schema: &mut Schema) {
     schema.event(ERROR, &shape::<BlockJobError>());
     schema.event(PHASE, &shape::<Phase>());
     schema.event(BACK_OFF, &shape::<BackOff>());
+    schema.event(MISMATCH, &shape::<Mismatch>());
+    schema.event(VERIFIED, &shape::<Verified>());
 }
 
 /// One step of a job. How it ended is told before that it has.

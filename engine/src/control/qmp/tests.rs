@@ -4,7 +4,7 @@ mod jobs;
 use super::{Call, Client, MESSAGE_LEN_MAX, OUTPUT_LEN_MAX};
 use crate::control::creation::{Compat, CreateOptions, Preallocation};
 use crate::control::{
-    Code, MirrorMap, MirrorRequest, Mode, OnError, Refusal, Reply, Request, Started, Status, TargetFormat,
+    Code, MirrorMap, MirrorRequest, Mode, OnError, PivotRequest, Refusal, Reply, Request, Started, Status, TargetFormat,
 };
 use proptest::prelude::{any, proptest};
 use serde_json::{Value, json};
@@ -203,6 +203,7 @@ fn our_own_mirror_takes_every_member_of_the_request() {
         options: CreateOptions { preallocation: Some(Preallocation::Falloc), ..CreateOptions::default() },
         relative_backing: true,
         chain: true,
+        verify: true,
     };
     let mut client = client();
     let asked = send(&mut client, &json!({ "execute": "blkmirror-mirror", "arguments": request }));
@@ -234,7 +235,7 @@ fn a_rebase_by_libvirts_numbers_is_a_mirror_request() {
         assert_eq!(error["code"], code, "{error}");
     }
     let abort = |flags: u32| json!({ "execute": "block-job-abort", "arguments": { "export": "vda", "flags": flags } });
-    assert_eq!(send(&mut client(), &abort(2)), call(Request::Pivot("vda".into()), true));
+    assert_eq!(send(&mut client(), &abort(2)), call(Request::Pivot(PivotRequest::of("vda")), true));
     assert_eq!(send(&mut client(), &abort(1)), call(Request::Cancel { export: "vda".into(), force: false }, false));
     assert_eq!(error(&abort(4))["code"], "INVALID_ARG");
 }

@@ -1,7 +1,8 @@
 //! How the desk ends jobs: what is asked for, who waits for it, and what is kept of a job that has ended.
+use super::verifying::refuse_unverified;
 use super::{Answer, Desk, News, refuse};
 use crate::control::jobs::{JobInfo, JobStatus};
-use crate::control::{Code, Event, Refusal, Reply};
+use crate::control::{Code, Event, PivotRequest, Refusal, Reply};
 use crate::daemon::jobs::Active;
 use crate::job::{Goal, Phase};
 
@@ -10,6 +11,8 @@ use crate::job::{Goal, Phase};
 pub(super) enum Wish {
     Pivot,
     Cancel,
+    /// That everything is verified; no end at all.
+    Verify,
     /// The pivot of a group, which is named by its first export's number.
     Together(usize),
 }
@@ -22,7 +25,7 @@ impl Desk {
     }
 
     /// A job that may be ended now with a whole target.
-    fn ready_job(&mut self, name: &str) -> Result<(usize, &mut Active), Refusal> {
+    pub(super) fn ready_job(&mut self, name: &str) -> Result<(usize, &mut Active), Refusal> {
         let (number, active) = self.job(name)?;
         if active.job.is_ending() {
             return Err(refuse_ending(name, active));
@@ -55,14 +58,20 @@ impl Desk {
         Ok(number)
     }
 
-    pub(super) fn pivot(&mut self, name: &str, wait: bool) -> Result<usize, Refusal> {
+    pub(super) fn pivot(&mut self, request: &PivotRequest, wait: bool) -> Result<usize, Refusal> {
+        let name = &request.export;
+        self.refuse_direction(request)?;
         if let Some(number) = self.finalized_by(name, Goal::Pivot, wait) {
             return Ok(number);
         }
-        let number = self.may_pivot(name)?;
+        let number = self.may_pivot(name, request.verified)?;
         let export = &self.exports[&number];
         let Some(record) = export.record.clone() else { return Ok(number) };
         if let Some(active) = self.jobs.get_mut(&number) {
+            match request.keep_source {
+                true => active.prepare_back(export, &self.state)?,
+                false => active.drop_back(&self.state),
+            }
             let end = active.switch(export, None);
             active.job.pivot(end, record);
             active.end_asked(wait);
@@ -71,9 +80,14 @@ impl Desk {
         Ok(number)
     }
 
-    /// An export whose job may be ended by a pivot.
-    pub(super) fn may_pivot(&mut self, name: &str) -> Result<usize, Refusal> {
-        let (number, _) = self.ready_job(name)?;
+    /// An export whose job may be ended by a pivot; where that was asked for, only if it was `verified`.
+    pub(super) fn may_pivot(&mut self, name: &str, verified: bool) -> Result<usize, Refusal> {
+        let (number, active) = self.ready_job(name)?;
+        if verified {
+            refuse_unverified(name, &active.job)?;
+        }
+        // One that an earlier pivot was to have must not count with the record of this one.
+        self.state.forget_rollback(name)?;
         match self.exports[&number].record {
             Some(_) => Ok(number),
             None => Err(refuse(Code::OperationInvalid, format!("export {name} is read-only: it cannot be pivoted"))),
@@ -117,27 +131,31 @@ impl Desk {
         if let Some(record) = active.job.take_record() {
             export.record = Some(record);
         }
-        active.close();
-        self.forget_job(number);
-        let export = self.export_mut(number);
-        export.last = Some(status.clone());
-        self.answer_waiting(number, |wish| match (wish, phase) {
-            (Wish::Pivot | Wish::Together(_), Phase::Pivoted) | (Wish::Cancel, Phase::Cancelled) => Ok(Reply::Done {}),
-            _ => {
-                let why = status.error.clone().unwrap_or_else(|| format!("the job ended: {}", phase.name()));
-                Err(refuse(Code::OperationFailed, why))
-            }
+        self.leave(number, active, &status);
+        self.answer_waiting(number, |wish| {
+            Some(match (wish, phase) {
+                (Wish::Pivot | Wish::Together(_), Phase::Pivoted) | (Wish::Cancel, Phase::Cancelled) => {
+                    Ok(Reply::Done {})
+                }
+                _ => {
+                    let why = status.error.clone().unwrap_or_else(|| format!("the job ended: {}", phase.name()));
+                    Err(refuse(Code::OperationFailed, why))
+                }
+            })
         });
     }
 
-    /// Answers who waits for this export. Who waits for a group is answered when the last of it is done, or when one
-    /// of it is not.
-    pub(super) fn answer_waiting(&mut self, number: usize, answer: impl Fn(Wish) -> Answer) {
+    /// Answers who waits for this export, if there is an answer to what they wait for. Who waits for a group is answered
+    /// when the last of it is done, or when one of it is not.
+    pub(super) fn answer_waiting(&mut self, number: usize, answer: impl Fn(Wish) -> Option<Answer>) {
         let (these, others) = std::mem::take(&mut self.waiting).into_iter().partition(|(_, of, _)| *of == number);
         self.waiting = others;
         let these: Vec<(u64, usize, Wish)> = these;
-        for (client, _, wish) in these {
-            let answer = answer(wish);
+        for (client, number, wish) in these {
+            let Some(answer) = answer(wish) else {
+                self.waiting.push((client, number, wish));
+                continue;
+            };
             let is_rest = |(other, _, waits): &(u64, usize, Wish)| *other == client && *waits == wish;
             if matches!(wish, Wish::Together(_)) && self.waiting.iter().any(is_rest) {
                 if answer.is_ok() {

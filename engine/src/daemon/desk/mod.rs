@@ -8,7 +8,9 @@ mod concluded;
 mod ends;
 mod reaching;
 mod replacing;
+mod rollback;
 mod together;
+mod verifying;
 
 use super::exports::{Export, Table, layer_of};
 use super::jobs::Active;
@@ -31,6 +33,7 @@ use formats::error::Result;
 use formats::nbd::{Address, Server};
 use reaching::Reaching;
 use replacing::Replacing;
+use rollback::has_job;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -228,7 +231,7 @@ impl Desk {
                 Ok(Some(started)) => Ok(Reply::Started(started)),
                 Err(refusal) => Err(refusal),
             },
-            Request::Pivot(name) => match self.pivot(&name, wait) {
+            Request::Pivot(request) => match self.pivot(&request, wait) {
                 Ok(number) if wait => return self.wait_for(client, number, Wish::Pivot),
                 answer => answer.map(|_| Reply::Done {}),
             },
@@ -250,9 +253,17 @@ impl Desk {
                     Reply::Done {}
                 })
             }
-            Request::PivotTogether(names) => match self.pivot_together(client, &names) {
+            Request::PivotTogether { exports, verified } => match self.pivot_together(client, &exports, verified) {
                 Ok(()) => return None,
                 Err(refusal) => Err(refusal),
+            },
+            Request::Commit(name) => match self.commit(&name, wait) {
+                Ok(number) if wait => return self.wait_for(client, number, Wish::Cancel),
+                answer => answer.map(|_| Reply::Done {}),
+            },
+            Request::Verify(name) => match self.verify(&name) {
+                Ok(number) if wait => return self.wait_for(client, number, Wish::Verify),
+                answer => answer.map(|_| Reply::Done {}),
             },
             Request::Snapshot(request) => match self.snapshot(client, &request) {
                 Ok(()) => return None,
@@ -314,8 +325,11 @@ impl Desk {
     }
 
     fn refuse_mirror(&self, number: usize, request: &MirrorRequest) -> std::result::Result<(), Refusal> {
-        if self.jobs.contains_key(&number) {
-            let message = format!("export {} has a copy job already: cancel it first", request.export);
+        if let Some(active) = self.jobs.get(&number) {
+            let message = match active.rolls_back() {
+                true => has_job(&request.export, active),
+                false => format!("export {} has a copy job already: cancel it first", request.export),
+            };
             return Err(refuse(Code::BlockCopyActive, message));
         }
         self.refuse_changing(number)?;
@@ -427,14 +441,18 @@ impl Desk {
         let (over, undone) = (active.job.phase().is_over(), active.job.take_undone());
         let errors = active.errors();
         let may_tell = active.may_tell();
+        if undone.is_some() {
+            active.drop_back(&self.state);
+        }
         self.news.extend(errors.into_iter().map(News::Event));
         if may_tell {
             self.tell(number);
         }
         if let Some(reason) = undone {
             let refusal = refuse(Code::OperationFailed, reason);
-            self.answer_waiting(number, |_| Err(refusal.clone()));
+            self.answer_waiting(number, |wish| (wish != Wish::Verify).then(|| Err(refusal.clone())));
         }
+        self.answer_verified(number);
         if over {
             self.end_job(number);
         }
@@ -452,7 +470,7 @@ impl Desk {
     pub fn close(self) -> Result<()> {
         self.lowering.into_values().for_each(Lowering::stop);
         let mut left: BTreeMap<usize, Arc<Mirror>> =
-            self.jobs.into_iter().filter_map(|(number, active)| Some((number, active.close()?))).collect();
+            self.jobs.into_iter().filter_map(|(number, active)| Some((number, active.close(false)?))).collect();
         let mut outcome = Ok(());
         for (number, export) in &self.exports {
             let disk = export.gate.route().disk;

@@ -1,4 +1,5 @@
 //! An export that gets another disk: a new overlay on top of its chain, or the same image, grown.
+use super::rollback::has_job;
 use super::{Desk, News, refuse, token};
 use crate::control::{Code, Refusal, Reply, SnapshotRequest};
 use crate::daemon::exports::Export;
@@ -101,11 +102,10 @@ impl Desk {
         let name = &self.exports[&number].name;
         let busy = self.replacing.contains_key(&number) || self.removing.contains_key(&number);
         let begins = self.reaching.contains_key(&number);
+        if let Some(active) = self.jobs.get(&number) {
+            return Err(refuse(Code::BlockCopyActive, has_job(name, active)));
+        }
         match () {
-            () if self.jobs.contains_key(&number) => {
-                let message = format!("export {name} has a copy job: cancel it first, or wait for its end");
-                Err(refuse(Code::BlockCopyActive, message))
-            }
             () if self.lowering.contains_key(&number) => {
                 let message =
                     format!("export {name} is about to have a copy job, and the layers below are being copied");

@@ -1,13 +1,13 @@
 //! Several exports that are pivoted at one instant, or not at all.
 use super::ends::Wish;
 use super::{Desk, refuse};
-use crate::control::{Code, Refusal};
+use crate::control::{Code, PivotRequest, Refusal};
 use crate::pivot::members;
 use std::collections::BTreeSet;
 
 impl Desk {
     /// Begins it; the client is answered when all are pivoted, or none is.
-    pub(super) fn pivot_together(&mut self, client: u64, names: &[String]) -> Result<(), Refusal> {
+    pub(super) fn pivot_together(&mut self, client: u64, names: &[String], verified: bool) -> Result<(), Refusal> {
         let mut once = BTreeSet::new();
         if let Some(twice) = names.iter().find(|name| !once.insert(name.as_str())) {
             return Err(refuse(Code::InvalidArg, format!("export {twice} is named twice")));
@@ -15,9 +15,10 @@ impl Desk {
         if names.is_empty() {
             return Err(refuse(Code::InvalidArg, "no export is named".to_owned()));
         }
-        let numbers = names.iter().map(|name| self.may_pivot(name)).collect::<Result<Vec<_>, _>>()?;
+        names.iter().try_for_each(|name| self.refuse_direction(&PivotRequest::of(name)))?;
+        let numbers = names.iter().map(|name| self.may_pivot(name, verified)).collect::<Result<Vec<_>, _>>()?;
         if let [number] = numbers[..] {
-            self.pivot(&names[0], true)?;
+            self.pivot(&PivotRequest::of(&names[0]), true)?;
             self.waiting.push((client, number, Wish::Pivot));
             return Ok(());
         }

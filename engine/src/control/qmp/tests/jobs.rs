@@ -1,7 +1,7 @@
 //! Jobs as a client sees them: verbs, queries, events.
 use super::{NOW, call, client, said, send};
 use crate::control::jobs::{ErrorAction, IoStatus, JobInfo, JobStatus};
-use crate::control::{Changes, Event, Mode, Reply, Request, Status};
+use crate::control::{Changes, Event, Mode, PivotRequest, Reply, Request, Status};
 use serde_json::{Value, json};
 
 /// The job `move` of the export `vda`.
@@ -72,10 +72,10 @@ fn qmp_verbs_begin_and_our_verbs_end() {
     let (device, id) = (json!({ "device": "move" }), json!({ "id": "move" }));
     let cancel = |force| Request::Cancel { export: vda(), force };
     for (name, arguments, stands, request) in [
-        ("block-job-complete", &device, JobStatus::Ready, Request::Pivot(vda())),
-        ("job-complete", &id, JobStatus::Ready, Request::Pivot(vda())),
+        ("block-job-complete", &device, JobStatus::Ready, Request::Pivot(PivotRequest::of(vda()))),
+        ("job-complete", &id, JobStatus::Ready, Request::Pivot(PivotRequest::of(vda()))),
         // Refused by the daemon, which says how much is left.
-        ("job-complete", &id, JobStatus::Running, Request::Pivot(vda())),
+        ("job-complete", &id, JobStatus::Running, Request::Pivot(PivotRequest::of(vda()))),
         ("block-job-cancel", &device, JobStatus::Ready, cancel(false)),
         ("block-job-cancel", &json!({ "device": "move", "force": true }), JobStatus::Ready, cancel(true)),
         ("job-cancel", &id, JobStatus::Ready, cancel(true)),
@@ -103,7 +103,19 @@ fn qmp_verbs_begin_and_our_verbs_end() {
         assert_eq!(tell(name, arguments, job(stands, "ready")), Ok(request), "{name}");
     }
     let ours = [
-        ("blkmirror-pivot", json!({ "export": "vda" }), Request::Pivot(vda())),
+        ("blkmirror-pivot", json!({ "export": "vda" }), Request::Pivot(PivotRequest::of(vda()))),
+        (
+            "blkmirror-pivot",
+            json!({ "export": "vda", "verified": true, "keep-source": true, "back": true }),
+            Request::Pivot(PivotRequest { export: vda(), verified: true, keep_source: true, back: true }),
+        ),
+        (
+            "blkmirror-pivot-together",
+            json!({ "exports": ["vda"], "verified": true }),
+            Request::PivotTogether { exports: vec![vda()], verified: true },
+        ),
+        ("blkmirror-verify", json!({ "export": "vda", "wait": true }), Request::Verify(vda())),
+        ("blkmirror-commit", json!({ "export": "vda" }), Request::Commit(vda())),
         ("blkmirror-cancel", json!({ "export": "vda" }), cancel(false)),
         ("blkmirror-finish", json!({ "export": "vda" }), Request::Finish(vda())),
         ("blkmirror-pause", json!({ "export": "vda" }), Request::Pause(vda())),
