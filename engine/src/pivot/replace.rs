@@ -1,6 +1,7 @@
 //! Another disk in the place of an export's, which reads alike: a new overlay upon it, or the same image, grown.
 //!
 //! ```text
+//! Ahead        the old disk is flushed while guests write, so that little is left for them to wait for
 //! Drain        gate closed, nobody inside
 //! Flush        the old disk's metadata and payload are durable
 //! Make         the new disk is there, and durable as far as it goes │ Zero, Settle   of one that grows, what is new
@@ -56,6 +57,7 @@ pub struct Replace {
 
 enum Stage {
     New,
+    Ahead(Box<Task>),
     Drain(Leaving),
     Flush(Box<Task>),
     Zero(Box<Task>),
@@ -66,7 +68,8 @@ enum Stage {
 }
 
 impl Replace {
-    /// One that closes the gate at its first step. Requests that are under way then may take `pause_max`.
+    /// One that closes the gate when what is written by now is durable. Requests that are under way then may take
+    /// `pause_max`.
     pub fn new(gate: Arc<Gate>, record_file: RecordFile, new: New, pause_max: Duration) -> Self {
         let old = gate.route().disk;
         let (new, grown_from, stage, deadline) = (Some(new), None, Stage::New, Duration::ZERO);
@@ -75,7 +78,7 @@ impl Replace {
 
     /// True while guests wait at the gate.
     pub fn holds_gate(&self) -> bool {
-        !matches!(self.stage, Stage::New | Stage::Confirm(_) | Stage::Over)
+        !matches!(self.stage, Stage::New | Stage::Ahead(_) | Stage::Confirm(_) | Stage::Over)
     }
 
     /// The record as it stands afterwards.
@@ -88,7 +91,16 @@ impl Replace {
     pub fn step<I: Io>(&mut self, tools: &mut Tools<I>, base: Token) -> Step {
         loop {
             match &mut self.stage {
-                Stage::New => {
+                Stage::New => self.stage = Stage::Ahead(Box::new(Task::flush(Arc::clone(&self.old)))),
+                Stage::Ahead(task) => {
+                    if task.step(tools, base) != Status::Done {
+                        return Step::Busy;
+                    }
+                    if let Stage::Ahead(task) = std::mem::replace(&mut self.stage, Stage::Over)
+                        && let Err(error) = task.end().0
+                    {
+                        return Step::Done(Err(error));
+                    }
                     self.deadline = tools.io.now().saturating_add(self.pause_max);
                     self.stage = Stage::Drain(self.gate.close());
                 }
@@ -121,7 +133,9 @@ impl Replace {
     /// Takes in what became of one of its operations. A result says that it is over.
     pub fn complete<I: Io>(&mut self, tools: &mut Tools<I>, base: Token, done: Completion) -> Step {
         match &mut self.stage {
-            Stage::Flush(task) | Stage::Zero(task) | Stage::Settle(task) => task.complete(tools, base, done),
+            Stage::Ahead(task) | Stage::Flush(task) | Stage::Zero(task) | Stage::Settle(task) => {
+                task.complete(tools, base, done);
+            }
             Stage::Record(recorder, ..) => match recorder.complete(tools, base, done) {
                 None => {}
                 Some(Ok(())) => return self.recorded(tools, base),
