@@ -201,6 +201,9 @@ pub struct KeptJob {
     /// An operator has it rest.
     #[serde(default)]
     pub paused: bool,
+    /// Of a whole chain: the layers below its target are copied, and get their names.
+    #[serde(default)]
+    pub named: bool,
     /// What was asked for, as it was changed since; its target is there already.
     pub request: MirrorRequest,
 }

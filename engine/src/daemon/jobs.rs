@@ -2,7 +2,7 @@
 use super::exports::Export;
 use super::pace::{Counters, Eta, Pace};
 use super::resume::{self, Begin};
-use super::retune::{Room, Seldom, millis, refuse_pause};
+use super::retune::{ErrorNews, Room, Seldom, millis, refuse_pause};
 use super::threads::Worker;
 use super::wait::until_image_is_free;
 use crate::control::creation::{CreateOptions, Preallocation};
@@ -44,13 +44,13 @@ pub(super) struct Active {
     threads: Vec<Worker>,
     target: PathBuf,
     journal: Option<Arc<WordJournal>>,
-    notes: Vec<String>,
+    pub notes: Vec<String>,
     /// Bytes of layers below its target that were copied before it began.
     brought_before: u64,
     auto_finalize: bool,
     auto_dismiss: bool,
     /// What was told of it last.
-    told: Option<Told>,
+    pub told: Option<Told>,
     pub begun: Instant,
     pace: Pace,
     /// What the state folder has of it.
@@ -58,19 +58,17 @@ pub(super) struct Active {
     pub room: Room,
     /// Bytes that may be under way, as they were asked for.
     pub buf_size: u64,
-    /// When its errors, its back-offs and where it stands were told last, and whether it was told that it backs off.
-    pub errors_told: Seldom,
-    pub back_off_told: Seldom,
+    pub error_news: ErrorNews,
+    /// When it was told where it stands.
     pub stands_told: Seldom,
-    pub told_backs_off: bool,
 }
 
 /// What a job is told by.
 #[derive(Clone, Copy, PartialEq)]
-struct Told {
-    phase: Phase,
-    paused: bool,
-    stands: JobStatus,
+pub(super) struct Told {
+    pub phase: Phase,
+    pub paused: bool,
+    pub stands: JobStatus,
 }
 
 impl Active {
@@ -178,6 +176,7 @@ impl Active {
             target_identity,
             planes: Some(number),
             paused,
+            named: false,
             request: kept_request,
         };
         let buf_size = request.buf_size;
@@ -220,10 +219,8 @@ impl Active {
             kept,
             room,
             buf_size,
-            errors_told: Seldom::default(),
-            back_off_told: Seldom::default(),
+            error_news: ErrorNews::default(),
             stands_told: Seldom::default(),
-            told_backs_off: false,
         };
         Ok((started, Some(active)))
     }

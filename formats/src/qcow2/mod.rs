@@ -73,7 +73,7 @@ pub use create::{Create, create};
 pub use data_file::DataFile;
 pub use geometry::Geometry;
 pub use header::{Backing, Compression, Header};
-pub use rename::rename_backing;
+pub use rename::{check_rename, rename_backing};
 
 use crate::error::{Context, Error, Result};
 use crate::image::{

@@ -109,6 +109,9 @@ impl Desk {
     /// Goes on with the jobs that a kill or a stop interrupted.
     pub fn resume_jobs(&mut self) {
         for number in self.exports.keys().copied().collect::<Vec<_>>() {
+            if self.resume_chain(number) {
+                continue;
+            }
             let check = |request: &MirrorRequest| self.refuse_in_use(number, &request.target, request.format);
             match Active::resume(&self.exports[&number], &self.reach, &self.state, &check) {
                 Ok(Some(active)) => {
@@ -302,12 +305,12 @@ impl Desk {
         Status { error: damage.or(status.error), ..status }
     }
 
-    /// What was started, or is to be; `None` where the client waits until the target is reached, or what is below it copied.
+    /// What was started, or is to be; `None` where the client waits until the target is reached.
     fn mirror(&mut self, client: u64, request: &MirrorRequest) -> std::result::Result<Option<Started>, Refusal> {
         let number = self.find(&request.export)?;
         self.refuse_mirror(number, request)?;
         match export_named(Path::new(&request.target)) {
-            _ if request.chain => self.mirror_chain(client, number, request),
+            _ if request.chain => self.mirror_chain(number, request).map(Some),
             Some(address) => self.reach(client, number, request, address).map(|()| None),
             None => self.start_job(number, request, Reached::Nothing).map(Some),
         }
@@ -389,7 +392,9 @@ impl Desk {
         match self.jobs.get_mut(&number) {
             Some(active) => Ok((number, active)),
             None if self.lowering.contains_key(&number) => {
-                let message = format!("the layers below the top of export {name} are being copied: wait for that");
+                let left = self.lowering[&number].left();
+                let what = "still to copy: the layers below the top are being copied";
+                let message = format!("export {name}: {left} bytes {what} (phase: seeding)");
                 Err(refuse(Code::BlockCopyActive, message))
             }
             None => {
@@ -442,8 +447,18 @@ impl Desk {
 
     /// Tells what is new of a job.
     fn tell(&mut self, number: usize) {
-        let Some(path) = self.jobs.get_mut(&number).and_then(Active::news) else { return };
-        let job = Box::new(self.jobs[&number].info(self.status(number)));
+        let path = match (self.jobs.get_mut(&number), self.lowering.get_mut(&number)) {
+            (Some(active), _) => active.news(),
+            (None, lowering) => lowering.and_then(Lowering::news),
+        };
+        let Some(path) = path else { return };
+        let at = self.status(number);
+        let job = match (self.jobs.get(&number), self.lowering.get(&number)) {
+            (Some(active), _) => active.info(at),
+            (None, Some(lowering)) => lowering.info(at),
+            (None, None) => return,
+        };
+        let job = Box::new(job);
         tracing::info!(export = job.at.export, phase = job.at.phase, paused = job.at.paused, "job");
         self.news.push(News::Event(Event::Job { job, path }));
     }
