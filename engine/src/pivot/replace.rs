@@ -22,7 +22,7 @@ use crate::disk::{Disk, Status, Task, Tools};
 use crate::export::gate::{Gate, Leaving, Route};
 use crate::fault::{Fault, planted};
 use crate::io::{Completion, Io, Token};
-use crate::open::refuse_lost_image;
+use crate::open::refuse_lost_chain;
 use formats::error::{Error, Result};
 use formats::image::Zeroing;
 use formats::record::Record;
@@ -203,7 +203,7 @@ impl Replace {
     fn begin_record<I: Io>(&self, tools: &mut Tools<I>, base: Token, disk: Arc<Disk>, record: Record) -> Result<Stage> {
         let file = &self.record_file;
         file.refuse_lost()?;
-        refuse_lost_image(disk.chain().top())?;
+        refuse_lost_chain(disk.chain().layers())?;
         let record = Record { generation: file.generation() + 1, ..record };
         // Where nothing was ever recorded, what the command line names counts, and goes on to.
         let old = file.newest().cloned().unwrap_or_else(|| Record {

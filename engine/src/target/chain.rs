@@ -15,7 +15,7 @@ use crate::control::options::Reach;
 use crate::control::{MirrorRequest, Refusal, TargetFormat};
 use crate::disk::Disk;
 use crate::io::FileStorage;
-use crate::open::{Access, open_chain, sync_folder};
+use crate::open::{Access, open_chain, refuse_lost_chain, sync_folder};
 use formats::backing::Location;
 use formats::error::{Context, Error, Result};
 use formats::qcow2::{check_rename, read_header, rename_backing};
@@ -87,6 +87,8 @@ pub fn plan_chain(request: &MirrorRequest, copied: Copied, source: &Disk) -> std
         return Err(invalid(named("a whole chain goes to a folder, and this is none: make it first")));
     }
     let layers = source.chain().layers();
+    // They are copied by their names.
+    refuse_lost_chain(layers)?;
     let names = layers.iter().map(|layer| name_of(&layer.path)).collect::<std::result::Result<Vec<_>, _>>()?;
     let mut files = Vec::new();
     for (number, layer) in layers.iter().enumerate().skip(1) {
