@@ -76,11 +76,6 @@ impl Replace {
         Self { gate, old, new, grown_from, to_record: None, record_file, stage, pause_max, deadline }
     }
 
-    /// True while guests wait at the gate.
-    pub fn holds_gate(&self) -> bool {
-        !matches!(self.stage, Stage::New | Stage::Ahead(_) | Stage::Confirm(_) | Stage::Over)
-    }
-
     /// The record as it stands afterwards.
     pub fn into_record(self) -> RecordFile {
         self.record_file

@@ -168,10 +168,10 @@ impl Desk {
         changes > 0 || !self.jobs.is_empty()
     }
 
-    /// True while guests wait at a closed gate: then it has to be stepped on.
+    /// True while guests wait at a closed gate, or a disk is being replaced: then it has to be stepped on, for what was
+    /// begun leaves an overlay that nobody knows of, or nobody hears that it is there.
     pub fn holds_gate(&self) -> bool {
-        let replaced = self.replacing.values().any(Replacing::holds_gate);
-        replaced || self.jobs.values().any(|active| active.job.holds_gate())
+        !self.replacing.is_empty() || self.jobs.values().any(|active| active.job.holds_gate())
     }
 
     /// What it has to say since it was asked last.
