@@ -331,7 +331,8 @@ impl Active {
             export: export.name.clone(),
             serving: self.job.serving().name(),
             phase: phase.name().to_owned(),
-            paused: self.job.is_paused(),
+            // What is over does not rest.
+            paused: self.job.is_paused() && !phase.is_over(),
             job: Some(self.job.id().to_owned()),
             mode: Some(self.job.mode()),
             total_bytes: self.brought_before + copied + remaining,

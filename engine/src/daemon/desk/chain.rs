@@ -331,6 +331,7 @@ impl Desk {
             let status = Status {
                 phase: phase.name().to_owned(),
                 error: refusal.as_ref().map(|refusal| refusal.message.clone()),
+                paused: false,
                 back_off_ms: None,
                 ..last
             };
