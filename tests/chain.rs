@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use support::daemon::Daemon;
+use support::daemon::{Daemon, program};
 use support::images::{self, Chain, three_layers};
 use support::nbd::{Client, Replies};
 use support::qmp::Qmp;
@@ -312,6 +312,9 @@ fn the_layers_below_are_copied_on_by_the_next_daemon() {
         } else {
             scene.daemon.stop()
         }
+        let state = scene.new.with_file_name("state").display().to_string();
+        let said = run(&program().display().to_string(), &["journal", "show", &state]);
+        assert!(said.contains("the layers below come first"), "{said}");
         // What is there now may be anything.
         for name in scene.found() {
             let file = std::fs::File::options().write(true).open(scene.new.join(name)).expect("a file");
@@ -330,6 +333,40 @@ fn the_layers_below_are_copied_on_by_the_next_daemon() {
         assert_same("the copy", &content(&scene.top(), "qcow2"), &scene.chain.content());
         scene.found().iter().for_each(|name| check(&scene.new.join(name), "qcow2"));
     }
+}
+
+/// A kill between the names: some copies have theirs, and what has none is whole as well.
+#[test]
+fn copies_that_are_whole_get_their_names_from_the_next_daemon() {
+    let mut scene = Scene::new(|folder| three_layers(folder, DISK_LEN, 19));
+    let (place, job) = (scene.place(), scene.new.with_file_name("state").join("vda.job"));
+    scene.daemon.ok("mirror", &scene.args(&place, &["--speed", "1K"]));
+    scene.copies_below();
+    let mut kept: Value = serde_json::from_slice(&std::fs::read(&job).expect("the job's request")).expect("JSON");
+    assert_eq!((&kept["named"], &kept["request"]["chain"]), (&json!(false), &json!(true)), "{kept}");
+    scene.daemon.ok("set", &["vda", "--speed", "0"]);
+    scene.daemon.wait_for("vda", "ready");
+    scene.daemon.ok("cancel", &["vda"]);
+    scene.daemon.stop();
+    let name = |name: &str| scene.new.join(name);
+    std::fs::remove_file(name("snap2.qcow2")).expect("the mirror's target");
+    std::fs::rename(name("snap1.qcow2"), name("snap1.qcow2.part")).expect("a copy");
+    (kept["named"], kept["request"]["speed"]) = (json!(true), json!(0));
+    let keep = || std::fs::write(&job, kept.to_string()).expect("room");
+    let (base, aside) = (name("base.qcow2"), name("aside"));
+    std::fs::rename(&base, &aside).expect("a copy");
+    keep();
+    scene.daemon.start();
+    let status = scene.daemon.status("vda");
+    assert!(status["error"].as_str().is_some_and(|error| error.contains("base.qcow2: it was copied")), "{status}");
+    scene.daemon.stop();
+    std::fs::rename(&aside, &base).expect("a copy");
+    scene.daemon.start();
+    scene.daemon.wait_for("vda", "ready");
+    scene.daemon.pivot("vda");
+    scene.daemon.stop();
+    assert_eq!(scene.found(), ["base.qcow2", "snap1.qcow2", "snap2.qcow2"]);
+    assert_same("the copied chain", &content(&scene.top(), "qcow2"), &scene.chain.content());
 }
 
 /// Kills all the way: in the copies, between their names, in the mirror of the top.
