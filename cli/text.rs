@@ -154,7 +154,7 @@ pub fn percent(status: &Status) -> String {
 /// The same as a number from 0 to 1000.
 pub fn permille(status: &Status) -> u64 {
     let permille = match status.total_bytes {
-        0 if status.is_active() && status.phase != "ready" => 0,
+        0 if is_before_ready(status) || matches!(status.phase.as_str(), "pivoting" | "failed") => 0,
         0 => 1000,
         total => (u128::from(status.copied_bytes.min(total)) * 1000 / u128::from(total)) as u64,
     };
@@ -214,6 +214,7 @@ mod tests {
         assert_eq!(percent(&status("seeding", 0, 0)), "0.0 %");
         assert_eq!(percent(&status("ready", 100, 0)), "100.0 %");
         assert_eq!(percent(&status("pivoted", 0, 0)), "100.0 %");
+        assert_eq!(percent(&status("failed", 0, 0)), "0.0 %");
         assert_eq!(percent(&status("ready", u64::MAX / 2, u64::MAX / 2)), "50.0 %");
     }
 

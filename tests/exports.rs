@@ -2,11 +2,14 @@
 //! `kill -9`.
 mod support;
 
+use serde_json::json;
 use std::path::Path;
 use std::time::Duration;
 use support::daemon::{Daemon, program};
 use support::images::{self, Chain, three_layers};
-use support::nbd::{Client, Replies};
+use support::nbd::{Client, Replies, Request};
+use support::qmp::Qmp;
+use support::server::{Server, two_folders};
 use support::tools::{check, check_leaks_allowed, content, info, ran, refused, run};
 use support::writer::{Habits, Writer};
 use support::{assert_same, eventually, folder};
@@ -71,7 +74,7 @@ fn force_ends_the_connections_of_an_export_and_loses_nothing_that_was_answered()
     let mut client = connect(&daemon, "vdb");
     let mut truth = second.content();
     let bytes = vec![0x5a; 65536];
-    client.ask(&support::nbd::Request::Write { at: 1 << 20, bytes: bytes.clone() });
+    client.ask(&Request::Write { at: 1 << 20, bytes: bytes.clone() });
     truth[1 << 20..][..65536].copy_from_slice(&bytes);
     ran(&mut export(&daemon, "remove", &["vdb", "--force"]));
     assert!(client.receive().is_err(), "the connection has ended");
@@ -107,6 +110,45 @@ fn a_snapshot_becomes_the_top_while_the_guest_writes_and_stays_so_after_a_kill()
     for image in [&chain.top, &first, &second] {
         check_leaks_allowed(image, "qcow2");
     }
+}
+
+/// The gate was closed before the flush, which is what takes long. And a daemon that is told to end meanwhile ends with
+/// the snapshot taken, not with an overlay that nobody knows of.
+#[test]
+fn a_snapshot_flushes_while_its_guest_goes_on_and_comes_to_its_end() {
+    let folder = folder();
+    let (theirs, ours) = two_folders(folder.path());
+    let (disk, gate, overlay) = (folder.path().join("disk"), folder.path().join("gate"), folder.path().join("overlay"));
+    std::fs::write(&disk, vec![1; 1 << 20]).expect("a file of ours");
+    let server = Server::held_flush(&theirs, &disk, &gate);
+    std::fs::write(&gate, "").expect("a file of ours");
+    let mut daemon = Daemon::serve(&ours, &[format!("vda={},format=raw", server.uri(""))]);
+    let held = gate.with_extension("held");
+    let write = |daemon: &Daemon, at: u64| {
+        connect(daemon, "vda").ask(&Request::Write { at, bytes: vec![2; 4096] });
+    };
+    write(&daemon, 0);
+    for file in [&gate, &held] {
+        // Nobody has flushed yet, or somebody has.
+        let _ = std::fs::remove_file(file);
+    }
+    let mut qmp = Qmp::connect(&daemon.control_socket());
+    let ask = json!({ "execute": "blkmirror-snapshot", "arguments": { "export": "vda", "file": overlay } });
+    qmp.send(format!("{ask}\n").as_bytes());
+    eventually("the flush is under way", || held.exists().then_some(()));
+    write(&daemon, 8192);
+    let mut quit = daemon.command("quit", &[]).spawn().expect("the program");
+    std::fs::write(&gate, "").expect("a file of ours");
+    assert!(quit.wait().expect("our child").success());
+    assert_eq!(qmp.answer()["return"], json!({}));
+    daemon.kill();
+    daemon.start();
+    assert_eq!(daemon.status("vda")["serving"].as_str(), overlay.to_str());
+    let mut truth = vec![1; 1 << 20];
+    truth[..4096].fill(2);
+    truth[8192..12288].fill(2);
+    assert_same("the overlay", &connect(&daemon, "vda").content(), &truth);
+    daemon.stop();
 }
 
 #[test]

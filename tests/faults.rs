@@ -219,6 +219,35 @@ fn what_a_restart_would_not_find_is_not_pivoted_to() {
     scene.ends_on_the_target("qcow2");
 }
 
+/// A layer below was moved away and another file had its name: the target and the overlay named that file, and the next
+/// start served it; the copy of the chain had it in it.
+#[test]
+fn what_is_below_by_another_name_now_is_not_relied_upon() {
+    let folder = folder();
+    let (old, new) = (folder.path().join("old"), folder.path().join("new"));
+    std::fs::create_dir(&old).and_then(|()| std::fs::create_dir(&new)).expect("new folders");
+    let chain = three_layers(&old, 8 << 20, 62);
+    let mut daemon = Daemon::serve(folder.path(), &[chain.export("vda")]);
+    let (target, overlay) = (new.join("target").display().to_string(), new.join("overlay").display().to_string());
+    daemon.ok("mirror", &["vda", &target, "--shallow", "--wait"]);
+    let (base, aside) = (chain.layers[0].0.clone(), old.join("aside"));
+    std::fs::rename(&base, &aside).and_then(|()| std::fs::copy(&aside, &base)).expect("files of ours");
+    let refused = |verb: &str, args: &[&str]| {
+        let said = daemon.refused(verb, args);
+        assert!(said.contains("base.qcow2") && said.contains("a restart would not find it"), "{verb}: {said}");
+    };
+    refused("pivot", &["vda"]);
+    daemon.ok("cancel", &["vda", "--force"]);
+    refused("snapshot", &["vda", &overlay]);
+    refused("mirror", &["vda", "--chain", &new.display().to_string()]);
+    assert!(!Path::new(&overlay).exists());
+    // What is copied whole needs none of them.
+    let full = new.join("full").display().to_string();
+    daemon.ok("mirror", &["vda", &full, "--pivot"]);
+    daemon.stop();
+    assert_same("the disk", &content(Path::new(&full), "qcow2"), &chain.content());
+}
+
 /// A file system in memory of its own, gone when it is dropped.
 struct Mount(PathBuf);
 

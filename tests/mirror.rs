@@ -254,6 +254,13 @@ fn a_paused_job_copies_nothing_and_loses_no_write() {
     assert_eq!(ready["paused"], false, "{ready}");
     scene.daemon.pivot("vda");
     scene.ends_on_the_target("qcow2");
+    // Given up while it rests, it rests no more.
+    let scene = Scene::new(23);
+    scene.mirror(&["--speed", SLOW]);
+    scene.daemon.ok("pause", &["vda"]);
+    scene.daemon.ok("cancel", &["vda"]);
+    let status = scene.status();
+    assert_eq!((&status["phase"], &status["paused"]), (&Value::from("cancelled"), &Value::from(false)), "{status}");
 }
 
 #[test]

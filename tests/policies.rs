@@ -358,3 +358,32 @@ fn zeroes_are_written_where_holes_are_not_wanted() {
     }
     daemon.stop();
 }
+
+/// Zeroes that have to be written went by the speed limit, as if they were holes.
+#[test]
+fn zeroes_that_have_to_be_written_count_for_the_speed() {
+    const ZEROES: u64 = 64 << 20;
+    let folder = folder();
+    let (theirs, ours) = two_folders(folder.path());
+    let (source, file) = (folder.path().join("disk.raw"), folder.path().join("old"));
+    let zeroes = fs::File::create(&source).and_then(|file| file.set_len(ZEROES));
+    zeroes.and_then(|()| fs::write(&file, vec![0xee; ZEROES as usize])).expect("files of ours");
+    let server = Server::nbdkit(&theirs, &["--filter=nozero", "file", &format!("file={}", file.display())]);
+    let mut daemon = Daemon::serve(&ours, &[format!("vda={},format=raw", source.display())]);
+    daemon.ok("mirror", &["vda", &server.uri(""), "--speed", "1K"]);
+    let copied = |daemon: &Daemon| daemon.status("vda")["copied_bytes"].as_u64().expect("a number");
+    let first = eventually("some are written", || Some(copied(&daemon)).filter(|bytes| *bytes > 0));
+    // What is under way by then comes to its end; at this speed the rest takes hours.
+    let last = eventually("nothing more is", || {
+        let before = copied(&daemon);
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        Some(before).filter(|before| copied(&daemon) == *before)
+    });
+    assert!(first <= last && last < ZEROES, "{first} and {last}");
+    assert_ne!(daemon.status("vda")["phase"], "ready");
+    daemon.ok("set", &["vda", "--speed", "0"]);
+    daemon.wait_for("vda", "ready");
+    daemon.pivot("vda");
+    daemon.stop();
+    assert!(fs::read(&file).expect("a file of ours").iter().all(|byte| *byte == 0));
+}

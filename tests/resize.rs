@@ -174,6 +174,88 @@ fn what_was_behind_the_disk_in_a_longer_target_reads_as_zeroes() {
     assert_same("the file on its own", &content(&target, "raw"), &truth);
 }
 
+/// After a pivot into a longer raw file its disk ends before the file does; a snapshot upon it then has a backing file
+/// that is longer for whoever opens it by its name. The disk grew over what is in there, and showed it from its next start on.
+#[test]
+fn what_is_behind_the_disk_below_an_overlay_reads_as_zeroes() {
+    let folder = folder();
+    let chain = one_layer(folder.path(), "raw", DISK_LEN, 13);
+    let (target, overlay) = (folder.path().join("longer.raw"), folder.path().join("overlay.qcow2"));
+    std::fs::write(&target, vec![0xee; GROWN as usize]).expect("room");
+    let mut daemon = Daemon::serve(folder.path(), &[chain.export("vda")]);
+    daemon.ok("mirror", &["vda", &target.display().to_string(), "--reuse-external", "--raw", "--pivot"]);
+    daemon.ok("snapshot", &["vda", &overlay.display().to_string()]);
+    resize(&daemon, GROWN + 512);
+    let truth = grown(chain.content(), GROWN + 512);
+    assert_same("the overlay", &connect(&daemon).content(), &truth);
+    daemon.kill();
+    daemon.start();
+    assert_same("the overlay after a kill", &connect(&daemon).content(), &truth);
+    daemon.stop();
+    assert_same("the overlay on its own", &content(&overlay, "qcow2"), &truth);
+}
+
+/// The bitmaps of an image grow with it: a guest's writes to what is new are marked there, and nothing else is.
+#[test]
+fn bitmaps_grow_with_their_disk() {
+    let folder = folder();
+    let top = folder.path().join("disk.qcow2");
+    let name = top.display().to_string();
+    images::create(&top, "qcow2", DISK_LEN, &["-o", "cluster_size=4096"]);
+    // So fine that its bits have more clusters when the disk is larger.
+    run("qemu-img", &["bitmap", "--add", "-g", "512", &name, "kept"]);
+    run("qemu-io", &["-c", "write -P 1 1M 64k", &name]);
+    run("qemu-img", &["bitmap", "--disable", &name, "kept"]);
+    run("qemu-img", &["bitmap", "--add", "-g", "64k", &name, "live"]);
+    let mut daemon = Daemon::serve(folder.path(), &[format!("vda={name}")]);
+    let dirty = |daemon: &Daemon, bitmap: &str| -> Vec<(u64, u64)> {
+        let said = run("nbdinfo", &["--json", &format!("--map=qemu:dirty-bitmap:{bitmap}"), &daemon.uri("vda")]);
+        let runs: Vec<serde_json::Value> = serde_json::from_str(&said).expect("JSON");
+        let number = |run: &serde_json::Value, name: &str| run[name].as_u64().expect("a number");
+        runs.iter().filter(|run| run["type"] == 1).map(|run| (number(run, "offset"), number(run, "length"))).collect()
+    };
+    let write = |daemon: &Daemon, at: u64| {
+        connect(daemon).ask(&Request::Write { at, bytes: vec![7; 512] });
+    };
+    write(&daemon, 0);
+    resize(&daemon, 256 << 20);
+    write(&daemon, 200 << 20);
+    let (kept, live) = ([(1 << 20, 65536)], [(0, 65536), (200 << 20, 65536)]);
+    assert_eq!((dirty(&daemon, "kept"), dirty(&daemon, "live")), (kept.to_vec(), live.to_vec()));
+    daemon.stop();
+    check(&top, "qcow2");
+    let flags = |image: &Path| -> Vec<serde_json::Value> {
+        let bitmaps = info(image)["format-specific"]["data"]["bitmaps"].clone();
+        bitmaps.as_array().expect("a list").iter().map(|bitmap| bitmap["flags"].clone()).collect()
+    };
+    assert_eq!(flags(&top), [json!([]), json!(["auto"])]);
+    daemon.start();
+    assert_eq!((dirty(&daemon, "kept"), dirty(&daemon, "live")), (kept.to_vec(), live.to_vec()));
+    // A kill takes what is being marked, and nothing else.
+    resize(&daemon, 512 << 20);
+    daemon.kill();
+    assert_eq!(flags(&top), [json!([]), json!(["in-use", "auto"])]);
+    daemon.start();
+    assert_eq!(dirty(&daemon, "kept"), kept);
+    daemon.stop();
+    check_leaks_allowed(&top, "qcow2");
+    run("qemu-img", &["bitmap", "--remove", &name, "live"]);
+    run("qemu-img", &["resize", "-q", &name, "1G"]);
+    // What was carried to another image at a pivot grows there too.
+    run("qemu-img", &["bitmap", "--add", "-g", "64k", &name, "more"]);
+    daemon.start();
+    let target = folder.path().join("target.qcow2");
+    daemon.ok("mirror", &["vda", &target.display().to_string(), "--pivot"]);
+    write(&daemon, 64 << 20);
+    resize(&daemon, 2 << 30);
+    write(&daemon, (2 << 30) - 512);
+    let more = [(64 << 20, 65536), ((2 << 30) - 65536, 65536)];
+    assert_eq!((dirty(&daemon, "kept"), dirty(&daemon, "more")), (kept.to_vec(), more.to_vec()));
+    daemon.stop();
+    check(&target, "qcow2");
+    assert_eq!(flags(&target).len(), 2);
+}
+
 #[test]
 fn a_disk_that_grew_is_mirrored_as_large_as_it_is() {
     let folder = folder();
@@ -203,9 +285,6 @@ fn a_disk_that_grew_is_mirrored_as_large_as_it_is() {
 fn what_cannot_grow_is_refused_and_stays_as_it_was() {
     let folder = folder();
     let chain = one_layer(folder.path(), "qcow2", DISK_LEN, 11);
-    let marked = folder.path().join("marked.qcow2");
-    images::create(&marked, "qcow2", DISK_LEN, &[]);
-    run("qemu-img", &["bitmap", "--add", &marked.display().to_string(), "b"]);
     let other = folder.path().join("other.raw");
     images::create(&other, "raw", DISK_LEN, &[]);
     let theirs = folder.path().join("theirs");
@@ -213,7 +292,6 @@ fn what_cannot_grow_is_refused_and_stays_as_it_was() {
     let server = Server::nbdkit(&theirs, &["memory", "16M"]);
     let exports = [
         chain.export("vda"),
-        format!("marked={}", marked.display()),
         format!("only={},format=raw,readonly", other.display()),
         format!("remote={},format=raw", server.uri("")),
     ];
@@ -229,7 +307,6 @@ fn what_cannot_grow_is_refused_and_stays_as_it_was() {
         (["vdz", "20M"], "no export vdz"),
         (["only", "20M"], "read-only"),
         (["remote", "20M"], "another server's"),
-        (["marked", "20M"], "qemu-img bitmap --remove"),
     ] {
         let said = daemon.refused("resize", &args);
         assert!(said.contains(reason), "{args:?}: {said}");

@@ -26,8 +26,9 @@ fn line(entry: &Entry) -> String {
             format!("export {export} of {origin}: the truth is {serving} ({format}), record {generation}")
         }
         What::BlankRecord => "nothing was recorded: the truth is what the command line names".to_owned(),
-        What::Job { export, source, target, planes, .. } => {
+        What::Job { export, source, target, chain, planes, .. } => {
             let from = match planes {
+                None if *chain => "the layers below come first, and again when it goes on".to_owned(),
                 Some(number) => format!("goes on from planes {number:x}"),
                 None => "compares the two when it goes on".to_owned(),
             };

@@ -369,10 +369,13 @@ impl Slot {
                 (Err(error), _) => self.fail(mirror, true, error),
                 (Ok(()), None) => self.fail(mirror, true, Error::invalid("a read without its buffer")),
             },
-            Stage::Zero(task, range) => match task.end().0 {
-                Ok(()) => (self.at, self.brought) = (range.end, true),
-                Err(error) => self.fail(mirror, true, error),
-            },
+            Stage::Zero(task, range) => {
+                mirror.spend(task.zeroes_written());
+                match task.end().0 {
+                    Ok(()) => (self.at, self.brought) = (range.end, true),
+                    Err(error) => self.fail(mirror, true, error),
+                }
+            }
             Stage::Share(task, range) => match task.end().0 {
                 Ok(()) => {
                     (self.at, self.brought) = (range.end, true);

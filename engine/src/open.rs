@@ -236,8 +236,12 @@ pub fn refuse_lost(path: &Path, file: &File) -> Result<()> {
     )))
 }
 
-/// The same of all files of an image.
-pub fn refuse_lost_image(layer: &Layer) -> Result<()> {
+/// The same of all files of a chain: its layers name each other.
+pub fn refuse_lost_chain(layers: &[Arc<Layer>]) -> Result<()> {
+    layers.iter().try_for_each(|layer| refuse_lost_image(layer))
+}
+
+fn refuse_lost_image(layer: &Layer) -> Result<()> {
     refuse_lost(&layer.path, layer.tables())?;
     layer.apart.as_ref().map_or(Ok(()), |apart| refuse_lost(&apart.data_path, layer.file.file()))
 }

@@ -208,6 +208,9 @@ pub struct KeptJob {
     /// It goes back to the disk that a pivot has left.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub rollback: bool,
+    /// Of a whole chain: the layers below its target are copied, and get their names.
+    #[serde(default)]
+    pub named: bool,
     /// What was asked for, as it was changed since; its target is there already.
     pub request: MirrorRequest,
 }

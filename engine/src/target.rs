@@ -19,7 +19,7 @@ mod data_file;
 mod overlay;
 mod space;
 
-pub use chain::{ChainPlan, LowerFile, plan_chain};
+pub use chain::{ChainPlan, Copied, LowerFile, plan_chain};
 pub use overlay::plan_overlay;
 
 use crate::chain::Layer;
@@ -182,8 +182,13 @@ pub fn plan(
     if plan.creation.is_none() || found == Found::Device {
         plan.check_size(source)?;
     }
-    if let Some(warning) = space::warning(&plan, request, source) {
-        tracing::warn!("{}: {warning}", plan.path.display());
+    // Of a whole chain it was said already.
+    if !matches!(reached, Reached::Lower { .. })
+        && let Some(warning) = space::warning(&plan, request, source)
+    {
+        if !request.dry_run {
+            tracing::warn!("{}: {warning}", plan.path.display());
+        }
         plan.notes.push(warning);
     }
     Ok(plan)

@@ -210,6 +210,12 @@ pub trait Image: Send + Sync {
     /// Size of the disk in bytes. It changes by `grow` and `ungrow` alone.
     fn size(&self) -> u64;
 
+    /// The same as whoever opens the image by its name alone sees it: a raw file may be longer than the disk that is seen
+    /// of it here.
+    fn size_by_itself(&self) -> Result<u64> {
+        Ok(self.size())
+    }
+
     /// The run that starts at `at`, cut to `len_max`. `at` is inside the disk, `len_max` at least 1.
     fn map(&self, at: u64, len_max: u64) -> Result<Extent>;
 

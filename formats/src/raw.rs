@@ -51,6 +51,10 @@ impl Image for Raw {
         self.size.load(Ordering::Relaxed)
     }
 
+    fn size_by_itself(&self) -> Result<u64> {
+        self.storage.len().context(|| "asking for the file's length")
+    }
+
     fn map(&self, at: u64, len_max: u64) -> Result<Extent> {
         Ok(Extent { guest: self.clip(at, len_max)?, place: Place::Data { host: at } })
     }

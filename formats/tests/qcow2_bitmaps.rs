@@ -380,6 +380,92 @@ fn a_power_cut_leaves_no_carried_bitmap_that_lies() {
     assert!(without > 50 && with > 10, "{without} and {with}");
 }
 
+/// QEMU's own growth leaves what is new clear, and takes what we leave.
+#[test]
+fn bitmaps_grow_with_their_disk() {
+    for seed in 1..=12 {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (folder, mut random) = (folder.path(), Random::new(seed));
+        let (mut size, granularity) = (512 * (1 + random.below(30_000)), 512 << random.below(6));
+        make(folder, size, granularity, 512 << random.below(8), &mut random);
+        let (kept, mut expected) = (marked(folder, "kept"), marked(folder, "live"));
+        // The last piece of the old disk may reach into what is new, and says the same of that.
+        let reach = |marked: BTreeSet<u64>, old: u64, size: u64| -> BTreeSet<u64> {
+            let last = pieces(ByteRange { start: old - 512, end: old }, granularity, size);
+            let reaches = marked.contains(&(old / 512 - 1));
+            marked.into_iter().chain(last.filter(|_| reaches)).collect()
+        };
+        let mut kept = kept;
+        for round in 0..3 {
+            let layer = Layer::open(&folder.join(NAME), "qcow2", true);
+            for grown in 0..2 {
+                let range = some_range(size, &mut random);
+                layer.write(range.start, &vec![9; range.len() as usize]);
+                expected.extend(pieces(range, granularity, size));
+                let old = size;
+                let most = if random.one_in(3) { 40_000 } else { 100 };
+                size += 512 * (1 + random.below(most));
+                layer.grow(size).expect("an image that can grow");
+                (kept, expected) = (reach(kept, old, size), reach(expected, old, size));
+                let what = format!("seed {seed}, round {round}, {grown}: {old} to {size}");
+                assert_eq!(flags(folder), in_use(), "{what}");
+                assert!(shown(&*layer.image, "live") == expected, "{what}");
+                assert!(shown(&*layer.image, "kept") == kept, "{what}");
+                let range = ByteRange { start: size - 512, end: size };
+                layer.write(range.start, &[8; 512]);
+                expected.extend(pieces(range, granularity, size));
+            }
+            // What the shorter tables had is given back.
+            (0..2).for_each(|_| layer.settle());
+            run(folder, "qemu-img", &["check", "-q", "-U", NAME]);
+            layer.close();
+            run(folder, "qemu-img", &["check", "-q", NAME]);
+            assert_eq!(flags(folder), clean(), "seed {seed}");
+            assert!(marked(folder, "kept") == kept && marked(folder, "live") == expected, "seed {seed}, round {round}");
+        }
+        // And by QEMU, from ours.
+        let larger = (size + 512 * (1 + random.below(1000))).to_string();
+        run(folder, "qemu-img", &["resize", "-q", NAME, &larger]);
+        run(folder, "qemu-img", &["check", "-q", NAME]);
+    }
+}
+
+/// A growth that comes to nothing, before or after its bitmaps were made.
+#[test]
+fn bitmaps_of_a_growth_that_came_to_nothing_are_as_they_were() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let folder = folder.path();
+    make(folder, 1 << 20, 512, 512, &mut Random::new(5));
+    let before = (marked(folder, "kept"), marked(folder, "live"));
+    let layer = Layer::open(&folder.join(NAME), "qcow2", true);
+    for _ in 0..3 {
+        layer.image.grow(64 << 20, 0, &|| Ok(())).expect("an image that can grow");
+        layer.image.ungrow(1 << 20);
+    }
+    assert_eq!((shown(&*layer.image, "kept"), shown(&*layer.image, "live")), before);
+    layer.close();
+    run(folder, "qemu-img", &["check", "-q", NAME]);
+    assert_eq!((marked(folder, "kept"), marked(folder, "live")), before);
+}
+
+/// A table of a kind that nobody knows cannot be made longer.
+#[test]
+fn a_bitmap_that_says_what_nobody_reads_keeps_its_disk_as_large_as_it_is() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let folder = folder.path();
+    make(folder, 1 << 20, 4096, 4096, &mut Random::new(6));
+    let storage = FileStorage::open(&folder.join(NAME), true).expect("a file");
+    let header = read_header(&*storage).expect("a valid header");
+    let kept = bitmaps::read(&*storage, &header).expect("a valid directory").remove(0);
+    storage.write_at(kept.entry_offset + 16, &[7]).expect("room");
+    let layer = Layer::open(&folder.join(NAME), "qcow2", true);
+    let error = layer.grow(2 << 20).expect_err("refused").one_line();
+    assert!(error.contains("bitmap kept") && error.contains("--remove"), "{error}");
+    assert_eq!(layer.image.size(), 1 << 20);
+    layer.close();
+    assert_eq!(read_header(&*storage).expect("a valid header").geometry.size, 1 << 20);
+}
+
 fn write_one(image: &Qcow2, disk: &Disk, guest: ByteRange) {
     let Reserve::Room(room) = image.reserve(guest).expect("a valid image") else { panic!("nobody else writes") };
     disk.write_at(room.host, &[5; 512]).expect("memory");

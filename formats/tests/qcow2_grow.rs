@@ -198,7 +198,7 @@ fn what_cannot_grow_is_refused_by_name_and_stays_as_it_was() {
         assert_same(&contents(folder, NAME), &before, reason);
     };
     refused("compat=0.10", &[&["snapshot", "-c", "old", NAME]], 2 << 20, "\"old\" does not say how large");
-    refused("compat=1.1", &[&["bitmap", "--add", NAME, "b"]], 2 << 20, "qemu-img bitmap --remove");
+    refused("compat=1.1", &[&["bitmap", "--add", "-g", "512", NAME, "b"]], 1 << 40, "a larger granularity");
     refused("cluster_size=512", &[], 1 << 40, "take larger clusters");
 }
 

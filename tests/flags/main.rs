@@ -417,6 +417,49 @@ fn requests_that_are_wrong_in_themselves() {
     assert!(!Path::new(&target).exists());
 }
 
+/// A name that leads from the target's own folder to the backing, so that both can be moved together.
+#[test]
+fn a_relative_backing_name_is_the_way_from_the_targets_folder() {
+    let folder = folder();
+    let (old, new) = (folder.path().join("old"), folder.path().join("new"));
+    std::fs::create_dir(&old).and_then(|()| std::fs::create_dir(&new)).expect("new folders");
+    let chain = images::three_layers(&old, DISK_LEN, 5);
+    let truth = chain.content();
+    let mut daemon = Daemon::serve(folder.path(), &[chain.export("vda")]);
+    let mut qmp = Qmp::connect(&daemon.control_socket());
+    let path = |name: &str| new.join(name).display().to_string();
+    images::create(&new.join("there"), "qcow2", DISK_LEN, &[]);
+    for options in [
+        json!({ "target": path("full") }),
+        json!({ "target": path("raw"), "format": "raw" }),
+        json!({ "target": path("there"), "shallow": true, "reuse-external": true }),
+    ] {
+        let mut ask = json!({ "export": "vda", "relative-backing": true });
+        ask.as_object_mut().expect("an object").extend(options.as_object().expect("an object").clone());
+        let error = qmp.refused("blkmirror-mirror", ask);
+        assert_eq!(error["code"], "INVALID_ARG", "{error}");
+        assert!(error["desc"].to_string().contains("only a shallow copy into a new qcow2 image"), "{error}");
+    }
+    let without = daemon.command("mirror", &["vda", &path("full"), "--relative-backing"]).output();
+    assert_eq!(without.expect("the program").status.code(), Some(2));
+    daemon.ok("mirror", &["vda", &path("first"), "--shallow", "--relative-backing", "--finish"]);
+    let ask = json!({ "export": "vda", "target": path("second"), "shallow": true, "relative-backing": true });
+    qmp.ok("blkmirror-mirror", ask);
+    daemon.wait_for("vda", "ready");
+    daemon.pivot("vda");
+    daemon.stop();
+    let moved = folder.path().join("moved");
+    std::fs::create_dir(&moved).expect("a new folder");
+    for (from, to) in [(&old, "old"), (&new, "new")] {
+        std::fs::rename(from, moved.join(to)).expect("a folder of ours");
+    }
+    for name in ["first", "second"] {
+        let target = moved.join("new").join(name);
+        assert_eq!(backing(&target).as_deref(), Some("../old/snap1.qcow2"));
+        assert_same(name, &content(&target, "qcow2"), &truth);
+    }
+}
+
 /// Numbers that mean nothing, or nothing that is done here.
 #[test]
 fn libvirts_numbers_without_a_copy() {

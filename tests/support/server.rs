@@ -57,6 +57,14 @@ impl Server {
         Self::eval(folder, disk, "true", &fail)
     }
 
+    /// A server of `disk` whose flush takes until the file `gate` is there; `gate.held` says that one is asked for.
+    #[track_caller]
+    pub fn held_flush(folder: &Path, disk: &Path, gate: &Path) -> Self {
+        let held = gate.with_extension("held");
+        let hold = format!("touch {}; until [ -e {} ]; do sleep 0.02; done", held.display(), gate.display());
+        Self::eval(folder, disk, "true", &hold)
+    }
+
     /// A server of `disk` that cannot read its bytes `from..to`.
     #[track_caller]
     pub fn failing_range(folder: &Path, disk: &Path, from: u64, to: u64) -> Self {

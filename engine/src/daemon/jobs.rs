@@ -4,7 +4,7 @@ mod rollback;
 use super::exports::{Export, bring_in};
 use super::pace::{Counters, Eta, Pace};
 use super::resume::{self, Begin, Kept};
-use super::retune::{Room, Seldom, limits, millis, refuse_bounds};
+use super::retune::{ErrorNews, Room, Seldom, limits, millis, refuse_bounds};
 use super::threads::Worker;
 use super::wait::until_image_is_free;
 use crate::control::creation::{CreateOptions, Preallocation};
@@ -47,13 +47,13 @@ pub(super) struct Active {
     threads: Vec<Worker>,
     target: PathBuf,
     journal: Option<Arc<WordJournal>>,
-    notes: Vec<String>,
+    pub notes: Vec<String>,
     /// Bytes of layers below its target that were copied before it began.
     brought_before: u64,
     auto_finalize: bool,
     auto_dismiss: bool,
     /// What was told of it last.
-    told: Option<Told>,
+    pub told: Option<Told>,
     pub begun: Instant,
     pace: Pace,
     /// What the state folder has of it.
@@ -63,11 +63,9 @@ pub(super) struct Active {
     pub room: Room,
     /// Bytes that may be under way, as they were asked for.
     pub buf_size: u64,
-    /// When its errors, its back-offs and where it stands were told last, and whether it was told that it backs off.
-    pub errors_told: Seldom,
-    pub back_off_told: Seldom,
+    pub error_news: ErrorNews,
+    /// When it was told where it stands.
     pub stands_told: Seldom,
-    pub told_backs_off: bool,
     /// When mismatches were told of last, how many, and whether it was told that everything is verified.
     pub mismatches_told: Seldom,
     pub told_mismatches: u64,
@@ -78,10 +76,10 @@ pub(super) struct Active {
 
 /// What a job is told by.
 #[derive(Clone, Copy, PartialEq)]
-struct Told {
-    phase: Phase,
-    paused: bool,
-    stands: JobStatus,
+pub(super) struct Told {
+    pub phase: Phase,
+    pub paused: bool,
+    pub stands: JobStatus,
 }
 
 impl Active {
@@ -195,6 +193,7 @@ impl Active {
             planes: Some(number),
             paused,
             rollback,
+            named: false,
             request: kept_request,
         };
         let buf_size = request.buf_size;
@@ -250,10 +249,8 @@ impl Active {
             kept,
             room,
             buf_size,
-            errors_told: Seldom::default(),
-            back_off_told: Seldom::default(),
+            error_news: ErrorNews::default(),
             stands_told: Seldom::default(),
-            told_backs_off: false,
             mismatches_told: Seldom::default(),
             told_mismatches: 0,
             told_verified: false,
@@ -374,7 +371,8 @@ impl Active {
             export: export.name.clone(),
             serving: self.job.serving().name(),
             phase: phase.name().to_owned(),
-            paused: self.job.is_paused(),
+            // What is over does not rest.
+            paused: self.job.is_paused() && !phase.is_over(),
             job: Some(self.job.id().to_owned()),
             mode: Some(self.job.mode()),
             total_bytes: self.brought_before + copied + remaining,

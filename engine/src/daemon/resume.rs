@@ -112,27 +112,31 @@ pub(super) fn refused(export: &Export, state: &StateFolder, request: MirrorReque
     Box::new((request, refusal))
 }
 
-fn begin(export: &Export, state: &StateFolder, kept: &KeptJob) -> Result<Begin> {
-    let (source, target) = (export.serving(), &kept.request.target);
-    let job = state.job_path(&export.name);
-    let give_up = format!("to give the job up, remove {}", job.display());
+fn give_up(export: &Export, state: &StateFolder) -> String {
+    format!("to give the job up, remove {}", state.job_path(&export.name).display())
+}
+
+/// Refuses a job whose source or target is another file now.
+pub(super) fn refuse_others(export: &Export, state: &StateFolder, kept: &KeptJob) -> Result<()> {
+    let (source, target, give_up) = (export.serving(), &kept.request.target, give_up(export, state));
     match identity(Path::new(target)) {
-        Ok(found) if found == kept.target_identity && same_image(Path::new(&source), Path::new(&kept.source)) => {}
-        Err(error) => {
-            return Err(Error::invalid(format!(
-                "the job that was interrupted does not go on, for its target cannot be found ({}): bring it back and \
-                 start the daemon again; {give_up}",
-                error.one_line()
-            )));
-        }
-        Ok(_) => {
-            return Err(Error::invalid(format!(
-                "the job that was interrupted copied {} to {target}, and one of them is another file now: it does not go \
-                 on; bring that file back and start the daemon again; {give_up}",
-                kept.source
-            )));
-        }
+        Ok(found) if found == kept.target_identity && same_image(Path::new(&source), Path::new(&kept.source)) => Ok(()),
+        Err(error) => Err(Error::invalid(format!(
+            "the job that was interrupted does not go on, for its target cannot be found ({}): bring it back and start \
+             the daemon again; {give_up}",
+            error.one_line()
+        ))),
+        Ok(_) => Err(Error::invalid(format!(
+            "the job that was interrupted copied {} to {target}, and one of them is another file now: it does not go on; \
+             bring that file back and start the daemon again; {give_up}",
+            kept.source
+        ))),
     }
+}
+
+fn begin(export: &Export, state: &StateFolder, kept: &KeptJob) -> Result<Begin> {
+    refuse_others(export, state, kept)?;
+    let (source, target, give_up) = (export.serving(), &kept.request.target, give_up(export, state));
     let path = state.planes_path(&export.name);
     let compare = format!("to have source and target compared, remove {} and start the daemon again", path.display());
     let Some(words) = state.planes_left(&export.name)? else {

@@ -77,6 +77,42 @@ impl Seldom {
     }
 }
 
+/// What was told of a job's errors, and when.
+#[derive(Debug, Default)]
+pub(super) struct ErrorNews {
+    errors: Seldom,
+    back_off: Seldom,
+    /// It was told that the job backs off.
+    backs_off: bool,
+}
+
+/// How a job stands with its errors: for how long it rests, and why.
+pub(super) struct Standing<'a> {
+    pub export: &'a str,
+    pub job: &'a str,
+    pub backs_off: Option<Duration>,
+    pub why: Option<&'a str>,
+}
+
+impl ErrorNews {
+    /// What there is to tell `now`; of errors that the job goes on after not all.
+    pub fn take(&mut self, now: Duration, standing: &Standing, error: Option<IoError>) -> Vec<Event> {
+        let mut events = Vec::new();
+        let (export, job, backs_off) = (standing.export.to_owned(), standing.job.to_owned(), standing.backs_off);
+        if let Some(IoError { target, action, message }) = error
+            && (self.errors.may(now) || backs_off.is_none())
+        {
+            events.push(Event::IoError { export: export.clone(), job: job.clone(), target, action, message });
+        }
+        if backs_off.is_some() != self.backs_off && self.back_off.may(now) {
+            self.backs_off = backs_off.is_some();
+            let message = standing.why.filter(|_| backs_off.is_some()).map(str::to_owned);
+            events.push(Event::BackOff { export, job, rest_ms: backs_off.map(millis), message });
+        }
+        events
+    }
+}
+
 impl Active {
     /// Changes it from now on, in whatever phase it is.
     pub fn change(&mut self, changes: Changes) -> Result<(), Refusal> {
@@ -138,20 +174,11 @@ impl Active {
 
     /// What there is to tell of its errors; of those that it goes on after not all.
     pub fn errors(&mut self) -> Vec<Event> {
-        let (now, mut events) = (self.begun.elapsed(), Vec::new());
         let (export, job) = (self.kept.request.export.clone(), self.job.id().to_owned());
-        if let Some(IoError { target, action, message }) = self.job.take_io_error()
-            && (self.errors_told.may(now) || self.job.backs_off().is_none())
-        {
-            events.push(Event::IoError { export: export.clone(), job: job.clone(), target, action, message });
-        }
-        let backs_off = self.job.backs_off();
-        if backs_off.is_some() != self.told_backs_off && self.back_off_told.may(now) {
-            self.told_backs_off = backs_off.is_some();
-            let message = self.job.error().filter(|_| backs_off.is_some()).map(str::to_owned);
-            let (export, job) = (export.clone(), job.clone());
-            events.push(Event::BackOff { export, job, rest_ms: backs_off.map(millis), message });
-        }
+        let error = self.job.take_io_error();
+        let standing =
+            Standing { export: &export, job: &job, backs_off: self.job.backs_off(), why: self.job.error() };
+        let mut events = self.error_news.take(self.begun.elapsed(), &standing, error);
         events.extend(self.verification(export, job));
         events
     }
@@ -178,7 +205,7 @@ impl Active {
 
     /// Whether it may be told now where it stands: not each time that it fails again, where it fails all the time.
     pub fn may_tell(&mut self) -> bool {
-        let fails = self.job.backs_off().is_some() || self.told_backs_off;
+        let fails = self.job.backs_off().is_some() || self.error_news.backs_off;
         !fails || self.job.phase().is_over() || self.stands_told.may(self.begun.elapsed())
     }
 }

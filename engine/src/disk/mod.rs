@@ -75,8 +75,12 @@ impl Disk {
     /// Makes it larger, in memory up to `keep_size`; says what has to be zeroed before anybody looks. Everything is settled
     /// and nobody is inside. Waits for the image's tables.
     pub fn grow(&self, size: u64) -> Result<ByteRange> {
-        let below = self.chain.layers().get(1).map_or(0, |below| below.image.size());
-        let grown = self.refuse_poisoned().and_then(|()| self.top().grow(size, below, &|| self.flush_now()));
+        // What is longer of a raw image below than the disk that was served of it shows after a restart.
+        let below = self.chain.layers().get(1).map_or(Ok(0), |below| below.image.size_by_itself());
+        let grown = below.and_then(|below| {
+            self.refuse_poisoned()?;
+            self.top().grow(size, below, &|| self.flush_now())
+        });
         grown.map_err(|error| error.at(self.name()))
     }
 

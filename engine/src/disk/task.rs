@@ -134,6 +134,11 @@ impl Task {
         }
     }
 
+    /// Of a task that zeroes: how many bytes it had to write for that.
+    pub fn zeroes_written(&self) -> u64 {
+        if let Kind::Zero(zero) = &self.kind { zero.written } else { 0 }
+    }
+
     /// What became of it, and the caller's buffer. After `Status::Done`.
     pub fn end(mut self) -> (Result<()>, Option<Buffer>) {
         let nothing = Kind::Flush(Flush::default());

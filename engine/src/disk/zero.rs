@@ -21,6 +21,8 @@ pub(super) struct Zero {
     zeroing: Zeroing,
     /// Nothing long is written: only at the range's ends.
     fast: bool,
+    /// Bytes that had to be written.
+    pub written: u64,
     stage: Stage,
     error: Option<Error>,
 }
@@ -36,7 +38,7 @@ enum Stage {
 
 impl Zero {
     pub fn new(range: ByteRange, zeroing: Zeroing, fast: bool) -> Self {
-        Self { range, at: range.start, zeroing, fast, stage: Stage::Next, error: None }
+        Self { range, at: range.start, zeroing, fast, written: 0, stage: Stage::Next, error: None }
     }
 
     pub fn step<I: Io>(&mut self, disk: &Arc<Disk>, tools: &mut Tools<I>, base: Token) -> Status {
@@ -67,6 +69,7 @@ impl Zero {
         let outcome = match std::mem::replace(&mut self.stage, Stage::Next) {
             Stage::Writing(task, range) => {
                 self.at = range.end;
+                self.written += range.len();
                 task.end().0
             }
             Stage::Settling(flush) => flush.end(),

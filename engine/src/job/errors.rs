@@ -26,6 +26,7 @@ const REST_MIN: Duration = Duration::from_millis(100);
 const REST_MAX: Duration = Duration::from_secs(10);
 
 /// One side failed, and what is done about it.
+#[derive(Debug)]
 pub struct IoError {
     /// The target failed; else the source.
     pub target: bool,
@@ -33,6 +34,37 @@ pub struct IoError {
     pub action: ErrorAction,
     /// How it failed.
     pub message: String,
+}
+
+/// What `policy` has done about an error.
+pub fn action_of(policy: OnError, no_space: bool) -> ErrorAction {
+    match policy {
+        OnError::Stop => ErrorAction::Stop,
+        OnError::Enospc if no_space => ErrorAction::Stop,
+        // To QEMU's clients: it goes on.
+        OnError::Ignore | OnError::BackOff => ErrorAction::Ignore,
+        OnError::Report | OnError::Enospc => ErrorAction::Report,
+    }
+}
+
+/// For how long a copy that goes on by itself rests, after a rest of `last` that came to nothing.
+pub fn rest_after(policy: OnError, last: Option<Duration>) -> Duration {
+    match last {
+        _ if policy != OnError::BackOff => RETRY,
+        _ if planted(fault::Fault::TryAtOnce) => Duration::ZERO,
+        Some(last) => (2 * last).min(REST_MAX),
+        None => REST_MIN,
+    }
+}
+
+/// What an error leaves of the job's standing.
+pub fn io_status_of(no_space: bool) -> IoStatus {
+    if no_space { IoStatus::Nospace } else { IoStatus::Failed }
+}
+
+/// True where there was no space on the file system, or none for this user.
+pub fn is_no_space(errno: Option<i32>) -> bool {
+    [Errno::NOSPC, Errno::DQUOT].iter().any(|known| Some(known.raw_os_error()) == errno)
 }
 
 /// Copying rests after an error, and goes on by itself.
@@ -49,25 +81,15 @@ pub(super) struct Rest {
 
 impl Rest {
     /// The one after `last`, from `now` on.
-    fn after(last: Option<&Self>, backs_off: bool, now: Duration) -> Self {
-        let len = match last {
-            _ if !backs_off => RETRY,
-            _ if planted(fault::Fault::TryAtOnce) => Duration::ZERO,
-            Some(last) if last.backs_off => (2 * last.len).min(REST_MAX),
-            _ => REST_MIN,
-        };
-        Self { backs_off, len, until: Some(now + len), answers: 0 }
+    fn after(last: Option<&Self>, policy: OnError, now: Duration) -> Self {
+        let len = rest_after(policy, last.filter(|last| last.backs_off).map(|last| last.len));
+        Self { backs_off: policy == OnError::BackOff, len, until: Some(now + len), answers: 0 }
     }
 
     /// It need not be waited for any longer.
     pub fn end_now(&mut self) {
         self.until = Some(Duration::ZERO);
     }
-}
-
-/// No space on the file system, or none for this user.
-fn is_no_space(errno: i32) -> bool {
-    [Errno::NOSPC, Errno::DQUOT].iter().any(|known| known.raw_os_error() == errno)
 }
 
 impl Job {
@@ -169,26 +191,19 @@ impl Job {
             true => self.parts.on_target_error,
             false => self.parts.on_source_error,
         };
-        let no_space = errno.is_some_and(is_no_space);
+        let no_space = is_no_space(errno);
         let message = format!("{}: {words}", if target { "target" } else { "source" });
         self.error = Some(message.clone());
-        let action = match policy {
-            OnError::Stop => ErrorAction::Stop,
-            OnError::Enospc if no_space => ErrorAction::Stop,
-            // To QEMU's clients: it goes on.
-            OnError::Ignore | OnError::BackOff => ErrorAction::Ignore,
-            OnError::Report | OnError::Enospc => ErrorAction::Report,
-        };
+        let action = action_of(policy, no_space);
         let last = self.rest.take();
         self.parts.mirror.set_probe(false);
-        let io_status = if no_space { IoStatus::Nospace } else { IoStatus::Failed };
+        let io_status = io_status_of(no_space);
         match action {
             // Until it is resumed.
             ErrorAction::Stop => (self.io_status, self.paused, self.stopped) = (io_status, true, true),
             ErrorAction::Ignore => {
-                let backs_off = policy == OnError::BackOff;
-                let rest = Rest::after(last.as_ref(), backs_off, now);
-                if backs_off {
+                let rest = Rest::after(last.as_ref(), policy, now);
+                if rest.backs_off {
                     self.io_status = io_status;
                     tracing::warn!(
                         job = self.parts.id,

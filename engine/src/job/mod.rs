@@ -13,7 +13,7 @@ mod verifying;
 
 pub use bounds::{Limits, SLOWDOWN_MAX};
 pub use ending::Goal;
-pub use errors::IoError;
+pub use errors::{IoError, action_of, io_status_of, is_no_space, rest_after};
 pub use life::path;
 pub use phase::{Happened, Phase};
 

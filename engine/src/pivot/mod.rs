@@ -35,7 +35,7 @@ use crate::fault::{Fault, planted};
 use crate::io::{Completion, Io, Token};
 use crate::journal::WordJournal;
 use crate::mirror::Mirror;
-use crate::open::refuse_lost_image;
+use crate::open::refuse_lost_chain;
 use confirm::Confirm;
 use formats::error::{Error, Result};
 use formats::record::Record;
@@ -339,7 +339,7 @@ impl Pivot {
         };
         // The last look at what the record relies on; from the next instant on it decides.
         file.refuse_lost()?;
-        refuse_lost_image(self.mirror.target.chain().top())?;
+        refuse_lost_chain(self.mirror.target.chain().layers())?;
         if let Some(journal) = journal {
             // Everything is settled: what comes after the switch is noted from its first write on.
             journal.wake();

@@ -1,6 +1,7 @@
 //! Another disk in the place of an export's, which reads alike: a new overlay upon it, or the same image, grown.
 //!
 //! ```text
+//! Ahead        the old disk is flushed while guests write, so that little is left for them to wait for
 //! Drain        gate closed, nobody inside
 //! Flush        the old disk's metadata and payload are durable
 //! Make         the new disk is there, and durable as far as it goes │ Zero, Settle   of one that grows, what is new
@@ -21,7 +22,7 @@ use crate::disk::{Disk, Status, Task, Tools};
 use crate::export::gate::{Gate, Leaving, Route};
 use crate::fault::{Fault, planted};
 use crate::io::{Completion, Io, Token};
-use crate::open::refuse_lost_image;
+use crate::open::refuse_lost_chain;
 use formats::error::{Error, Result};
 use formats::image::Zeroing;
 use formats::record::Record;
@@ -56,6 +57,7 @@ pub struct Replace {
 
 enum Stage {
     New,
+    Ahead(Box<Task>),
     Drain(Leaving),
     Flush(Box<Task>),
     Zero(Box<Task>),
@@ -66,16 +68,12 @@ enum Stage {
 }
 
 impl Replace {
-    /// One that closes the gate at its first step. Requests that are under way then may take `pause_max`.
+    /// One that closes the gate when what is written by now is durable. Requests that are under way then may take
+    /// `pause_max`.
     pub fn new(gate: Arc<Gate>, record_file: RecordFile, new: New, pause_max: Duration) -> Self {
         let old = gate.route().disk;
         let (new, grown_from, stage, deadline) = (Some(new), None, Stage::New, Duration::ZERO);
         Self { gate, old, new, grown_from, to_record: None, record_file, stage, pause_max, deadline }
-    }
-
-    /// True while guests wait at the gate.
-    pub fn holds_gate(&self) -> bool {
-        !matches!(self.stage, Stage::New | Stage::Confirm(_) | Stage::Over)
     }
 
     /// The record as it stands afterwards.
@@ -88,7 +86,16 @@ impl Replace {
     pub fn step<I: Io>(&mut self, tools: &mut Tools<I>, base: Token) -> Step {
         loop {
             match &mut self.stage {
-                Stage::New => {
+                Stage::New => self.stage = Stage::Ahead(Box::new(Task::flush(Arc::clone(&self.old)))),
+                Stage::Ahead(task) => {
+                    if task.step(tools, base) != Status::Done {
+                        return Step::Busy;
+                    }
+                    if let Stage::Ahead(task) = std::mem::replace(&mut self.stage, Stage::Over)
+                        && let Err(error) = task.end().0
+                    {
+                        return Step::Done(Err(error));
+                    }
                     self.deadline = tools.io.now().saturating_add(self.pause_max);
                     self.stage = Stage::Drain(self.gate.close());
                 }
@@ -121,7 +128,9 @@ impl Replace {
     /// Takes in what became of one of its operations. A result says that it is over.
     pub fn complete<I: Io>(&mut self, tools: &mut Tools<I>, base: Token, done: Completion) -> Step {
         match &mut self.stage {
-            Stage::Flush(task) | Stage::Zero(task) | Stage::Settle(task) => task.complete(tools, base, done),
+            Stage::Ahead(task) | Stage::Flush(task) | Stage::Zero(task) | Stage::Settle(task) => {
+                task.complete(tools, base, done);
+            }
             Stage::Record(recorder, ..) => match recorder.complete(tools, base, done) {
                 None => {}
                 Some(Ok(())) => return self.recorded(tools, base),
@@ -189,7 +198,7 @@ impl Replace {
     fn begin_record<I: Io>(&self, tools: &mut Tools<I>, base: Token, disk: Arc<Disk>, record: Record) -> Result<Stage> {
         let file = &self.record_file;
         file.refuse_lost()?;
-        refuse_lost_image(disk.chain().top())?;
+        refuse_lost_chain(disk.chain().layers())?;
         let record = Record { generation: file.generation() + 1, ..record };
         // Where nothing was ever recorded, what the command line names counts, and goes on to.
         let old = file.newest().cloned().unwrap_or_else(|| Record {

@@ -53,6 +53,8 @@ pub enum What {
         target: String,
         /// Only the top layer.
         shallow: bool,
+        /// A whole chain, whose layers below the top are being copied.
+        chain: bool,
         /// The number of the planes that count; none where source and target will be compared.
         planes: Option<u64>,
     },
@@ -149,6 +151,7 @@ fn job(path: &Path) -> Result<What> {
         source: kept.source,
         target: kept.request.target,
         shallow: kept.request.shallow,
+        chain: kept.request.chain,
         planes: kept.planes,
     })
 }

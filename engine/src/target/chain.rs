@@ -6,18 +6,19 @@
 //! /new/base ◄── /new/snap1 ◄── /new/snap2          snap2: by the mirror, shallow
 //! ```
 //!
-//! Up to their end the copies have names of their own (`.part`), so that a copy that was cut short is no layer, and the
-//! next one takes its place.
+//! Up to their end the copies have names of their own (`.part`), so that a copy that was cut short is no layer. The next
+//! daemon begins them anew; when all of them are whole, that is noted, and then they get their names.
+use super::space::{held, taken, warning_of_chain};
 use super::{Found, full_path, invalid, unsupported};
 use crate::chain::Layer;
 use crate::control::options::Reach;
 use crate::control::{MirrorRequest, Refusal, TargetFormat};
 use crate::disk::Disk;
 use crate::io::FileStorage;
-use crate::open::{Access, open_chain, sync_folder};
+use crate::open::{Access, open_chain, refuse_lost_chain, sync_folder};
 use formats::backing::Location;
 use formats::error::{Context, Error, Result};
-use formats::qcow2::{read_header, rename_backing};
+use formats::qcow2::{check_rename, read_header, rename_backing};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
 use std::collections::BTreeSet;
@@ -36,6 +37,21 @@ pub struct ChainPlan {
     pub top: PathBuf,
     /// Where the layer below it goes, and its format.
     below: Option<(PathBuf, TargetFormat)>,
+    /// Bytes that the top takes where it is.
+    pub top_bytes: u64,
+    /// What there is to say of it.
+    pub warning: Option<String>,
+}
+
+/// How far the copies below the top had come in an earlier life of the daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Copied {
+    /// There was none: what is there is somebody's.
+    Nothing,
+    /// Some of them may be there in part.
+    InPart,
+    /// All are whole, and some have their names.
+    Whole,
 }
 
 /// One file that is copied.
@@ -61,7 +77,7 @@ enum Ours {
 }
 
 /// Checks a request for a whole chain against its source; changes nothing.
-pub fn plan_chain(request: &MirrorRequest, source: &Disk) -> std::result::Result<ChainPlan, Refusal> {
+pub fn plan_chain(request: &MirrorRequest, copied: Copied, source: &Disk) -> std::result::Result<ChainPlan, Refusal> {
     let folder = full_path(Path::new(&request.target))?;
     let named = |what: &str| format!("{}: {what}", folder.display());
     if let Some(flag) = flag_that_is_given(request) {
@@ -71,10 +87,15 @@ pub fn plan_chain(request: &MirrorRequest, source: &Disk) -> std::result::Result
         return Err(invalid(named("a whole chain goes to a folder, and this is none: make it first")));
     }
     let layers = source.chain().layers();
+    // They are copied by their names.
+    refuse_lost_chain(layers)?;
     let names = layers.iter().map(|layer| name_of(&layer.path)).collect::<std::result::Result<Vec<_>, _>>()?;
     let mut files = Vec::new();
     for (number, layer) in layers.iter().enumerate().skip(1) {
         let next = names.get(number + 1).cloned();
+        if let Some(next) = &next {
+            check_rename(&open(&layer.path)?, next).map_err(|error| error.at(layer.path.display()))?;
+        }
         files.push(LowerFile {
             from: layer.path.clone(),
             to: folder.join(&names[number]),
@@ -98,17 +119,25 @@ pub fn plan_chain(request: &MirrorRequest, source: &Disk) -> std::result::Result
         let what = "two files of the chain would be that one: give them different names first";
         return Err(invalid(format!("{}: {what}", twice.display())));
     }
-    for place in places() {
-        if Found::look(place)? != Found::Nothing {
-            let what = "it is there already, and a whole chain is made anew: remove it, or name another folder";
-            return Err(unsupported(format!("{}: {what}", place.display())));
-        }
+    for place in std::iter::once(&top).chain(files.iter().map(|file| &file.to).filter(|_| copied != Copied::Whole)) {
+        refuse_there(place)?;
     }
+    files.iter().try_for_each(|file| file.look(copied))?;
     let below = layers.get(1).map(|layer| {
         let format = if layer.format == "raw" { TargetFormat::Raw } else { TargetFormat::Qcow2 };
         (folder.join(&names[1]), format)
     });
-    Ok(ChainPlan { folder, files, top, below })
+    let mut plan = ChainPlan { folder, files, top, below, top_bytes: held(source, true), warning: None };
+    plan.warning = warning_of_chain(&plan, request, source);
+    Ok(plan)
+}
+
+fn refuse_there(place: &Path) -> std::result::Result<(), Refusal> {
+    let what = "it is there already, and a whole chain is made anew: remove it, or name another folder";
+    match Found::look(place)? {
+        Found::Nothing => Ok(()),
+        _ => Err(unsupported(format!("{}: {what}", place.display()))),
+    }
 }
 
 impl ChainPlan {
@@ -155,6 +184,11 @@ impl LowerFile {
         name.into()
     }
 
+    /// About how many bytes are in it.
+    pub fn len_about(&self) -> u64 {
+        taken(&self.from).unwrap_or(0)
+    }
+
     /// The copy's header names the next one where that is now.
     pub fn rename_backing(&self, copy: &FileStorage) -> Result<()> {
         match &self.backing {
@@ -163,8 +197,28 @@ impl LowerFile {
         }
     }
 
+    /// What of it is there is ours, or somebody's and refused.
+    fn look(&self, copied: Copied) -> std::result::Result<(), Refusal> {
+        let part = self.part();
+        let is_there = |path: &Path| Found::look(path).map(|found| found != Found::Nothing);
+        match copied {
+            Copied::Nothing => return refuse_there(&part),
+            _ if is_there(&part)? => *self.ours() = Ours::Part,
+            Copied::InPart => {}
+            Copied::Whole if is_there(&self.to)? => *self.ours() = Ours::Whole,
+            Copied::Whole => {
+                let what = "it was copied, and is gone: bring it back and start the daemon again";
+                return Err(unsupported(format!("{}: {what}", self.to.display())));
+            }
+        }
+        Ok(())
+    }
+
     /// The copy gets its name, unless somebody else has it by now.
     fn name(&self) -> Result<()> {
+        if *self.ours() == Ours::Whole {
+            return Ok(());
+        }
         let part = self.part();
         let named = match renameat_with(CWD, &part, CWD, &self.to, RenameFlags::NOREPLACE) {
             // A file system that knows no such rename.
@@ -184,6 +238,10 @@ impl LowerFile {
     fn ours(&self) -> MutexGuard<'_, Ours> {
         self.ours.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn open(path: &Path) -> Result<FileStorage> {
+    fs::File::open(path).map(FileStorage::new).context(|| format!("{}: open", path.display()))
 }
 
 fn flag_that_is_given(request: &MirrorRequest) -> Option<&'static str> {
@@ -217,8 +275,7 @@ fn name_of(path: &Path) -> std::result::Result<String, Refusal> {
 /// The name of a layer's data file, by which its header has to name it already.
 fn data_name(layer: &Layer, data: &Path) -> std::result::Result<String, Refusal> {
     let name = name_of(data)?;
-    let file = fs::File::open(&layer.path).context(|| format!("{}: open", layer.path.display()))?;
-    let header = read_header(&FileStorage::new(file)).map_err(|error| error.at(layer.path.display()))?;
+    let header = read_header(&open(&layer.path)?).map_err(|error| error.at(layer.path.display()))?;
     match header.data_file.is_some_and(|data_file| data_file.name == name) {
         true => Ok(name),
         false => Err(unsupported(format!(

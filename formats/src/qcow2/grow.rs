@@ -5,9 +5,9 @@
 //! grow       a longer L1 table, counted and durable, where the old one is too short
 //!              flush ── the header names it, and has the old size
 //!              flush ── what the old one had is let go of, the disk in memory is larger; over a raw data file, all of it
-//!            is there
+//!            is there; the bits of its bitmaps are in new clusters, longer, and no directory names them
 //! (caller)   what is new is made to read as zeroes: the rest of the last cluster, what the image below has there
-//! keep_size    flush ── the header has the new size
+//! keep_size    flush ── the header has the new size; where there are bitmaps, in the way of `bitmaps::grow`
 //!              flush
 //! ```
 //!
@@ -15,7 +15,7 @@
 use super::Shared;
 use super::fault::{Fault, planted};
 use super::geometry::Geometry;
-use super::header::{Header, autoclear};
+use super::header::{AUTOCLEAR_AT, Header};
 use super::read_header;
 use super::refcounts::Run;
 use super::snapshots;
@@ -32,7 +32,7 @@ const SIZE_AT: u64 = 24;
 /// Where the L1 table's entries (4 bytes) and offset (8 bytes) are: one sector has both.
 const L1_AT: u64 = 36;
 
-type Flush<'a> = &'a dyn Fn() -> Result<()>;
+pub(super) type Flush<'a> = &'a dyn Fn() -> Result<()>;
 
 impl Shared {
     /// Makes room for `size` bytes, more than there are, over an image of `below` bytes. Says which of the new ones have
@@ -62,31 +62,56 @@ impl Shared {
         Self::lengthen_l1(this, &header, new, flush)?;
         this.set_size(size);
         let ready = Self::preallocate(this, ByteRange { start: old.size, end: size }, flush).and_then(|()| {
+            Self::grow_bitmaps(this, &header, flush)?;
             if planted(Fault::SizeBeforeZeroes) {
-                this.write_size(flush)?;
+                this.write_size(0, flush)?;
             }
             this.to_zero(old.size, below)
         });
-        ready.inspect_err(|_| this.set_size(old.size))
+        ready.inspect_err(|_| this.ungrow(old.size))
     }
 
     /// The header gets the size that the disk has in memory.
     pub(super) fn keep_size(this: &Arc<Self>, flush: Flush<'_>) -> Result<()> {
         Self::settle_with(this, flush)?;
         flush()?;
-        this.write_size(flush).map_err(|error| this.doubt(error))
+        let kept = match this.take_grown_bitmaps() {
+            None => this.write_size(0, flush),
+            Some(grown) => this.name_bitmaps(grown, flush),
+        };
+        kept.map_err(|error| this.doubt(error))
+    }
+
+    /// A growth comes to nothing.
+    pub(super) fn ungrow(&self, size: u64) {
+        self.set_size(size);
+        if let Some(grown) = self.take_grown_bitmaps() {
+            self.drop_bitmaps(grown);
+        }
     }
 
     /// How large the disk is in memory.
-    pub(super) fn set_size(&self, size: u64) {
+    fn set_size(&self, size: u64) {
         let mut state = self.lock();
         self.size.store(size, Ordering::Relaxed);
         state.geometry.size = size;
     }
 
-    fn write_size(&self, flush: Flush<'_>) -> Result<()> {
-        let size = self.geometry().size;
-        self.storage.write_at(SIZE_AT, &size.to_be_bytes()).context(|| "writing the size in the header")?;
+    /// The header gets the size and, in the same sector, these autoclear features.
+    pub(super) fn write_size(&self, autoclear: u64, flush: Flush<'_>) -> Result<()> {
+        const FEATURES: usize = (AUTOCLEAR_AT - SIZE_AT) as usize;
+        let size = self.geometry().size.to_be_bytes();
+        let doing = || "writing the size in the header";
+        if autoclear == 0 {
+            self.storage.write_at(SIZE_AT, &size).context(doing)?;
+        } else {
+            let mut bytes = [0; FEATURES + 8];
+            self.storage.read_at(SIZE_AT, &mut bytes).context(doing)?;
+            bytes[..8].copy_from_slice(&size);
+            let features = u64::from_be_bytes(std::array::from_fn(|nth| bytes[FEATURES + nth]));
+            bytes[FEATURES..].copy_from_slice(&(features | autoclear).to_be_bytes());
+            self.storage.write_at(SIZE_AT, &bytes).context(doing)?;
+        }
         flush()
     }
 
@@ -100,13 +125,7 @@ impl Shared {
         if let Some(data_file) = &header.data_file {
             data_file.check(new, false)?;
         }
-        let kept = header.bitmaps.filter(|_| header.autoclear & autoclear::BITMAPS != 0).map_or(0, |all| all.count);
-        if kept > 0 || !self.bitmaps.adopted().is_empty() {
-            return Err(Error::unsupported(
-                "an image with persistent bitmaps is not resized: remove them with `qemu-img bitmap --remove FILE NAME`, \
-                 while it is not served",
-            ));
-        }
+        self.refuse_bitmaps(header, new.size)?;
         let all = snapshots::read(&*self.storage, header)?;
         match all.iter().find(|snapshot| new.version < 3 || !snapshot.has_disk_size) {
             None => Ok(()),
@@ -189,7 +208,7 @@ impl Shared {
         Ok(())
     }
 
-    fn let_go_of(&self, run: Run) {
+    pub(super) fn let_go_of(&self, run: Run) {
         let bits = self.geometry().cluster_bits;
         let places: Vec<u64> = (run.start..run.start + run.count).map(|cluster| cluster << bits).collect();
         self.lock().let_go(&places);

@@ -37,6 +37,8 @@
 //!    not flushed. See `settle`.
 //! 5. What is new of a disk that grows reads as zeroes, durably, before the header has the larger size. The other way
 //!    round, a power cut shows what was there before, or what the image below has there. See `grow`.
+//! 6. A bitmap is as long as its disk, or is not vouched for. The other way round, a power cut leaves an image that QEMU
+//!    does not open. See `bitmaps::grow`.
 pub mod bitmaps;
 pub mod check;
 pub mod create;
@@ -71,7 +73,7 @@ pub use create::{Create, create};
 pub use data_file::DataFile;
 pub use geometry::Geometry;
 pub use header::{Backing, Compression, Header};
-pub use rename::rename_backing;
+pub use rename::{check_rename, rename_backing};
 
 use crate::error::{Context, Error, Result};
 use crate::image::{
@@ -81,10 +83,10 @@ use crate::journal::{Change, Journal};
 use crate::range::ByteRange;
 use crate::raw;
 use crate::storage::Storage;
-use bitmaps::{Bits, Carried, Live};
+use bitmaps::{Bits, Carried, Grown, Live};
 use state::State;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard};
 
 /// How to open an image.
 #[derive(Clone, Copy, Debug)]
@@ -157,7 +159,10 @@ struct Shared {
     /// The incompatible features of the header.
     incompatible: u64,
     damage: OnceLock<String>,
-    bitmaps: Live,
+    /// Others after a growth, while nobody is inside.
+    bitmaps: RwLock<Live>,
+    /// Those of a growth that is not kept yet.
+    bitmaps_grown: Mutex<Option<Grown>>,
     /// The payload's file is to show by itself what the guest sees.
     raw_data: bool,
     state: Mutex<State>,
@@ -179,7 +184,7 @@ impl Qcow2 {
         // Last of all that can fail: from here on they are in use.
         let (bitmaps, in_use) = match open.writable {
             true => Live::open(storage.clone(), &header)?,
-            false => (Live::none(storage.clone()), false),
+            false => (Live::none(storage.clone(), &header), false),
         };
         flush_first |= in_use;
         let shared = Shared {
@@ -191,7 +196,8 @@ impl Qcow2 {
             has_backing: open.has_backing,
             incompatible: header.incompatible,
             damage: OnceLock::new(),
-            bitmaps,
+            bitmaps: RwLock::new(bitmaps),
+            bitmaps_grown: Mutex::new(None),
             raw_data: header.data_file.as_ref().is_some_and(|data_file| data_file.raw),
             state: Mutex::new(state),
             preallocated: OnceLock::new(),
@@ -313,8 +319,12 @@ impl Shared {
     /// What was given room is about to be written.
     fn mark_room(&self, reserve: &Reserve) {
         if let Reserve::Room(reservation) = reserve {
-            self.bitmaps.mark(reservation.guest);
+            self.bitmaps().mark(reservation.guest);
         }
+    }
+
+    fn bitmaps(&self) -> RwLockReadGuard<'_, Live> {
+        self.bitmaps.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn check_inside(&self, guest: ByteRange) -> Result<()> {
@@ -368,7 +378,7 @@ impl Image for Qcow2 {
     fn zero(&self, guest: ByteRange, zeroing: Zeroing) -> Result<Zeroed> {
         let zeroed = self.shared.watch(self.shared.zero(guest, zeroing))?;
         if let Zeroed::Done(guest) | Zeroed::Host { guest, .. } = zeroed {
-            self.shared.bitmaps.mark(guest);
+            self.shared.bitmaps().mark(guest);
         }
         Ok(zeroed)
     }
@@ -401,23 +411,23 @@ impl Image for Qcow2 {
     }
 
     fn ungrow(&self, size: u64) {
-        self.shared.set_size(size);
+        self.shared.ungrow(size);
     }
 
     fn bitmap_names(&self) -> Result<Vec<String>> {
-        self.shared.bitmaps.names(&self.header)
+        self.shared.bitmaps().names()
     }
 
     fn bitmap(&self, name: &str) -> Result<Option<Arc<Bits>>> {
-        self.shared.bitmaps.bits(&self.header, name)
+        self.shared.bitmaps().bits(name)
     }
 
     fn bitmaps(&self) -> Result<Vec<Carried>> {
-        self.shared.bitmaps.carry(&self.header)
+        self.shared.bitmaps().carry()
     }
 
     fn adopt_bitmaps(&self, bitmaps: Vec<Carried>) -> Result<()> {
-        self.shared.bitmaps.adopt(&self.header, bitmaps)
+        self.shared.bitmaps().adopt(bitmaps)
     }
 
     fn settles(&self) -> u64 {

@@ -1,5 +1,5 @@
 //! Another name for the image below: in the header of an image that nobody uses, as a copy of one is at first.
-use super::header::{BACKING_NAME_MAX, Header};
+use super::header::{BACKING_NAME_MAX, Backing, Header};
 use super::read_header;
 use crate::error::{Context, Error, Result};
 use crate::storage::Storage;
@@ -12,18 +12,36 @@ const OFFSET_AT: usize = 8;
 /// Gives the image in `storage` the backing name `name`, in the place of the one that it has. What is recorded of
 /// the format stays.
 pub fn rename_backing(storage: &dyn Storage, name: &str) -> Result<()> {
-    let header = read_header(storage)?;
-    let Some(backing) = &header.backing else { return Err(Error::invalid("it has no backing name to be changed")) };
-    if backing.name == name {
-        return Ok(());
-    }
-    let at = place(storage, &header, backing.name.len(), name.len())?;
+    let Some((at, backing)) = find(storage, name)? else { return Ok(()) };
     storage.write_at(at, name.as_bytes()).context(|| "writing the backing name in the header")?;
     // Shorter, it leaves the rest of the old one: zeroes, so that no extension is found there.
     let rest = vec![0; backing.name.len().saturating_sub(name.len())];
     storage.write_at(at + name.len() as u64, &rest).context(|| "writing the backing name in the header")?;
     let len = (name.len() as u32).to_be_bytes();
     storage.write_at(LEN_AT, &len).context(|| "writing the backing name's length in the header")
+}
+
+/// Says why `rename_backing` could not be done, or would leave an image of which nobody knows what is below it.
+pub fn check_rename(storage: &dyn Storage, name: &str) -> Result<()> {
+    match find(storage, name)? {
+        // The old name may say it, as a `json:` one does; the new one does not.
+        Some((_, Backing { format: None, .. })) => Err(Error::unsupported(
+            "its header does not record the format of the image below: record it with `qemu-img rebase -u -F FORMAT -b \
+             NAME`, while it is not served",
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// Where the name is to be, and what is there now; `None` where it is the same.
+fn find(storage: &dyn Storage, name: &str) -> Result<Option<(u64, Backing)>> {
+    let header = read_header(storage)?;
+    let Some(backing) = &header.backing else { return Err(Error::invalid("it has no backing name to be changed")) };
+    if backing.name == name {
+        return Ok(None);
+    }
+    let at = place(storage, &header, backing.name.len(), name.len())?;
+    Ok(Some((at, backing.clone())))
 }
 
 /// Where the name is, and can be with `new` bytes: up to the end of the first cluster nothing is behind it.

@@ -174,8 +174,12 @@ impl Space {
     /// Takes one cluster for a table and sees to it that it reads as zeroes.
     pub fn take_table(&mut self) -> Result<u64> {
         let taken = self.take(1)?;
-        self.clear(taken.run.start, taken.zeroed)?;
-        Ok(taken.run.start)
+        let cleared = self.clear(taken.run.start, taken.zeroed);
+        if cleared.is_err() {
+            // Nothing points at it. Who writes tries again, and would leave one more behind each time.
+            self.release(taken.run)?;
+        }
+        cleared.map(|()| taken.run.start)
     }
 
     /// Takes `count` clusters in one run.

@@ -331,7 +331,10 @@ impl DriveMirror {
     /// What QEMU has and this program has not, by the argument's name.
     pub(super) fn into_request(self) -> Result<MirrorRequest, Problem> {
         if self.sync == Sync::None {
-            return Err(Problem::unsupported("drive-mirror: 'sync' 'none' is not supported: take 'full' or 'top'"));
+            return Err(Problem::unsupported(
+                "drive-mirror: 'sync' 'none' is not supported, for its target is a copy of no instant: take 'full' or \
+                 'top', or a snapshot, whose overlay has what is written from then on",
+            ));
         }
         Ok(MirrorRequest {
             export: self.device,

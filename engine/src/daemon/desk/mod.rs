@@ -112,6 +112,9 @@ impl Desk {
     /// Goes on with the jobs that a kill or a stop interrupted.
     pub fn resume_jobs(&mut self) {
         for number in self.exports.keys().copied().collect::<Vec<_>>() {
+            if self.resume_chain(number) {
+                continue;
+            }
             let check = |request: &MirrorRequest| self.refuse_in_use(number, &request.target, request.format);
             match Active::resume(&self.exports[&number], &self.reach, &self.state, &check) {
                 Ok(Some(active)) => {
@@ -168,10 +171,10 @@ impl Desk {
         changes > 0 || !self.jobs.is_empty()
     }
 
-    /// True while guests wait at a closed gate: then it has to be stepped on.
+    /// True while guests wait at a closed gate, or a disk is being replaced: then it has to be stepped on, for what was
+    /// begun leaves an overlay that nobody knows of, or nobody hears that it is there.
     pub fn holds_gate(&self) -> bool {
-        let replaced = self.replacing.values().any(Replacing::holds_gate);
-        replaced || self.jobs.values().any(|active| active.job.holds_gate())
+        !self.replacing.is_empty() || self.jobs.values().any(|active| active.job.holds_gate())
     }
 
     /// What it has to say since it was asked last.
@@ -313,12 +316,12 @@ impl Desk {
         Status { error: damage.or(status.error), ..status }
     }
 
-    /// What was started, or is to be; `None` where the client waits until the target is reached, or what is below it copied.
+    /// What was started, or is to be; `None` where the client waits until the target is reached.
     fn mirror(&mut self, client: u64, request: &MirrorRequest) -> std::result::Result<Option<Started>, Refusal> {
         let number = self.find(&request.export)?;
         self.refuse_mirror(number, request)?;
         match export_named(Path::new(&request.target)) {
-            _ if request.chain => self.mirror_chain(client, number, request),
+            _ if request.chain => self.mirror_chain(number, request).map(Some),
             Some(address) => self.reach(client, number, request, address).map(|()| None),
             None => self.start_job(number, request, Reached::Nothing).map(Some),
         }
@@ -403,7 +406,9 @@ impl Desk {
         match self.jobs.get_mut(&number) {
             Some(active) => Ok((number, active)),
             None if self.lowering.contains_key(&number) => {
-                let message = format!("the layers below the top of export {name} are being copied: wait for that");
+                let left = self.lowering[&number].left();
+                let what = "still to copy: the layers below the top are being copied";
+                let message = format!("export {name}: {left} bytes {what} (phase: seeding)");
                 Err(refuse(Code::BlockCopyActive, message))
             }
             None => {
@@ -460,8 +465,18 @@ impl Desk {
 
     /// Tells what is new of a job.
     fn tell(&mut self, number: usize) {
-        let Some(path) = self.jobs.get_mut(&number).and_then(Active::news) else { return };
-        let job = Box::new(self.jobs[&number].info(self.status(number)));
+        let path = match (self.jobs.get_mut(&number), self.lowering.get_mut(&number)) {
+            (Some(active), _) => active.news(),
+            (None, lowering) => lowering.and_then(Lowering::news),
+        };
+        let Some(path) = path else { return };
+        let at = self.status(number);
+        let job = match (self.jobs.get(&number), self.lowering.get(&number)) {
+            (Some(active), _) => active.info(at),
+            (None, Some(lowering)) => lowering.info(at),
+            (None, None) => return,
+        };
+        let job = Box::new(job);
         tracing::info!(export = job.at.export, phase = job.at.phase, paused = job.at.paused, "job");
         self.news.push(News::Event(Event::Job { job, path }));
     }

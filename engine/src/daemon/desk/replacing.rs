@@ -36,12 +36,6 @@ enum Change {
     Resize(u64),
 }
 
-impl Replacing {
-    pub fn holds_gate(&self) -> bool {
-        self.replace.as_ref().is_some_and(Replace::holds_gate)
-    }
-}
-
 impl Desk {
     /// Begins a snapshot; the client is answered when it is over.
     pub(super) fn snapshot(&mut self, client: u64, request: &SnapshotRequest) -> std::result::Result<(), Refusal> {

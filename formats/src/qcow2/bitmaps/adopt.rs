@@ -26,7 +26,8 @@ pub struct Carried {
 impl Shared {
     /// Stores what was taken over. Nobody writes any more; `flush` makes the file durable.
     pub(super) fn store_adopted(this: &Arc<Self>, flush: &dyn Fn() -> Result<()>) -> Result<()> {
-        let adopted = this.bitmaps.adopted();
+        let bitmaps = this.bitmaps();
+        let adopted = bitmaps.adopted();
         if adopted.is_empty() {
             return Ok(());
         }
@@ -39,8 +40,8 @@ impl Shared {
             read.context(|| format!("reading the bitmap directory at {directory_offset}"))?;
         }
         for one in adopted {
-            let table = this.write_new(one)?;
-            directory.extend(entry(one, table.0, table.1));
+            let (at, table) = this.write_new(&one.name, one.granularity_bits, &one.bits)?;
+            directory.extend(entry(one, at, table.len() as u32));
         }
         let new = Extension {
             count: old.map_or(0, |old| old.count) + adopted.len() as u32,
@@ -62,14 +63,13 @@ impl Shared {
         Ok(())
     }
 
-    /// Writes the bits and the table of `one` to new clusters: where the table is, and its entries' number.
-    fn write_new(&self, one: &Carried) -> Result<(u64, u32)> {
-        let clusters =
-            Bits::len_bytes(self.geometry().size, one.granularity_bits).div_ceil(self.geometry().cluster_size());
-        let entries = self.write_bits(&one.name, &one.bits, vec![0; clusters as usize], &mut Vec::new())?;
+    /// Writes the bits of a bitmap and its table to new clusters: where the table is, and what is in it.
+    pub(super) fn write_new(&self, name: &str, granularity_bits: u32, bits: &Bits) -> Result<(u64, Vec<u64>)> {
+        let clusters = Bits::len_bytes(self.geometry().size, granularity_bits).div_ceil(self.geometry().cluster_size());
+        let entries = self.write_bits(name, bits, vec![0; clusters as usize], &mut Vec::new())?;
         let mut bytes = Vec::new();
-        table::encode(entries, &mut bytes);
-        Ok((self.write_to_new(&bytes, "a bitmap's table")?, clusters as u32))
+        table::encode(entries.iter().copied(), &mut bytes);
+        Ok((self.write_to_new(&bytes, "a bitmap's table")?, entries))
     }
 
     /// Writes `bytes` to as many new clusters as they need, one after the other; returns their place.
@@ -83,7 +83,7 @@ impl Shared {
         Ok(at)
     }
 
-    fn write_autoclear(&self, bits: u64) -> Result<()> {
+    pub(super) fn write_autoclear(&self, bits: u64) -> Result<()> {
         let written = self.storage.write_at(AUTOCLEAR_AT, &bits.to_be_bytes());
         written.context(|| "changing the autoclear features in the header")
     }

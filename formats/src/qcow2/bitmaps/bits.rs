@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// A bit for each piece of a disk. Set from several threads at once.
 #[derive(Debug)]
 pub struct Bits {
+    /// Bytes of the disk.
+    size: u64,
     granularity_bits: u32,
     words: Vec<AtomicU64>,
 }
@@ -13,7 +15,7 @@ impl Bits {
     /// None is set.
     pub fn new(size: u64, granularity_bits: u32) -> Self {
         let words = Self::len_bytes(size, granularity_bits).div_ceil(8);
-        Self { granularity_bits, words: (0..words).map(|_| AtomicU64::new(0)).collect() }
+        Self { size, granularity_bits, words: (0..words).map(|_| AtomicU64::new(0)).collect() }
     }
 
     /// Bytes that the bits of a disk of `size` bytes take in the file.
@@ -24,12 +26,26 @@ impl Bits {
     /// Bits of their own that are the same.
     pub fn copy(&self) -> Self {
         let words = self.words.iter().map(|word| AtomicU64::new(word.load(Ordering::Relaxed)));
-        Self { granularity_bits: self.granularity_bits, words: words.collect() }
+        Self { size: self.size, granularity_bits: self.granularity_bits, words: words.collect() }
     }
 
-    /// Sets the bits of all pieces that `range` touches.
+    /// The same bits of a disk that is larger: none of what is new is set, whatever was behind the last of them.
+    pub fn grown(&self, size: u64) -> Self {
+        let (new, pieces) = (Self::new(size, self.granularity_bits), self.size.div_ceil(1 << self.granularity_bits));
+        for (nth, (word, old)) in (0..).zip(new.words.iter().zip(&self.words)) {
+            let kept = match pieces.saturating_sub(nth * 64) {
+                0 => 0,
+                left => u64::MAX >> (64 - left.min(64)),
+            };
+            word.store(old.load(Ordering::Relaxed) & kept, Ordering::Relaxed);
+        }
+        new
+    }
+
+    /// Sets the bits of all pieces that `range` touches. What is behind the disk's end has none.
     pub fn set(&self, range: ByteRange) {
-        if range.is_empty() {
+        let range = ByteRange { end: range.end.min(self.size), ..range };
+        if range.end <= range.start {
             return;
         }
         let (first, last) = (range.start >> self.granularity_bits, (range.end - 1) >> self.granularity_bits);
@@ -131,6 +147,22 @@ mod tests {
                     assert_eq!(bits.run(range), (run, is_set(start)), "{range}, set from {first} to {last}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn what_is_new_of_a_disk_is_not_set() {
+        for (size, granularity_bits) in [(1, 9), (512, 9), (63 * 512 + 1, 9), (64 * 512, 9), (300 * 512 + 7, 10)] {
+            let bits = Bits::new(size, granularity_bits);
+            let bytes = Bits::len_bytes(size, granularity_bits) as usize;
+            // As a table has it whose entry says that all are set.
+            bits.add_bytes(0, &vec![0xff; bytes]);
+            let grown = bits.grown(5000 * 512);
+            bits.set(ByteRange { start: size, end: 5000 * 512 });
+            let end = size.next_multiple_of(1 << granularity_bits);
+            let all = ByteRange { start: 0, end: 5000 * 512 };
+            assert_eq!(grown.run(all), (ByteRange { end, ..all }, true), "{size}");
+            assert_eq!(grown.run(ByteRange { start: end, ..all }), (ByteRange { start: end, ..all }, false), "{size}");
         }
     }
 

@@ -14,7 +14,7 @@
 use super::adopt::Carried;
 use super::bits::Bits;
 use super::directory::{Bitmap, FLAGS_AT, IN_USE, read};
-use super::still::Still;
+use super::still::{One, Still};
 use crate::error::{Error, Result};
 use crate::qcow2::header::{Header, autoclear};
 use crate::range::ByteRange;
@@ -39,6 +39,7 @@ pub struct Tracked {
 /// All of one image.
 pub struct Live {
     storage: Arc<dyn Storage>,
+    header: Header,
     /// Nothing but this is looked at on a write where there are none.
     bits: Vec<Arc<Bits>>,
     tracked: Mutex<Vec<Tracked>>,
@@ -72,37 +73,47 @@ impl Live {
         let in_use = changing().next().is_some();
         let disabled = all.iter().filter(|bitmap| !bitmap.auto);
         let still = Still::of(header, disabled);
-        Ok((Self::new(storage, tracked, still), in_use))
+        Ok((Self::new(storage, header.clone(), tracked, still), in_use))
     }
 
     /// None that a write would change: for an image that is read only.
-    pub fn none(storage: Arc<dyn Storage>) -> Self {
-        Self::new(storage, Vec::new(), Still::default())
+    pub fn none(storage: Arc<dyn Storage>, header: &Header) -> Self {
+        Self::new(storage, header.clone(), Vec::new(), Still::default())
     }
 
-    fn new(storage: Arc<dyn Storage>, tracked: Vec<Tracked>, still: Still) -> Self {
+    fn new(storage: Arc<dyn Storage>, header: Header, tracked: Vec<Tracked>, still: Still) -> Self {
         let bits = tracked.iter().map(|one| Arc::clone(&one.bits)).collect();
         let (adopted, marked) = (OnceLock::new(), AtomicBool::new(false));
-        Self { storage, bits, tracked: Mutex::new(tracked), still, adopted, marked }
+        Self { storage, header, bits, tracked: Mutex::new(tracked), still, adopted, marked }
+    }
+
+    /// Others come in their place, with the same entries; their bits are in the file as they are.
+    pub(super) fn replace(&mut self, header: Header, tracked: Vec<Tracked>, still: Still, adopted: Vec<Carried>) {
+        // The old ones are not given back: the new ones have their entries.
+        self.take();
+        *self = Self::new(Arc::clone(&self.storage), header, tracked, still);
+        if !adopted.is_empty() {
+            self.adopted = OnceLock::from(adopted);
+        }
     }
 
     /// Names of those whose bits are known.
-    pub fn names(&self, header: &Header) -> Result<Vec<String>> {
+    pub fn names(&self) -> Result<Vec<String>> {
         let mut names: Vec<String> = self.tracked().iter().map(|one| one.entry.name.clone()).collect();
-        names.extend(self.still.all(&*self.storage, header)?.iter().map(|one| one.entry.name.clone()));
+        names.extend(self.still()?.iter().map(|one| one.entry.name.clone()));
         names.extend(self.adopted().iter().map(|one| one.name.clone()));
         Ok(names)
     }
 
     /// The bits of the one of this name, where they are known.
-    pub fn bits(&self, header: &Header, name: &str) -> Result<Option<Arc<Bits>>> {
+    pub fn bits(&self, name: &str) -> Result<Option<Arc<Bits>>> {
         let tracked = self.tracked().iter().find(|one| one.entry.name == name).map(|one| Arc::clone(&one.bits));
         let adopted = || self.adopted().iter().find(|one| one.name == name).map(|one| Arc::clone(&one.bits));
         if let Some(bits) = tracked.or_else(adopted) {
             return Ok(Some(bits));
         }
-        let still = self.still.all(&*self.storage, header)?.iter().find(|one| one.entry.name == name);
-        still.map(|one| one.bits(&*self.storage, header)).transpose()
+        let still = self.still()?.iter().find(|one| one.entry.name == name);
+        still.map(|one| one.bits(&*self.storage, &self.header)).transpose()
     }
 
     /// Guest bytes are being changed.
@@ -118,18 +129,19 @@ impl Live {
     }
 
     /// The consistent bitmaps as they are now, for another image. Nobody writes meanwhile.
-    pub fn carry(&self, header: &Header) -> Result<Vec<Carried>> {
+    pub fn carry(&self) -> Result<Vec<Carried>> {
         let mut carried: Vec<Carried> = self.tracked().iter().map(|one| Carried::of(&one.entry, &one.bits)).collect();
         carried.extend(self.adopted().iter().map(|one| Carried { bits: Arc::new(one.bits.copy()), ..one.clone() }));
-        for one in self.still.all(&*self.storage, header)? {
-            carried.push(Carried::of(&one.entry, &*one.bits(&*self.storage, header)?));
+        for one in self.still()? {
+            carried.push(Carried::of(&one.entry, &*one.bits(&*self.storage, &self.header)?));
         }
         Ok(carried)
     }
 
     /// Takes over bitmaps of another image with the same disk; those whose names are here already are
     /// left out.
-    pub fn adopt(&self, header: &Header, mut carried: Vec<Carried>) -> Result<()> {
+    pub fn adopt(&self, mut carried: Vec<Carried>) -> Result<()> {
+        let header = &self.header;
         if header.geometry.version < 3 {
             return Err(Error::unsupported("an image of version 2 has no bitmaps: they are dropped"));
         }
@@ -149,7 +161,12 @@ impl Live {
         (std::mem::take(&mut *self.tracked()), self.marked.load(Ordering::Relaxed))
     }
 
-    fn tracked(&self) -> MutexGuard<'_, Vec<Tracked>> {
+    /// Those that no write changes.
+    pub(super) fn still(&self) -> Result<&[One]> {
+        self.still.all(&*self.storage, &self.header)
+    }
+
+    pub(super) fn tracked(&self) -> MutexGuard<'_, Vec<Tracked>> {
         self.tracked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

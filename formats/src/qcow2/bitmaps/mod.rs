@@ -10,10 +10,12 @@
 mod adopt;
 mod bits;
 mod directory;
+mod grow;
 mod live;
 mod still;
 mod store;
 
+pub(super) use grow::Grown;
 pub(super) use live::Live;
 
 pub use adopt::Carried;

@@ -32,7 +32,12 @@ impl Still {
             fits
         };
         let all = bitmaps.filter(fits).map(|bitmap| One { entry: bitmap.clone(), bits: OnceLock::new() });
-        Self(OnceLock::from(all.collect::<Vec<_>>()))
+        Self::these(all.collect())
+    }
+
+    /// These and no others.
+    pub fn these(all: Vec<One>) -> Self {
+        Self(OnceLock::from(all))
     }
 
     /// All of them.
@@ -47,6 +52,11 @@ impl Still {
 }
 
 impl One {
+    /// One whose bits are known.
+    pub fn known(entry: Bitmap, bits: Arc<Bits>) -> Self {
+        Self { entry, bits: OnceLock::from(bits) }
+    }
+
     /// Its bits. The first who asks waits until they are read.
     pub fn bits(&self, storage: &dyn Storage, header: &Header) -> Result<Arc<Bits>> {
         if let Some(bits) = self.bits.get() {

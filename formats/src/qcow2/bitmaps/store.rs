@@ -13,8 +13,8 @@ use std::sync::Arc;
 impl Shared {
     /// Stores what is live. Nobody writes any more; `flush` makes the file durable.
     pub(in crate::qcow2) fn store_bitmaps(this: &Arc<Self>, flush: &dyn Fn() -> Result<()>) -> Result<()> {
-        let (tracked, changed) = this.bitmaps.take();
-        if tracked.is_empty() && this.bitmaps.adopted().is_empty() {
+        let (tracked, changed) = this.bitmaps().take();
+        if tracked.is_empty() && this.bitmaps().adopted().is_empty() {
             return Ok(());
         }
         Self::store_tracked(this, &tracked, changed, flush)?;

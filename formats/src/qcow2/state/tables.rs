@@ -54,7 +54,10 @@ impl State {
             Some(_) => space.take(1)?.run.start,
             None => space.take_table()?,
         };
-        self.set_table(self.l1_index(cluster), table, shared)?;
+        if let Err(error) = self.set_table(self.l1_index(cluster), table, shared) {
+            self.space()?.release(Run { start: table, count: 1 })?;
+            return Err(error);
+        }
         let value = table << self.geometry.cluster_bits | COPIED;
         journal.note(Change { table: TABLE_L1, index: self.l1_index(cluster) as u64, value });
         if shared.is_none() {
