@@ -275,6 +275,9 @@ pub struct Convert {
     /// Read back what was copied, and write a manifest of it to this file
     #[arg(long, value_name = "FILE")]
     pub manifest: Option<PathBuf>,
+    /// Move bytes also where a raw target could share blocks with the source (XFS, btrfs)
+    #[arg(long)]
+    pub no_reflink: bool,
     /// Whether images go through the page cache
     #[arg(long, default_value = "none", value_parser = copy_caches())]
     pub cache: Cache,

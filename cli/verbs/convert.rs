@@ -27,6 +27,7 @@ pub fn run(args: Convert) -> Result<(), Failure> {
         shallow: args.shallow,
         compress: args.compress,
         reuse_external: args.reuse_external,
+        reflink: !args.no_reflink,
         reach: Reach {
             cache: args.cache,
             certificates: args.servers.client_certificates.clone(),

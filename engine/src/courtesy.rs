@@ -9,8 +9,6 @@ use crate::sync::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-/// How many times as long as alone the guest's requests may take, where nobody says otherwise.
-pub const FACTOR: u64 = 4;
 /// Of what takes less alone, this is what counts: copiers do not starve for microseconds.
 const ALONE_MIN: Duration = Duration::from_micros(500);
 /// What copiers have left under way ends in this time, mostly; then they listen for that time.
@@ -281,9 +279,10 @@ fn percentile(counts: &Counts) -> Option<Duration> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Counts, Courtesy, Done, FACTOR, SPEED_MIN, bucket, end, percentile};
+    use super::{Counts, Courtesy, Done, SPEED_MIN, bucket, end, percentile};
     use std::time::Duration;
 
+    const FACTOR: u64 = 4;
     const RUN: u64 = 256 << 10;
     const STEP: Duration = Duration::from_millis(1);
 

@@ -51,9 +51,9 @@ const GRANULARITY_MIN: u64 = 512;
 const GRANULARITY_MAX: u64 = 64 << 20;
 /// A chunk's size where nobody chose one.
 const GRANULARITY: u64 = 64 << 10;
-/// More chunks than this, which are 4 TiB of the usual ones, are made longer where nobody names their length: a chunk costs
+/// More chunks than this, which are 1 TiB of the usual ones, are made longer where nobody names their length: a chunk costs
 /// up to three bytes of memory.
-const CHUNKS_MAX: u64 = 1 << 26;
+const CHUNKS_MAX: u64 = 1 << 24;
 
 /// A request that was found to be possible.
 pub struct Plan {

@@ -148,7 +148,7 @@ pub const PAUSE_BUDGET_MAX: u64 = 60 * 60 * 1000;
 pub const PAUSE_BUDGET: u64 = 5000;
 
 /// How many times as long as without the copy guest requests may take, where nobody says otherwise.
-pub const LATENCY_FACTOR: u64 = 4;
+pub const LATENCY_FACTOR: u64 = 2;
 
 /// How many times as slow guest writes may be made for a bound, where nobody says otherwise.
 pub const MAX_SLOWDOWN: u64 = 10;

@@ -41,6 +41,8 @@ pub struct ConvertOptions {
     pub compress: bool,
     /// The target is there already.
     pub reuse_external: bool,
+    /// Blocks are shared with the source instead of moved, where that can be.
+    pub reflink: bool,
     /// How images are reached.
     pub reach: Reach,
 }
@@ -87,6 +89,7 @@ pub fn convert(options: &ConvertOptions, mut progress: impl FnMut(Copied)) -> Re
     let mut mirror = Mirror::new(source, Arc::new(target.disk), plan.chunk_bits, plan.shallow);
     mirror.zeroing = plan.zeroing(&request);
     mirror.compress = mirror.target.chain().top().image.compressible().filter(|_| options.compress);
+    mirror.set_shares(options.reflink && plan.format == TargetFormat::Raw && !mirror.target.is_remote());
     let mirror = Arc::new(mirror);
     let copied = copy(&mirror, options.reach.cache, target.is_zero, &mut progress).inspect_err(|_| {
         // Half a copy is of no use to anybody.

@@ -176,8 +176,7 @@ impl Active {
     pub fn errors(&mut self) -> Vec<Event> {
         let (export, job) = (self.kept.request.export.clone(), self.job.id().to_owned());
         let error = self.job.take_io_error();
-        let standing =
-            Standing { export: &export, job: &job, backs_off: self.job.backs_off(), why: self.job.error() };
+        let standing = Standing { export: &export, job: &job, backs_off: self.job.backs_off(), why: self.job.error() };
         let mut events = self.error_news.take(self.begun.elapsed(), &standing, error);
         events.extend(self.verification(export, job));
         events

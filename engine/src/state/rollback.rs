@@ -122,6 +122,7 @@ mod tests {
                 planes: Some(number),
                 paused: false,
                 rollback,
+                named: false,
                 request: MirrorRequest { export: "vda".to_owned(), ..MirrorRequest::default() },
             };
             state.new_planes("vda", &header(1), &TakenUp::nothing(&header(1))).expect("planes");

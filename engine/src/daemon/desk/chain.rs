@@ -187,6 +187,7 @@ impl Desk {
             target_identity: identity(Path::new(&request.target))?,
             planes: None,
             paused: false,
+            rollback: false,
             named: false,
             request: MirrorRequest { job_id: Some(started.job.clone()), ..request.clone() },
         };
@@ -362,9 +363,11 @@ impl Desk {
         let cancelled = status.phase == Phase::Cancelled.name();
         let why = status.error.clone().unwrap_or_default();
         self.export_mut(number).last = Some(status);
-        self.answer_waiting(number, |wish| match wish {
-            Wish::Cancel if cancelled => Ok(Reply::Done {}),
-            _ => Err(refuse(Code::OperationFailed, why.clone())),
+        self.answer_waiting(number, |wish| {
+            Some(match wish {
+                Wish::Cancel if cancelled => Ok(Reply::Done {}),
+                _ => Err(refuse(Code::OperationFailed, why.clone())),
+            })
         });
     }
 }

@@ -122,6 +122,7 @@ impl Active {
             planes: Some(header.job),
             paused: false,
             rollback: true,
+            named: false,
             request,
         };
         let kept = KeptRollback { generation, job };
