@@ -353,19 +353,19 @@ impl Mirror {
 
     /// A copier is done with a claim; `brought` where the target was changed. What `failed` is marked again first.
     pub fn put(&self, claim: Claim, brought: bool, failed: bool) {
-        self.stats.underway.fetch_sub(self.dirty.claimed(&claim).len(), Ordering::Relaxed);
+        let range = self.dirty.claimed(&claim);
+        if failed && !planted(fault::Fault::NoMarkAgain) {
+            self.dirty.mark(range);
+        }
+        self.stats.underway.fetch_sub(range.len(), Ordering::Relaxed);
         self.put_counted(claim, brought, failed);
     }
 
+    /// The same of any claim that was counted. What `failed` is marked.
     fn put_counted(&self, claim: Claim, brought: bool, failed: bool) {
         let range = self.dirty.claimed(&claim);
         match failed {
-            true => {
-                if !planted(fault::Fault::NoMarkAgain) {
-                    self.dirty.mark(range);
-                }
-                self.miss(range);
-            }
+            true => self.miss(range),
             false => self.hit(range, brought),
         }
         self.release_brought(claim, brought.then_some(range));
