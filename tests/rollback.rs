@@ -2,14 +2,20 @@
 mod support;
 
 use serde_json::{Value, json};
+use std::fs::{self, File};
+use std::io::Write;
 use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
-use support::images::probed;
+use support::daemon::Daemon;
+use support::images::{probed, thin_disk};
 use support::qmp::Qmp;
+use support::remote::DISK_LEN;
 use support::scene::Scene;
+use support::server::held;
 use support::tools::{check, check_leaks_allowed, content, output};
-use support::{assert_same, eventually};
+use support::writer::{Habits, Writer};
+use support::{assert_same, eventually, folder};
 
 /// Pivots with these options, again where the last pass took longer than a guest's pause may.
 #[track_caller]
@@ -129,7 +135,7 @@ fn a_kill_at_any_moment_of_the_pivot_leaves_one_truth() {
             assert_eq!(status["serving"], source, "{status}");
             pivot(&scene, &[]);
             assert_eq!(scene.status()["phase"], "pivoted");
-            let left = std::fs::read_dir(scene.folder.path().join("state")).expect("the state folder");
+            let left = fs::read_dir(scene.folder.path().join("state")).expect("the state folder");
             let left: Vec<_> = left.map(|entry| entry.expect("an entry").file_name()).collect();
             let is_of_it = |name: &str| name.contains("rollback") && !name.ends_with(".new");
             assert!(!left.iter().any(|name| is_of_it(&name.to_string_lossy())), "{left:?}");
@@ -202,4 +208,66 @@ fn a_job_that_has_not_pivoted_has_no_way_back() {
     assert!(scene.daemon.refused("commit", &["vda"]).contains("keeps no old disk"));
     let said = scene.daemon.refused("pivot", &["vda", "vdb", "--keep-source"]);
     assert!(said.contains("are of one export"), "{said}");
+}
+
+#[test]
+fn an_old_disk_without_space_is_not_the_guests_problem() {
+    let folder = folder();
+    let (made, mount) = (folder.path().join("made.raw"), folder.path().join("small"));
+    fs::write(&made, thin_disk(DISK_LEN)).expect("a file of ours");
+    fs::create_dir(&mount).expect("a folder of ours");
+    let source = mount.join("disk.raw");
+    // Gone with the daemon, which is the only process that sees it.
+    let mounted = format!(
+        "mount -t tmpfs -o size=64m none {} && cp --sparse=always {} {} && exec \"$@\"",
+        mount.display(),
+        made.display(),
+        source.display()
+    );
+    let through = ["unshare", "-rm", "sh", "-c", &mounted, "sh"];
+    let export = format!("vda={},format=raw", source.display());
+    let mut daemon = Daemon::serve_through(&through, folder.path(), &[export], &[]);
+    let habits = Habits { seed: 76, ..Habits::default() };
+    let guest = Writer::start(&daemon.socket(), "vda", thin_disk(DISK_LEN), habits);
+    let target = folder.path().join("target").display().to_string();
+    daemon.ok("mirror", &["vda", &target, "--wait"]);
+    let pivot = |option| output(&mut daemon.command("pivot", &["vda", option])).status.success().then_some(());
+    eventually("it pivots", || pivot("--keep-source"));
+    let mount = mount.strip_prefix("/").expect("a full path");
+    let filled = Path::new("/proc").join(daemon.pid().to_string()).join("root").join(mount).join("filler");
+    let mut filler = File::create(&filled).expect("an empty file");
+    while filler.write_all(&[1; 64 << 10]).is_ok() {}
+    let failing = eventually("the way back backs off", || {
+        Some(daemon.status("vda")).filter(|status| status["io_status"] == "nospace")
+    });
+    assert_eq!((&failing["rollback"], &failing["paused"]), (&json!(true), &json!(false)), "{failing}");
+    guest.wait(200);
+    assert!(daemon.refused("pivot", &["vda", "--back"]).contains("still to copy"));
+    fs::remove_file(&filled).expect("a file of ours");
+    drop(filler);
+    daemon.wait_for("vda", "ready");
+    eventually("it goes back", || pivot("--back"));
+    assert_eq!(daemon.status("vda")["serving"], source.display().to_string());
+    guest.wait(50);
+    let truth = guest.stop();
+    assert_same("the old disk", &held(&daemon.uri("vda"), folder.path()), &truth);
+    daemon.stop();
+}
+
+#[test]
+fn the_way_back_is_told_as_a_job_of_its_own() {
+    let scene = Scene::new(77);
+    scene.mirror(&["--wait"]);
+    let mut qmp = Qmp::connect(&scene.daemon.control_socket());
+    pivot(&scene, &["--keep-source"]);
+    qmp.event("BLOCK_JOB_COMPLETED");
+    ["concluded", "null"].iter().for_each(|status| qmp.status("vda", status));
+    ["created", "running", "ready"].iter().for_each(|status| qmp.status("vda-back", status));
+    let jobs = qmp.ok("query-block-jobs", json!({}));
+    let [job] = &jobs.as_array().expect("a list")[..] else { panic!("{jobs}") };
+    assert_eq!((&job["device"], &job["ready"]), (&json!("vda-back"), &json!(true)), "{jobs}");
+    let error = qmp.refused("block-job-complete", json!({ "device": "vda-back" }));
+    assert_eq!(error["code"], "OPERATION_INVALID", "{error}");
+    qmp.ok("blkmirror-commit", json!({ "export": "vda" }));
+    qmp.status("vda-back", "null");
 }

@@ -436,19 +436,18 @@ impl Mirror {
 
     /// A copier is done with a claim; `brought` where the target was changed. What `failed` is marked again first.
     pub fn put(&self, claim: Claim, brought: bool, failed: bool) {
+        if failed && !planted(fault::Fault::NoMarkAgain) {
+            claim.lacking().iter().for_each(|range| _ = self.dirty.mark(*range));
+        }
         self.stats.underway.fetch_sub(claim.lacking_len(), Ordering::Relaxed);
         self.put_counted(claim, brought, failed);
     }
 
+    /// The same of any claim that was counted. What `failed` is marked.
     fn put_counted(&self, claim: Claim, brought: bool, failed: bool) {
         let range = self.dirty.claimed(&claim);
         match failed {
-            true => {
-                if !planted(fault::Fault::NoMarkAgain) {
-                    claim.lacking().iter().for_each(|range| _ = self.dirty.mark(*range));
-                }
-                self.miss(range);
-            }
+            true => self.miss(range),
             false => self.hit(range, brought),
         }
         self.release_brought(claim, brought.then_some(range));

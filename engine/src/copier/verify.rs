@@ -56,7 +56,9 @@ impl Copier {
     /// The next run to verify, if any is to be.
     pub(super) fn take_to_verify<I: Io>(&self, tools: &Tools<I>) -> std::result::Result<Option<Verify>, Duration> {
         let mirror = &self.mirror;
-        if !mirror.is_verifying() || mirror.is_held() {
+        // Where there is a limit, it is for what the target lacks first.
+        let copies_first = mirror.rate.limit() > 0 && !mirror.dirty.is_clean();
+        if !mirror.is_verifying() || mirror.is_held() || copies_first {
             return Ok(None);
         }
         mirror.may_copy(tools.io.now())?;

@@ -114,8 +114,11 @@ impl Mirror {
         if self.verification().put(&check, outcome) {
             tracing::info!("{}: all of it was read back", self.target.name());
         }
-        let claim = check.claim.lacking_all(check.range);
-        self.put_counted(claim, brought, outcome == Outcome::Failed);
+        let failed = outcome == Outcome::Failed;
+        if failed {
+            self.dirty.mark(check.range);
+        }
+        self.put_counted(check.claim, brought, failed);
     }
 
     /// True where a guest's write may be why the two sides differ in `range`, which is claimed and was read: it has

@@ -52,6 +52,7 @@ impl Desk {
         let mut last = status.clone();
         // Only its own failure loses it.
         last.rollback &= phase == Phase::Failed;
+        last.verifying = false;
         if active.rolls_back() && phase == Phase::Cancelled {
             // It was pivoted, and stays so.
             last.phase = Phase::Pivoted.name().to_owned();
