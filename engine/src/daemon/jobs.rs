@@ -177,6 +177,7 @@ impl Active {
             planes: Some(number),
             paused,
             named: false,
+            top: false,
             request: kept_request,
         };
         let buf_size = request.buf_size;
