@@ -349,18 +349,25 @@ fn copies_that_are_whole_get_their_names_from_the_next_daemon() {
     scene.daemon.ok("cancel", &["vda"]);
     scene.daemon.stop();
     let name = |name: &str| scene.new.join(name);
+    let top = std::fs::read(name("snap2.qcow2")).expect("the mirror's target");
     std::fs::remove_file(name("snap2.qcow2")).expect("the mirror's target");
     std::fs::rename(name("snap1.qcow2"), name("snap1.qcow2.part")).expect("a copy");
     (kept["named"], kept["request"]["speed"]) = (json!(true), json!(0));
-    let keep = || std::fs::write(&job, kept.to_string()).expect("room");
     let (base, aside) = (name("base.qcow2"), name("aside"));
     std::fs::rename(&base, &aside).expect("a copy");
-    keep();
+    std::fs::write(&job, kept.to_string()).expect("room");
     scene.daemon.start();
     let status = scene.daemon.status("vda");
     assert!(status["error"].as_str().is_some_and(|error| error.contains("base.qcow2: it was copied")), "{status}");
     scene.daemon.stop();
     std::fs::rename(&aside, &base).expect("a copy");
+    scene.daemon.start();
+    scene.daemon.wait_for("vda", "ready");
+    scene.daemon.ok("cancel", &["vda"]);
+    scene.daemon.stop();
+    // The mirror's target is there, and what was asked of it is not kept yet.
+    kept["top"] = json!(true);
+    std::fs::write(&job, kept.to_string()).and_then(|()| std::fs::write(name("snap2.qcow2"), top)).expect("room");
     scene.daemon.start();
     scene.daemon.wait_for("vda", "ready");
     scene.daemon.pivot("vda");
@@ -458,6 +465,14 @@ fn what_cannot_be_a_copy_of_the_chain_is_refused() {
     });
     let (place, old) = (scene.place(), scene.chain.top.parent().expect("a folder").display().to_string());
     let none = format!("{place}/none");
+    let parts = Scene::new(|folder| {
+        images::create(&folder.join("disk"), "qcow2", DISK_LEN, &[]);
+        images::overlay(&folder.join("disk.part"), "disk", "qcow2", None, &[]);
+        let top = folder.join("disk.part");
+        Chain { top: top.clone(), format: "qcow2", layers: vec![(top, "qcow2")], told: String::new() }
+    });
+    let said = parts.daemon.refused("mirror", &parts.args(&parts.place(), &[]));
+    assert!(said.contains("disk.part: two files of the chain"), "{said}");
     for (place, options, reason) in [
         (place.as_str(), &[][..], "two files of the chain"),
         (&none, &[], "make it first"),

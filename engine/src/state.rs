@@ -211,6 +211,9 @@ pub struct KeptJob {
     /// Of a whole chain: the layers below its target are copied, and get their names.
     #[serde(default)]
     pub named: bool,
+    /// And then: the mirror of the top begins, and what is in its target's place is ours.
+    #[serde(default)]
+    pub top: bool,
     /// What was asked for, as it was changed since; its target is there already.
     pub request: MirrorRequest,
 }

@@ -385,7 +385,8 @@ pub enum OnError {
     Report,
     /// Pause until it is resumed.
     Stop,
-    /// Pause when there is no space, else end.
+    /// Pause when there is no space, else end: QEMU's `auto` for a job.
+    #[serde(alias = "auto")]
     Enospc,
     /// Try again, and again.
     Ignore,

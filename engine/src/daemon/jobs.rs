@@ -194,6 +194,7 @@ impl Active {
             paused,
             rollback,
             named: false,
+            top: false,
             request: kept_request,
         };
         let buf_size = request.buf_size;

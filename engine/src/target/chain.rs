@@ -52,6 +52,8 @@ pub enum Copied {
     InPart,
     /// All are whole, and some have their names.
     Whole,
+    /// All have their names, and the target of the mirror of the top may be there; it is ours.
+    Top,
 }
 
 /// One file that is copied.
@@ -114,13 +116,18 @@ pub fn plan_chain(request: &MirrorRequest, copied: Copied, source: &Disk) -> std
     }
     let top = folder.join(&names[0]);
     let places = || files.iter().map(|file| &file.to).chain([&top]);
+    // A name may be what another copy is called before it is whole.
+    let parts = || files.iter().map(LowerFile::part);
     let mut seen = BTreeSet::new();
-    if let Some(twice) = places().find(|place| !seen.insert(*place)) {
+    if let Some(twice) = places().cloned().chain(parts()).find(|place| !seen.insert(place.clone())) {
         let what = "two files of the chain would be that one: give them different names first";
         return Err(invalid(format!("{}: {what}", twice.display())));
     }
-    for place in std::iter::once(&top).chain(files.iter().map(|file| &file.to).filter(|_| copied != Copied::Whole)) {
-        refuse_there(place)?;
+    if copied != Copied::Top {
+        refuse_there(&top)?;
+    }
+    if matches!(copied, Copied::Nothing | Copied::InPart) {
+        files.iter().try_for_each(|file| refuse_there(&file.to))?;
     }
     files.iter().try_for_each(|file| file.look(copied))?;
     let below = layers.get(1).map(|layer| {
@@ -161,6 +168,14 @@ impl ChainPlan {
         let Some((path, format)) = &self.below else { return Ok(Vec::new()) };
         let chain = open_chain(&Location::File(path.clone()), Some(*format), Access::read_only(reach))?;
         Ok(chain.layers().to_vec())
+    }
+
+    /// The top's copy is made anew.
+    pub fn remove_top(&self) -> Result<()> {
+        match fs::remove_file(&self.top) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            removed => removed.context(|| format!("{}: removing what was begun", self.top.display())),
+        }
     }
 
     /// Nothing of it is left.
@@ -205,8 +220,8 @@ impl LowerFile {
             Copied::Nothing => return refuse_there(&part),
             _ if is_there(&part)? => *self.ours() = Ours::Part,
             Copied::InPart => {}
-            Copied::Whole if is_there(&self.to)? => *self.ours() = Ours::Whole,
-            Copied::Whole => {
+            _ if is_there(&self.to)? => *self.ours() = Ours::Whole,
+            Copied::Whole | Copied::Top => {
                 let what = "it was copied, and is gone: bring it back and start the daemon again";
                 return Err(unsupported(format!("{}: {what}", self.to.display())));
             }

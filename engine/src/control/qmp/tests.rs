@@ -162,8 +162,14 @@ fn drive_mirror_means_the_same_as_in_qemu() {
         options: CreateOptions { cluster_size: Some(4096), compat: Some(Compat::V2), ..CreateOptions::default() },
         ..MirrorRequest::default()
     };
-    let asked = send(&mut client, &json!({ "execute": "drive-mirror", "arguments": all }));
-    assert_eq!(asked, call(Request::Mirror(request), false));
+    let mut all = all;
+    for policy in ["enospc", "auto"] {
+        all["on-target-error"] = json!(policy);
+        let asked = send(&mut client, &json!({ "execute": "drive-mirror", "arguments": all }));
+        assert_eq!(asked, call(Request::Mirror(request.clone()), false), "{policy}");
+        client.answer(Ok(Reply::Done {}));
+        said(&mut client);
+    }
 }
 
 #[test]

@@ -6,6 +6,7 @@
 //! ```text
 //! kept: chain           the layers below are copied, as `.part`
 //! kept: chain, named    all of them are whole and durable; they get their names
+//! kept: chain, top      the mirror of the top begins: its target is made
 //! kept: the top         the mirror's own request (`daemon::jobs`)
 //! ```
 use super::ends::Wish;
@@ -189,6 +190,7 @@ impl Desk {
             paused: false,
             rollback: false,
             named: false,
+            top: false,
             request: MirrorRequest { job_id: Some(started.job.clone()), ..request.clone() },
         };
         self.state.keep_job(&kept)?;
@@ -218,9 +220,18 @@ impl Desk {
     fn try_to_resume_chain(&mut self, number: usize, kept: KeptJob) -> Result<(), Refusal> {
         let export = &self.exports[&number];
         refuse_others(export, &self.state, &kept)?;
-        let copied = if kept.named { Copied::Whole } else { Copied::InPart };
+        let copied = match (kept.named, kept.top) {
+            (_, true) => Copied::Top,
+            (true, _) => Copied::Whole,
+            (false, _) => Copied::InPart,
+        };
         let plan = plan_chain(&kept.request, copied, &export.gate.route().disk)?;
         plan.files.iter().try_for_each(|file| until_free(&file.part()))?;
+        if copied == Copied::Top {
+            // Killed before its own request was kept: there is nothing in it yet.
+            until_free(&plan.top)?;
+            plan.remove_top()?;
+        }
         let notes = plan.warning.iter().cloned().collect();
         self.begin_lowering(number, kept, plan, notes)
     }
@@ -315,7 +326,8 @@ impl Desk {
             }
             Ok(layers) => {
                 let reached = Reached::Lower { layers, bytes: last.copied_bytes };
-                let begun = self.start_job(number, &plan.of_top(&kept.request), reached);
+                let noted = self.state.keep_job(&KeptJob { top: true, ..kept.clone() }).map_err(Refusal::from);
+                let begun = noted.and_then(|()| self.start_job(number, &plan.of_top(&kept.request), reached));
                 begun.map_err(|refusal| (Phase::Failed, Some(refusal))).map(|_| {
                     if let Some(active) = self.jobs.get_mut(&number) {
                         (active.told, active.notes) = (told, notes);

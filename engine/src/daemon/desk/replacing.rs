@@ -178,9 +178,10 @@ fn refuse_size(name: &str, disk: &Disk, size: u64) -> std::result::Result<(), Re
             let what = "is another server's: have it resized there, and serve it anew";
             (Code::OperationUnsupported, format!("export {name} ({}) {what}", disk.name()))
         }
-        size if size % SECTOR != 0 || size > i64::MAX as u64 => {
-            (Code::InvalidArg, format!("export {name}: {size} bytes are no size of a disk: multiples of {SECTOR} are"))
-        }
+        size if size % SECTOR != 0 || size > i64::MAX as u64 => (
+            Code::InvalidArg,
+            format!("export {name}: {size} bytes are no size of a disk: multiples of {SECTOR} below 2^63 are"),
+        ),
         size if size < now => {
             let remedy = "shrink the image with `qemu-img resize --shrink` while it is not served";
             (Code::OperationUnsupported, format!("export {name} has {now} bytes and is not cut to {size}: {remedy}"))
