@@ -13,7 +13,9 @@ use super::shape::{Shape, shape};
 use super::{Call, event, version};
 use crate::control::jobs::{self, JobVerb};
 use crate::control::options::ExportOptions;
-use crate::control::{Changes, MirrorMap, MirrorRequest, Mode, Request, SnapshotRequest, Started, Status, libvirt};
+use crate::control::{
+    Changes, HandOver, MirrorMap, MirrorRequest, Mode, Request, SnapshotRequest, Started, Status, libvirt,
+};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -132,6 +134,7 @@ const COMMANDS: &[Command] = &[
         Ok(waiting(Request::RemoveExport { export: it.export, force: it.force }))
     }),
     command!("blkmirror-finish", NamedExport => Empty, |it| Ok(waiting(Request::Finish(it.export)))),
+    command!("blkmirror-hand-over", HandOver => Empty, |it| Ok(waiting(Request::HandOver(it)))),
     command!("blkmirror-map", MapCells => MirrorMap, |it| it.into_request().map(waiting)),
     command!("blkmirror-mirror", MirrorRequest => Started, |it| Ok(waiting(Request::Mirror(it)))),
     command!("blkmirror-pause", NamedExport => Empty, |it| Ok(waiting(Request::Pause(it.export)))),
