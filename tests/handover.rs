@@ -17,7 +17,7 @@ use support::images::thin_disk;
 use support::nbd::{Client, Replies, Request};
 use support::qmp::Qmp;
 use support::random::Random;
-use support::tools::{content, refused};
+use support::tools::{content, ran, refused};
 use support::{assert_same, eventually, folder};
 
 const DISK_LEN: usize = 16 << 20;
@@ -152,6 +152,38 @@ fn a_job_goes_on_with_the_successor_in_every_phase() {
     let truth = guest.stop();
     daemon.stop();
     assert_same("the target", &content(&target, "qcow2"), &truth);
+}
+
+/// Four jobs with connections of their own, each with a deep queue, verify what they wrote as they go; fio ends with its
+/// first connection that breaks.
+#[test]
+fn fio_finds_what_it_wrote_through_handovers() {
+    let folder = folder();
+    let mut daemon = served(folder.path());
+    let uri = format!("--uri={}", daemon.uri("vda"));
+    let jobs = [
+        &["--name=handed", "--thread", "--ioengine=nbd", &uri, "--rw=randwrite", "--bsrange=512-64k", "--iodepth=16"][..],
+        &["--numjobs=4", "--size=4m", "--offset_increment=4m", "--randseed=7", "--fsync=200", "--loops=6"],
+        &["--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0", "--verify_backlog=64", "--do_verify=1"],
+        &["--output-format=terse"],
+    ];
+    let mut fio = Command::new("fio");
+    fio.args(jobs.concat());
+    let verified = std::thread::spawn(move || ran(&mut fio));
+    let mut handovers = 0;
+    // Its connections are made by then: one that has not chosen an export is not handed over.
+    let before = thin_disk(DISK_LEN);
+    eventually("fio writes", || {
+        let now = std::fs::read(folder.path().join("disk.raw")).expect("a file of ours");
+        (0..4).all(|job| now[job << 22..][..4 << 20] != before[job << 22..][..4 << 20]).then_some(())
+    });
+    while !verified.is_finished() {
+        daemon.hand_over();
+        handovers += 1;
+    }
+    verified.join().expect("fio found what it wrote");
+    assert!(handovers > 0);
+    daemon.stop();
 }
 
 /// QEMU's own client, whose connection it is.
