@@ -172,6 +172,10 @@ pub struct Serve {
     /// Where the pivot records are kept; it has to survive a reboot
     #[arg(long, value_name = "DIR")]
     pub state: Option<PathBuf>,
+    /// Take over from the daemon whose control socket is at PATH: its sockets, its clients and their jobs. It has to have
+    /// been started with the same words, and ends
+    #[arg(long, value_name = "PATH")]
+    pub handover: Option<PathBuf>,
     /// Whether images go through the page cache
     #[arg(long, default_value = "none", value_parser = caches())]
     pub cache: Cache,

@@ -12,7 +12,8 @@ use std::os::unix::net::{SocketAddr, UnixDatagram};
 
 /// Serves until it is told to end.
 pub fn run(args: Serve) -> Result<(), Failure> {
-    if args.sockets.is_empty() && args.addresses.is_empty() && std::env::var_os("LISTEN_FDS").is_none() {
+    let named = !args.sockets.is_empty() || !args.addresses.is_empty() || args.handover.is_some();
+    if !named && std::env::var_os("LISTEN_FDS").is_none() {
         let message = "nowhere to listen: name --socket or --listen, or start it by a systemd socket; see serve --help";
         return Err(Failure::FailedWith { status: 2, message: message.to_owned() });
     }
@@ -30,6 +31,7 @@ fn options(args: Serve) -> ServeOptions {
         state: args.state,
         reach: Reach { cache: args.cache, certificates: args.servers.client_certificates, ..Reach::default() },
         tls: tls(args.tls),
+        handover: args.handover,
     }
 }
 

@@ -76,6 +76,8 @@ pub enum Fault {
     PlainBehindStartTls,
     /// 13: a write to another server's export is done while its bytes are still being sent.
     DoneBeforeSent,
+    /// 16: what was received of requests that were not begun does not go along to another process.
+    ForgetUnread,
 }
 
 #[cfg(all(test, not(feature = "loom")))]

@@ -80,7 +80,7 @@ enum Deed {
     Event(u8, bool),
 }
 
-const COMMANDS: [&str; 43] = [
+const COMMANDS: [&str; 44] = [
     "qmp_capabilities",
     "blkmirror-cancel",
     "blkmirror-finish",
@@ -114,6 +114,7 @@ const COMMANDS: [&str; 43] = [
     "query-version",
     "quit",
     "query-block",
+    "blkmirror-hand-over",
     "blkmirror-map",
     "blkmirror-export-add",
     "blkmirror-export-remove",

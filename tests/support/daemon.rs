@@ -78,6 +78,29 @@ impl Daemon {
         self.child = Some(child);
     }
 
+    /// Starts a successor with the same words, which takes over, and waits until it serves alone.
+    #[track_caller]
+    pub fn hand_over(&mut self) {
+        let mut before = self.child.take().expect("a daemon that runs");
+        let (count, control) = (self.args.len(), self.control_socket().display().to_string());
+        self.args.extend(["--handover".to_owned(), control]);
+        self.begin();
+        self.args.truncate(count);
+        let status = eventually("the daemon leaves", || {
+            let ended = self.child.as_mut().and_then(|child| child.try_wait().expect("waiting for our child"));
+            assert!(ended.is_none(), "the successor ended ({ended:?}):\n{}", self.log());
+            before.try_wait().expect("waiting for our child")
+        });
+        assert!(status.success(), "the daemon ended with {status}:\n{}", self.log());
+    }
+
+    /// The command line of `serve`.
+    pub fn serving(&self) -> Command {
+        let mut command = Command::new(&self.args[0]);
+        command.args(&self.args[1..]);
+        command
+    }
+
     /// `kill -9`.
     pub fn kill(&mut self) {
         let mut child = self.child.take().expect("a daemon that runs");

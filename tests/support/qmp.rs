@@ -33,6 +33,17 @@ impl Qmp {
         self.stream.write_all(bytes).expect("a server that reads");
     }
 
+    /// Reads on, whatever comes, until `text` has come.
+    #[track_caller]
+    pub fn read_until(&mut self, text: &str) {
+        let mut read = Vec::new();
+        while !read.ends_with(text.as_bytes()) {
+            let mut byte = [0];
+            std::io::Read::read_exact(&mut self.lines, &mut byte).expect("a server that goes on");
+            read.extend(byte);
+        }
+    }
+
     /// The next answer, whatever it answers.
     #[track_caller]
     pub fn answer(&mut self) -> Value {

@@ -96,8 +96,20 @@ pub enum Request {
         /// Also where clients are connected: their connections end.
         force: bool,
     },
+    /// Give the sockets, the connections and the images to another process, which asks for them.
+    HandOver(HandOver),
     /// End the daemon.
     Quit,
+}
+
+/// Who wants to take over.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct HandOver {
+    /// Which words it understands.
+    pub version: u32,
+    /// What it was started with.
+    pub options: Vec<String>,
 }
 
 /// What of a running job is changed, in whatever phase it is.

@@ -21,6 +21,8 @@ pub struct ServeOptions {
     pub reach: Reach,
     /// TLS for NBD clients; without, they speak in plain.
     pub tls: Option<TlsOptions>,
+    /// The control socket of a running daemon to take over from.
+    pub handover: Option<PathBuf>,
 }
 
 /// TLS for NBD clients.

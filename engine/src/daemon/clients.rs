@@ -68,6 +68,11 @@ impl Connection {
         }
     }
 
+    /// The client is at its other end.
+    pub fn socket(&self) -> &File {
+        &self.socket
+    }
+
     pub fn next_call(&mut self) -> Option<Call> {
         if self.gone { None } else { self.client.next_call() }
     }

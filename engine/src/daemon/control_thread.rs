@@ -3,11 +3,13 @@
 use super::clients::Connection;
 use super::desk::{Answer, Desk, News};
 use super::exports::{Export, Table};
+use super::handover;
 use super::listen::Listening;
-use super::threads::Worker;
-use crate::control::Request;
+use super::threads::{Client, Worker};
 use crate::control::options::Reach;
+use crate::control::{Code, HandOver, Refusal, Reply, Request};
 use crate::disk::Tools;
+use crate::export::session::Handed;
 use crate::io::remote::Remotes;
 use crate::io::{Arena, Buffer, Completion, File, Io, Op, Ring, Token, Until, Wait, Waker};
 use crate::state::StateFolder;
@@ -61,6 +63,12 @@ pub(super) struct ControlThread {
     resting: Vec<(Token, File)>,
     ticking: bool,
     ending: bool,
+    /// What this daemon was started with, for a successor's words to be held against.
+    words: Vec<String>,
+    /// Who takes over.
+    successor: Option<File>,
+    /// Clients that came when nobody was let in any more.
+    ungreeted: Vec<File>,
 }
 
 impl ControlThread {
@@ -70,6 +78,7 @@ impl ControlThread {
         reach: Reach,
         credentials: Option<Arc<Credentials>>,
         state: StateFolder,
+        words: Vec<String>,
     ) -> io::Result<Self> {
         let (arena, waker) = (Arena::allocate(ARENA_LEN)?, Waker::new()?);
         let (signals, signalled) = UnixStream::pair()?;
@@ -90,6 +99,9 @@ impl ControlThread {
             resting: Vec::new(),
             ticking: false,
             ending: false,
+            words,
+            successor: None,
+            ungreeted: Vec::new(),
         })
     }
 
@@ -169,6 +181,7 @@ impl ControlThread {
         let Op::Accept { listener, accepted } = done.op else { return };
         match (done.result, accepted) {
             (Ok(_), Some(socket)) if !self.ending => take(self, socket),
+            (Ok(_), Some(socket)) if done.token.0 >> KIND == NBD => self.ungreeted.push(socket),
             (Err(error), _) => {
                 // Out of descriptors, most likely, which the kernel says at once each time: not so soon again.
                 tracing::warn!(%error, "a connection could not be taken in");
@@ -194,7 +207,11 @@ impl ControlThread {
             return;
         }
         socket.no_delay();
-        match Worker::session(socket, Arc::clone(&self.table) as _, self.credentials.clone()) {
+        self.begin_session(Client::New(socket));
+    }
+
+    fn begin_session(&mut self, client: Client) {
+        match Worker::session(client, Arc::clone(&self.table) as _, self.credentials.clone()) {
             Ok(session) => self.sessions.push(session),
             Err(error) => tracing::error!(%error, "a connection's thread could not be started"),
         }
@@ -216,6 +233,11 @@ impl ControlThread {
         let clients: Vec<u64> = self.clients.keys().copied().collect();
         for id in clients {
             while let Some(call) = self.clients.get_mut(&id).and_then(Connection::next_call) {
+                if let Request::HandOver(wanted) = &call.request {
+                    let answer = self.hand_over(id, wanted);
+                    self.answer(id, answer);
+                    continue;
+                }
                 self.ending |= call.request == Request::Quit;
                 if let Some(answer) = self.desk.handle(id, call) {
                     self.answer(id, answer);
@@ -246,11 +268,46 @@ impl ControlThread {
         }
     }
 
-    /// Ends the sessions, and closes the desk.
-    pub fn close(self) -> Result<()> {
-        self.sessions.iter().for_each(Worker::ask_to_end);
-        self.sessions.into_iter().for_each(Worker::end);
-        self.desk.close()
+    /// Ends for the client, which is to take over, or says why not.
+    fn hand_over(&mut self, id: u64, wanted: &HandOver) -> Answer {
+        let Some(client) = self.clients.get(&id) else { return Ok(Reply::Done {}) };
+        let busy = self.ending.then(|| "this daemon is ending".to_owned());
+        let refused = busy.or_else(|| handover::refuse(wanted, &self.words, client.socket()));
+        if let Some(message) = refused.or_else(|| self.desk.refuse_hand_over()) {
+            return Err(Refusal { code: Code::OperationInvalid, message });
+        }
+        tracing::info!("another process takes over");
+        self.successor = Some(client.socket().clone());
+        self.ending = true;
+        Ok(Reply::Done {})
+    }
+
+    /// Goes on with clients that another process, or an earlier life of this one, had.
+    pub fn take_up(&mut self, clients: Vec<Handed>, new: Vec<File>) {
+        clients.into_iter().for_each(|handed| self.begin_session(Client::Handed(handed)));
+        new.into_iter().for_each(|socket| self.take_session(socket));
+    }
+
+    /// Who takes over, if somebody does.
+    pub fn successor(&self) -> Option<File> {
+        self.successor.clone()
+    }
+
+    /// Ends the sessions, and closes the desk. The clients that go on with somebody else, and those that were not greeted.
+    pub fn close(mut self) -> (Result<()>, Vec<Handed>, Vec<File>) {
+        let mut done = Vec::new();
+        if let Err(error) = self.ring.below().take_back(&mut done) {
+            tracing::warn!(%error, "what was under way cannot be taken back");
+        }
+        for Completion { token, op, .. } in done {
+            if let (NBD, Op::Accept { accepted: Some(socket), .. }) = (token.0 >> KIND, op) {
+                self.ungreeted.push(socket);
+            }
+        }
+        let tell = if self.successor.is_some() { Worker::ask_to_hand_over } else { Worker::ask_to_end };
+        self.sessions.iter().for_each(tell);
+        let handed = self.sessions.into_iter().filter_map(Worker::handed).collect();
+        (self.desk.close(), handed, self.ungreeted)
     }
 }
 

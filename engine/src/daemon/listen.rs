@@ -23,6 +23,8 @@ pub(super) struct Listening {
     /// What to call it.
     pub name: String,
     pub path: Option<PathBuf>,
+    /// Whether its path goes with it.
+    pub is_ours: bool,
 }
 
 impl Listening {
@@ -34,13 +36,13 @@ impl Listening {
                 let bound = TcpListener::bind(address.as_str());
                 let bound = bound.context(|| format!("{address}: listen; is another server there?"))?;
                 let name = bound.local_addr().map_or_else(|_| address.clone(), |found| found.to_string());
-                Ok(Self { file: File::new(bound), name, path: None })
+                Ok(Self { file: File::new(bound), name, path: None, is_ours: true })
             }
             Listener::Vsock { cid, port } => {
                 let bound = VsockListener::bind_with_cid_port(cid.unwrap_or(VMADDR_CID_ANY), *port);
                 let name = format!("vsock:{}:{port}", cid.map_or_else(|| "*".to_owned(), |cid| cid.to_string()));
                 let bound = bound.context(|| format!("{name}: listen; has this kernel vsock?"))?;
-                Ok(Self { file: File::new(bound), name, path: None })
+                Ok(Self { file: File::new(bound), name, path: None, is_ours: true })
             }
         }
     }
@@ -52,7 +54,8 @@ impl Listening {
         let before = access.is_said().then(|| umask(Mode::from_raw_mode(0o177)));
         let bound = UnixListener::bind(path).context(|| format!("{}: listen", path.display()));
         before.map(umask);
-        let listening = Self { file: File::new(bound?), name: path.display().to_string(), path: Some(path.to_owned()) };
+        let (name, path_too) = (path.display().to_string(), Some(path.to_owned()));
+        let listening = Self { file: File::new(bound?), name, path: path_too, is_ours: true };
         if access.user.is_some() || access.group.is_some() {
             let owned = std::os::unix::fs::chown(path, access.user, access.group);
             owned.context(|| format!("{}: giving it to its owner", path.display()))?;
@@ -87,7 +90,7 @@ impl Listening {
         };
         // The ring waits for connections itself; one that must not wait would spin.
         blocking.context(|| format!("{name}: making it wait"))?;
-        Ok(Self { file, name, path: None })
+        Ok(Self { file, name, path: None, is_ours: true })
     }
 }
 
@@ -99,7 +102,7 @@ impl Access {
 
 impl Drop for Listening {
     fn drop(&mut self) {
-        if let Some(path) = &self.path {
+        if let Some(path) = self.path.as_ref().filter(|_| self.is_ours) {
             // Somebody may have removed it already.
             let _ = fs::remove_file(path);
         }

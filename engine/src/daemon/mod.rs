@@ -16,6 +16,7 @@ mod control_thread;
 mod convert;
 mod desk;
 mod exports;
+mod handover;
 mod jobs;
 mod listen;
 mod lower;
@@ -34,12 +35,14 @@ pub use manifest::hashes;
 pub use map::{Run, Runs};
 
 use crate::control::options::{Access, ExportOptions, ServeOptions};
+use crate::io::File;
 use crate::open::{export_named, lasting_name};
 use crate::state::{StateFolder, is_volatile};
 use crate::tls::Credentials;
 use control_thread::ControlThread;
 use exports::{Export, Table, refuse_shared, refuse_twice};
 use formats::error::{Context, Error, Result};
+use handover::Estate;
 use listen::Listening;
 use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
 use std::collections::HashSet;
@@ -54,8 +57,8 @@ pub fn serve(options: &ServeOptions, ready: impl FnOnce(&str)) -> Result<()> {
     if let Some(twice) = options.exports.iter().find(|export| !names.insert(&export.name)) {
         return Err(Error::invalid(format!("two exports are named {}: give each a name of its own", twice.name)));
     }
-    let inherited = Listening::inherited()?;
-    if options.listeners.is_empty() && inherited.is_empty() {
+    let inherited = if options.handover.is_some() { Vec::new() } else { Listening::inherited()? };
+    if options.listeners.is_empty() && inherited.is_empty() && options.handover.is_none() {
         return Err(Error::invalid(
             "nowhere to listen: no address was named, and none of LISTEN_FDS is for this process",
         ));
@@ -63,6 +66,49 @@ pub fn serve(options: &ServeOptions, ready: impl FnOnce(&str)) -> Result<()> {
     allow_descriptors();
     outlive_size_limit()?;
     let credentials = options.tls.as_ref().map(Credentials::open).transpose()?.map(Arc::new);
+    let Some(control) = &options.handover else {
+        let estate = Estate { listeners: inherited, ..Estate::default() };
+        let ready = |sentence: &str| {
+            ready(sentence);
+            Ok(())
+        };
+        return live(options, credentials, estate, ready);
+    };
+    let mut taken = handover::ask(control, options)?;
+    let estate = std::mem::take(&mut taken.estate);
+    live(options, credentials, estate, |sentence| taken.confirm().map(|()| ready(sentence)))
+}
+
+/// Serves, as often as a successor does not take over what was left to it.
+fn live(
+    options: &ServeOptions,
+    credentials: Option<Arc<Credentials>>,
+    mut estate: Estate,
+    ready: impl FnOnce(&str) -> Result<()>,
+) -> Result<()> {
+    let mut ready = Some(ready);
+    loop {
+        let credentials = credentials.clone();
+        let told = |sentence: &str| ready.take().map_or(Ok(()), |ready| ready(sentence));
+        let Some(successor) = serve_once(options, credentials, &mut estate, told)? else { return Ok(()) };
+        match estate.give(&successor) {
+            Ok(()) => {
+                tracing::info!("another process has taken over");
+                estate.own_paths(false);
+                return Ok(());
+            }
+            Err(error) => tracing::error!(%error, "the successor did not take over: this process goes on"),
+        }
+    }
+}
+
+/// Serves until it is told to end, or to leave everything to a successor at the other end of a socket.
+fn serve_once(
+    options: &ServeOptions,
+    credentials: Option<Arc<Credentials>>,
+    estate: &mut Estate,
+    ready: impl FnOnce(&str) -> Result<()>,
+) -> Result<Option<File>> {
     let state = StateFolder::open(&state_folder(options))?;
     if is_volatile(state.path()) {
         tracing::warn!(
@@ -84,18 +130,34 @@ pub fn serve(options: &ServeOptions, ready: impl FnOnce(&str)) -> Result<()> {
     refuse_shared(exports.iter())?;
     let table = Arc::<Table>::default();
     let mut thread =
-        ControlThread::new(exports, table, options.reach.clone(), credentials, state).context(|| "starting")?;
+        ControlThread::new(exports, table, options.reach.clone(), credentials, state, handover::words(options))
+            .context(|| "starting")?;
     thread.desk().resume_jobs();
     // Only now: who finds the sockets is served.
-    let named = options.listeners.iter().map(Listening::at);
-    let listeners = inherited.into_iter().map(Ok).chain(named).collect::<Result<Vec<_>>>()?;
-    let control = Listening::unix(&options.control, Access::default())?;
-    let places: Vec<&str> = listeners.iter().map(|listening| listening.name.as_str()).collect();
-    ready(&format!("serving {} at {}", thread.desk().names(), places.join(", ")));
-    let served = thread.run(&listeners, &control).context(|| "the control thread");
-    drop((listeners, control));
-    thread.close()?;
-    served
+    let control = match estate.control.take() {
+        Some(control) => control,
+        None => {
+            let named = options.listeners.iter().map(Listening::at).collect::<Result<Vec<_>>>()?;
+            estate.listeners.extend(named);
+            Listening::unix(&options.control, Access::default())?
+        }
+    };
+    let places: Vec<&str> = estate.listeners.iter().map(|listening| listening.name.as_str()).collect();
+    ready(&format!("serving {} at {}", thread.desk().names(), places.join(", ")))?;
+    thread.take_up(std::mem::take(&mut estate.clients), std::mem::take(&mut estate.new));
+    let served = thread.run(&estate.listeners, &control).context(|| "the control thread");
+    estate.control = Some(control);
+    estate.own_paths(true);
+    let successor = thread.successor();
+    if successor.is_none() || served.is_err() {
+        // Nobody is to find what is not served any more.
+        *estate = Estate::default();
+    }
+    let (closed, clients, new) = thread.close();
+    (estate.clients, estate.new) = (clients, new);
+    closed?;
+    served?;
+    Ok(successor)
 }
 
 /// The exports of the command line, and those that were added while a daemon of this state folder ran.

@@ -3,7 +3,7 @@
 use super::pool::pool;
 use crate::copier::{Copier, Depth, Progress};
 use crate::disk::Tools;
-use crate::export::session::{self, ARENA_LEN, Directory, RING_DEPTH, Session};
+use crate::export::session::{self, ARENA_LEN, Directory, Ending, Handed, RING_DEPTH, Session};
 use crate::io::remote::Remotes;
 use crate::io::{Arena, File, Io, Op, Ring, Token, Turn, Wait, Waker};
 use crate::mirror::Mirror;
@@ -11,6 +11,7 @@ use crate::tls::Credentials;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -20,29 +21,62 @@ const TIMEOUT: Token = Token(u64::MAX - 1);
 /// A thread that can be told to end.
 pub(super) struct Worker {
     stop: Arc<AtomicBool>,
+    hand_over: Arc<AtomicBool>,
+    handed: Arc<Mutex<Option<Handed>>>,
     waker: Waker,
     thread: Option<JoinHandle<()>>,
+}
+
+/// Whom a connection's thread is for.
+pub(super) enum Client {
+    /// Somebody who has just come.
+    New(File),
+    /// Somebody whom another process served before.
+    Handed(Handed),
+}
+
+impl Client {
+    fn socket(&self) -> File {
+        match self {
+            Self::New(socket) | Self::Handed(Handed { socket, .. }) => socket.clone(),
+        }
+    }
 }
 
 impl Worker {
     /// A thread for one NBD connection.
     pub fn session(
-        socket: File,
+        client: Client,
         directory: Arc<dyn Directory>,
         credentials: Option<Arc<Credentials>>,
     ) -> io::Result<Self> {
-        let stop = Arc::<AtomicBool>::default();
+        let [stop, hand_over] = [(); 2].map(|()| Arc::<AtomicBool>::default());
+        let handed = Arc::<Mutex<Option<Handed>>>::default();
         let waker = Waker::new()?;
-        let (stop_there, waker_there) = (Arc::clone(&stop), waker.clone());
-        let body = move || match serve(&socket, directory, credentials, waker_there, stop_there) {
-            Ok(()) => {}
+        let (told, waker_there, handed_there) =
+            ([&stop, &hand_over].map(Arc::clone), waker.clone(), Arc::clone(&handed));
+        let socket = client.socket();
+        let body = move || match serve(client, directory, credentials, waker_there, told) {
+            Ok(left) => *handed_there.lock().unwrap_or_else(PoisonError::into_inner) = left,
             Err(error) => {
                 tracing::error!(%error, "a connection's thread failed; the connection is dropped");
                 socket.shut_down();
             }
         };
         let thread = std::thread::Builder::new().name("nbd".into()).spawn(body)?;
-        Ok(Self { stop, waker, thread: Some(thread) })
+        Ok(Self { stop, hand_over, handed, waker, thread: Some(thread) })
+    }
+
+    /// Asks a connection's thread to end, its client going on with somebody else.
+    pub fn ask_to_hand_over(&self) {
+        self.hand_over.store(true, Ordering::SeqCst);
+        self.waker.wake();
+    }
+
+    /// Waits for its end, after asking for that. Its client, where it can go on.
+    pub fn handed(mut self) -> Option<Handed> {
+        self.join();
+        self.handed.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// A thread that copies for `mirror`: number `number` of `count`.
@@ -58,7 +92,8 @@ impl Worker {
             }
         };
         let thread = std::thread::Builder::new().name("copy".into()).spawn(body)?;
-        Ok(Self { stop, waker, thread: Some(thread) })
+        let (hand_over, handed) = (Arc::default(), Arc::default());
+        Ok(Self { stop, hand_over, handed, waker, thread: Some(thread) })
     }
 
     /// True where it has ended by itself.
@@ -117,21 +152,29 @@ impl<T: Send + 'static> Errand<T> {
 }
 
 fn serve(
-    socket: &File,
+    client: Client,
     directory: Arc<dyn Directory>,
     credentials: Option<Arc<Credentials>>,
     waker: Waker,
-    stop: Arc<AtomicBool>,
-) -> io::Result<()> {
+    [stop, hand_over]: [Arc<AtomicBool>; 2],
+) -> io::Result<Option<Handed>> {
     let arena = Arena::allocate(ARENA_LEN)?;
     let mut ring = Remotes::new(Ring::new(RING_DEPTH, &arena)?.helped_by(pool(), Turn::Guest)?);
-    let session = Session::new(socket.clone(), directory, arena, waker, Token(0));
-    let mut session = session.with_tls(credentials).stopped_by(stop);
+    let session = match client {
+        Client::New(socket) => Session::new(socket, directory, arena, waker, Token(0)).with_tls(credentials),
+        Client::Handed(handed) => Session::resumed(handed, directory, arena, waker, Token(0))
+            .ok_or_else(|| io::Error::other("the export of a connection that was handed over is not there"))?,
+    };
+    let mut session = session.stopped_by(stop).handed_over_by(hand_over);
     let mut done = Vec::new();
     loop {
         if let session::Progress::Over(ending) = session.step(&mut ring, &mut done) {
             tracing::info!(export = session.export(), "connection ended: {ending}");
-            return Ok(());
+            if ending != Ending::HandedOver {
+                return Ok(None);
+            }
+            ring.below().take_back(&mut done)?;
+            return Ok(session.hand_over(done));
         }
         ring.reap(Wait::One, &mut done)?;
     }

@@ -218,6 +218,20 @@ impl Ring {
         }
     }
 
+    /// Cancels what is under way and waits until all of it is over; what was done of it is in `done`. Nothing is
+    /// submitted any more.
+    pub fn take_back(&mut self, done: &mut Vec<Completion>) -> io::Result<()> {
+        // It would be listened to for ever.
+        self.helpers = None;
+        while self.in_kernel.len() > self.free.len() {
+            self.enter(Wait::No)?;
+            // Nothing left to cancel is an error that says just that.
+            let _ = self.ring.submitter().register_sync_cancel(None, CancelBuilder::any());
+            self.reap(Wait::One, done)?;
+        }
+        Ok(())
+    }
+
     fn enter(&self, wait: Wait) -> io::Result<()> {
         // A deferred ring moves its completions only when it is asked for events, so ask always.
         let want = match wait {

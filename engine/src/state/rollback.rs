@@ -123,6 +123,7 @@ mod tests {
                 paused: false,
                 rollback,
                 named: false,
+                top: false,
                 request: MirrorRequest { export: "vda".to_owned(), ..MirrorRequest::default() },
             };
             state.new_planes("vda", &header(1), &TakenUp::nothing(&header(1))).expect("planes");

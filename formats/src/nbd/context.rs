@@ -35,6 +35,15 @@ impl Context {
             Self::Bitmap(name) => format!("{BITMAPS}{name}"),
         }
     }
+
+    /// The one of this name; `None` where there is none.
+    pub fn named(name: &str) -> Option<Self> {
+        match name {
+            "base:allocation" => Some(Self::Allocation),
+            "qemu:allocation-depth" => Some(Self::Depth),
+            _ => name.strip_prefix(BITMAPS).map(|bitmap| Self::Bitmap(bitmap.to_owned())),
+        }
+    }
 }
 
 /// The contexts of an export, each with its number.

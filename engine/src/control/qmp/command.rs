@@ -15,7 +15,7 @@ use super::{Call, event, version};
 use crate::control::jobs::{self, JobVerb};
 use crate::control::options::ExportOptions;
 use crate::control::{
-    Changes, MirrorMap, MirrorRequest, Mode, PivotRequest, Request, SnapshotRequest, Started, Status, libvirt,
+    Changes, HandOver, MirrorMap, MirrorRequest, Mode, PivotRequest, Request, SnapshotRequest, Started, Status, libvirt,
 };
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -136,6 +136,7 @@ const COMMANDS: &[Command] = &[
         Ok(waiting(Request::RemoveExport { export: it.export, force: it.force }))
     }),
     command!("blkmirror-finish", NamedExport => Empty, |it| Ok(waiting(Request::Finish(it.export)))),
+    command!("blkmirror-hand-over", HandOver => Empty, |it| Ok(waiting(Request::HandOver(it)))),
     command!("blkmirror-map", MapCells => MirrorMap, |it| it.into_request().map(waiting)),
     command!("blkmirror-mirror", MirrorRequest => Started, |it| Ok(waiting(Request::Mirror(it)))),
     command!("blkmirror-pause", NamedExport => Empty, |it| Ok(waiting(Request::Pause(it.export)))),

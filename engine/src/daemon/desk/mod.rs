@@ -177,6 +177,18 @@ impl Desk {
         !self.replacing.is_empty() || self.jobs.values().any(|active| active.job.holds_gate())
     }
 
+    /// Why nobody else can go on with what it has now, if so.
+    pub fn refuse_hand_over(&self) -> Option<String> {
+        let under_way = self.replacing.len() + self.removing.len() + self.reaching.len() + self.lowering.len();
+        if under_way > 0 {
+            return Some(
+                "an export is being changed, or a job is about to begin: try again when that is done".to_owned(),
+            );
+        }
+        let late = self.jobs.values().find_map(|active| active.job.lateness());
+        late.map(|late| format!("what is under way cannot be waited for: {late}"))
+    }
+
     /// What it has to say since it was asked last.
     pub fn take_news(&mut self) -> Vec<News> {
         std::mem::take(&mut self.news)
@@ -283,7 +295,7 @@ impl Desk {
                 Err(refusal) => Err(refusal),
             },
             // The thread's own affair.
-            Request::Quit => Ok(Reply::Done {}),
+            Request::Quit | Request::HandOver(_) => Ok(Reply::Done {}),
         };
         Some(answer)
     }

@@ -123,6 +123,7 @@ impl Active {
             paused: false,
             rollback: true,
             named: false,
+            top: false,
             request,
         };
         let kept = KeptRollback { generation, job };

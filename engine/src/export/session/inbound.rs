@@ -100,6 +100,30 @@ impl Inbound {
         self.short = Some(arena.take(header_len).unwrap_or_else(|| Buffer::alone(header_len)));
     }
 
+    /// What of the requests to come was received already, by whoever had the socket before.
+    pub fn take_up(&mut self, bytes: &[u8]) {
+        if bytes.is_empty() {
+            return;
+        }
+        let mut staging = self.staging.take().expect("nothing was received yet");
+        // What does not fit is less than a header.
+        let (head, rest) = bytes.split_at(bytes.len().saturating_sub(staging.len()).min(self.header_len - 1));
+        self.header[..head.len()].copy_from_slice(head);
+        self.header_filled = head.len();
+        staging[..rest.len()].copy_from_slice(rest);
+        self.received = Some((staging, 0..rest.len()));
+    }
+
+    /// True between two requests: neither a payload nor bytes that nobody wants are on their way.
+    pub fn is_between(&self) -> bool {
+        self.skip == 0 && self.payload.is_none()
+    }
+
+    /// What was received of requests that were not begun.
+    pub fn left(&self) -> Vec<u8> {
+        [&self.header[..self.header_filled], self.unread()].concat()
+    }
+
     /// What follows is TLS, all of it. Before anything of it was received.
     pub fn expect_tls(&mut self, arena: &Arena) {
         assert!(self.received.is_none() && self.state != State::Receiving, "a border is not received across");

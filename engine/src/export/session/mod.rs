@@ -14,6 +14,7 @@
 //!
 //! A connection ends when nothing of it is under way: what a client that is gone had asked for is
 //! done to its end before, so that no late write of it can meet those of its next connection.
+mod handed;
 mod inbound;
 mod layer;
 mod outbound;
@@ -34,6 +35,7 @@ use crate::tls::{Credentials, in_words};
 use formats::nbd::handshake::Reason;
 use formats::nbd::wire::Header;
 use formats::nbd::{Exports, Handshake, Outcome, Tls};
+pub use handed::Handed;
 use inbound::{Inbound, STAGING_LEN};
 use layer::Layer;
 use outbound::Outbound;
@@ -55,6 +57,8 @@ pub const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
 /// A client that leaves and does not take its last replies by then is dropped.
 pub const LINGER_MAX: Duration = Duration::from_secs(10);
 
+/// A client whose request has come in part and does not come whole by then is not handed over.
+pub const HAND_OVER_MAX: Duration = Duration::from_secs(2);
 /// Requests, and writes to a target that outlast theirs.
 const SLOTS_MAX: usize = 2 * REQUESTS_MAX;
 
@@ -65,6 +69,7 @@ const WAKE: u64 = 2;
 const DEADLINE: u64 = 3;
 const LINGER: u64 = 4;
 const PATIENCE: u64 = 5;
+const HAND_OVER: u64 = 6;
 const SLOTS: u64 = 8;
 /// How many tokens a session uses.
 pub const TOKENS: u64 = SLOTS + SLOTS_MAX as u64 * GuestRequest::TOKENS;
@@ -97,6 +102,9 @@ pub enum Ending {
     /// On our wish.
     #[error("the server stops")]
     Stopped,
+    /// Somebody else has the connection from now on.
+    #[error("another process takes it over")]
+    HandedOver,
     /// Before an export was chosen.
     #[error("handshake: {0}")]
     Handshake(Reason),
@@ -149,6 +157,10 @@ pub struct Session {
     outbound: Outbound,
     phase: Phase,
     stop: Arc<AtomicBool>,
+    hand_over: Arc<AtomicBool>,
+    /// That was noticed.
+    hands_over: bool,
+    begun: bool,
     /// Set when no more is taken in.
     leaving: Option<Ending>,
 }
@@ -175,6 +187,9 @@ impl Session {
             layer: Layer::Plain,
             phase: Phase::New,
             stop: Arc::default(),
+            hand_over: Arc::default(),
+            hands_over: false,
+            begun: false,
             leaving: None,
         }
     }
@@ -184,10 +199,21 @@ impl Session {
         Arc::clone(&self.stop)
     }
 
+    #[cfg(test)]
+    pub(crate) fn hand_over_soon(&self) {
+        self.hand_over.store(true, Ordering::Release);
+    }
+
     /// The same, ending when `stop` is true and the waker was called, and what is under way is done.
     #[must_use]
     pub fn stopped_by(self, stop: Arc<AtomicBool>) -> Self {
         Self { stop, ..self }
+    }
+
+    /// The same, ending between two requests when `hand_over` is true and the waker was called: see `hand_over`.
+    #[must_use]
+    pub fn handed_over_by(self, hand_over: Arc<AtomicBool>) -> Self {
+        Self { hand_over, ..self }
     }
 
     /// The same, for clients that go on inside TLS.
@@ -206,7 +232,7 @@ impl Session {
 
     /// Takes in what is done and starts what can be started. Never waits. All of `done` is its own.
     pub fn step<I: Io>(&mut self, io: &mut I, done: &mut Vec<Completion>) -> Progress {
-        if let Phase::New = self.phase {
+        if !std::mem::replace(&mut self.begun, true) {
             self.start(io);
         }
         done.drain(..).for_each(|completion| self.complete(io, completion));
@@ -226,7 +252,9 @@ impl Session {
         }
         match &self.leaving {
             Some(ending) if self.is_idle() => {
-                self.socket.shut_down();
+                if *ending != Ending::HandedOver {
+                    self.socket.shut_down();
+                }
                 let over = match &mut self.phase {
                     Phase::Transmission(transmission) => transmission.leave(),
                     _ => true,
@@ -238,11 +266,17 @@ impl Session {
     }
 
     fn start<I: Io>(&mut self, io: &mut I) {
+        io.submit(self.token(WAKE), Op::Wake { waker: self.waker.clone() });
+        if let Phase::New = self.phase {
+            self.greet(io);
+        }
+    }
+
+    fn greet<I: Io>(&mut self, io: &mut I) {
         let mode = self.credentials.as_ref().map_or(Tls::Off, |credentials| credentials.mode());
         let mut greeting = Vec::new();
         self.phase = Phase::Handshake(Box::new(Handshake::new(mode, &mut greeting)));
         self.outbound.bytes(&greeting);
-        io.submit(self.token(WAKE), Op::Wake { waker: self.waker.clone() });
         io.submit(self.token(DEADLINE), Op::Timeout { after: HANDSHAKE_MAX });
     }
 
@@ -288,6 +322,11 @@ impl Session {
             DEADLINE => self.deadline(io),
             // Whoever has not listened until now does not.
             LINGER => self.socket.shut_down(),
+            HAND_OVER if self.leaving.is_none() => {
+                self.leave(io, Ending::Stopped);
+                self.socket.shut_down();
+            }
+            HAND_OVER => {}
             PATIENCE => {
                 let Phase::Transmission(transmission) = &mut self.phase else { unreachable!("requests come later") };
                 let mut tools = Tools { io, arena: &self.arena, waker: &self.waker };
@@ -334,12 +373,19 @@ impl Session {
         }
         self.shake_hands(io);
         let mut ending = None;
+        let plain = matches!(self.layer, Layer::Plain);
+        let hand_over = self.hand_over.load(Ordering::Acquire);
+        if hand_over && !std::mem::replace(&mut self.hands_over, true) {
+            io.submit(self.token(HAND_OVER), Op::Timeout { after: HAND_OVER_MAX });
+        }
         if let Phase::Transmission(transmission) = &mut self.phase {
             let mut tools = Tools { io, arena: &self.arena, waker: &self.waker };
             let base = Token(self.base.0 + SLOTS);
-            ending = transmission.take_in(&mut self.inbound, &mut self.outbound, &mut tools, base);
+            ending = transmission.take_in(&mut self.inbound, &mut self.outbound, &mut tools, base, hand_over && plain);
         }
-        let stopped = self.stop.load(Ordering::Acquire).then_some(Ending::Stopped);
+        // The keys of TLS go nowhere, and who has chosen no export yet has nothing to lose.
+        let stays = hand_over && (!plain || !matches!(self.phase, Phase::Transmission(_)));
+        let stopped = (stays || self.stop.load(Ordering::Acquire)).then_some(Ending::Stopped);
         let cut_off = self.outbound.is_broken() || (self.inbound.has_ended() && self.inbound.unread().is_empty());
         if let Some(ending) = ending.or(stopped).or(cut_off.then_some(Ending::Gone)) {
             self.leave(io, ending);

@@ -7,11 +7,13 @@ mod world;
 
 use super::{Ending, PAYLOAD_MAX, Progress, REQUESTS_MAX};
 use crate::export::gate::Route;
+use crate::fault::{Fault, plant};
 use crate::mirror::Mirror;
 use formats::nbd::Style;
 use formats::nbd::wire::{self, chunk, command_flag as flag};
 use formats::range::ByteRange;
 use std::collections::BTreeMap;
+use std::panic::catch_unwind;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use world::{Done, Random, Scene, disk};
@@ -185,8 +187,8 @@ fn reply(scene: &mut Scene) -> Reply {
 }
 
 /// A client that asks for everything, at random and in bursts, never twice for the same bytes at a
-/// time, and keeps its own copy of the truth.
-fn any_client(mut scene: Scene, seed: u64, style: Style) {
+/// time, and keeps its own copy of the truth. How often its connection went to another process.
+fn any_client(mut scene: Scene, seed: u64, style: Style) -> u64 {
     let mut random = Random::new(seed + 7);
     let mut truth = vec![0_u8; SIZE as usize];
     let mut cookie = 0;
@@ -241,6 +243,43 @@ fn any_client(mut scene: Scene, seed: u64, style: Style) {
     scene.say(&ask(style, DISC, 0, 0, 0, 0));
     assert_eq!(scene.run(), Progress::Over(Ending::Disconnected));
     assert!(scene.world.files[0] == truth);
+    scene.handed_over
+}
+
+/// The same for a client whose connection goes to another process now and then.
+fn handed_client(seed: u64) -> u64 {
+    let style = [Style::Simple, Style::Structured, Style::Extended][seed as usize % 3];
+    let mut scene = scene(seed, SIZE, style);
+    scene.hand_over_one_in = 3 + seed % 40;
+    any_client(scene, seed, style)
+}
+
+/// Promise 14.
+#[test]
+fn a_connection_that_goes_to_another_process_loses_nothing() {
+    let handed_over: u64 = (0..150).map(handed_client).sum();
+    assert!(handed_over > 500, "{handed_over} handovers");
+}
+
+/// Others wait for it meanwhile, who are between two requests.
+#[test]
+fn a_client_that_stops_inside_a_request_is_not_handed_over() {
+    let mut scene = scene(1, SIZE, Style::Structured);
+    scene.say(&write(0, 1, 0, &[1; 4096])[..100]);
+    assert_eq!(scene.run(), Progress::Running);
+    scene.session.hand_over_soon();
+    assert_eq!(scene.run(), Progress::Running);
+    scene.world.expired = true;
+    assert_eq!(scene.run(), Progress::Over(Ending::Stopped));
+}
+
+/// Promise 14.
+#[test]
+fn forgetting_what_was_received_and_not_begun_is_caught() {
+    plant(Some(Fault::ForgetUnread));
+    let shown = (0..150).any(|seed| catch_unwind(|| handed_client(seed)).is_err());
+    plant(None);
+    assert!(shown, "the world is too tame to be trusted");
 }
 
 #[test]

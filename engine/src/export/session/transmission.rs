@@ -97,7 +97,11 @@ impl Transmission {
         out: &mut Outbound,
         tools: &mut Tools<I>,
         base: Token,
+        hand_over: bool,
     ) -> Option<Ending> {
+        if hand_over && self.is_between(inbound) {
+            return Some(Ending::HandedOver);
+        }
         if !self.member.as_mut().is_some_and(|member| member.may_begin(tools.waker)) {
             return None;
         }
@@ -108,6 +112,9 @@ impl Transmission {
                     return None;
                 }
                 self.admit(admission, inbound, out, tools, base);
+            }
+            if hand_over && self.is_between(inbound) {
+                return Some(Ending::HandedOver);
             }
             // A request whose payload is coming in has its place; any other needs one for its reply.
             if self.expected.is_none() && !self.has_room(0) {
@@ -132,6 +139,16 @@ impl Transmission {
                 }
             }
         }
+    }
+
+    /// No request has come in part, but for its header.
+    fn is_between(&self, inbound: &Inbound) -> bool {
+        self.waiting.is_none() && self.expected.is_none() && inbound.is_between()
+    }
+
+    /// What was agreed upon with the client.
+    pub fn negotiated(&self) -> &Negotiated {
+        &self.negotiated
     }
 
     /// A request's way: to its admission, to a refusal, or to the end of the session.

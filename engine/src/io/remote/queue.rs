@@ -77,6 +77,13 @@ impl<I: Io> Remotes<I> {
     }
 }
 
+impl<I: Io> Remotes<I> {
+    /// The queue below.
+    pub fn below(&mut self) -> &mut I {
+        &mut self.below
+    }
+}
+
 impl<I: Io> Io for Remotes<I> {
     fn submit(&mut self, token: Token, op: Op) {
         debug_assert!(!is_own(token), "a token that is kept for connections");

@@ -1,6 +1,6 @@
 //! A client, a disk and a queue in memory: everything is done in an order that a seed decides, in
 //! pieces of any size.
-use super::super::{Directory, Progress, Session};
+use super::super::{Directory, Ending, Progress, Session};
 use crate::chain::{Chain, Layer};
 use crate::disk::{DataFile, Disk};
 use crate::export::gate::{Gate, Route};
@@ -20,6 +20,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 const PAGE: u64 = 4096;
+const BASE: Token = Token(1 << 40);
 
 /// The same numbers for the same seed.
 pub struct Random(u64);
@@ -338,6 +339,11 @@ pub struct Scene {
     pub theirs: Option<UnixStream>,
     /// The client's TLS, once it has begun: what it says and hears goes through it.
     pub tls: Option<ClientConnection>,
+    /// Once in so many steps the session is told to go to another process; 0 for never.
+    pub hand_over_one_in: u64,
+    /// How often it did.
+    pub handed_over: u64,
+    directory: Arc<One>,
     done: Vec<Completion>,
 }
 
@@ -373,14 +379,52 @@ impl Scene {
         // Less than a session gets: buffers of their own come in too.
         let arena = Arena::new(1 << 20);
         let (ours, theirs) = UnixStream::pair().expect("a socket pair");
-        let session = Session::new(File::new(ours), directory, arena, Waker::simulated(0), Token(1 << 40));
+        let session = Session::new(File::new(ours), Arc::clone(&directory) as _, arena, Waker::simulated(0), BASE);
         let files = (0..2).map(|_| vec![0; file_len as usize]).collect();
-        Self { world: World::new(seed, files), session, gate, disk, theirs: Some(theirs), tls: None, done: Vec::new() }
+        Self {
+            world: World::new(seed, files),
+            session,
+            gate,
+            disk,
+            theirs: Some(theirs),
+            tls: None,
+            hand_over_one_in: 0,
+            handed_over: 0,
+            directory,
+            done: Vec::new(),
+        }
+    }
+
+    /// The session goes to another process, with what is under way cancelled: a receive may have brought something.
+    fn hand_over(&mut self) {
+        let mut done = std::mem::take(&mut self.done);
+        for (token, mut op) in std::mem::take(&mut self.world.pending) {
+            let receives = matches!(op, Op::Receive { .. });
+            let brings = receives && !self.world.to_server.is_empty() && self.world.random.below(2) == 0;
+            let cancelled = || Err(io::Error::from_raw_os_error(rustix::io::Errno::CANCELED.raw_os_error()));
+            let result = if brings { self.world.end(&mut op) } else { cancelled() };
+            assert!(receives || matches!(op, Op::Wake { .. } | Op::Timeout { .. }), "{op:?} is under way");
+            done.push(Completion { token, op, result });
+        }
+        let arena = || Arena::new(1 << 20);
+        let directory = || Arc::clone(&self.directory) as Arc<dyn Directory>;
+        let nobody = Session::new(File::simulated(9), directory(), arena(), Waker::simulated(0), BASE);
+        let handed = std::mem::replace(&mut self.session, nobody).hand_over(done).expect("a connection");
+        self.session =
+            Session::resumed(handed, directory(), arena(), Waker::simulated(0), BASE).expect("the export is there");
+        self.handed_over += 1;
     }
 
     /// One step, and some of what can end ends.
     pub fn step(&mut self) -> Progress {
-        let progress = self.session.step(&mut self.world, &mut self.done);
+        if self.hand_over_one_in > 0 && self.world.random.below(self.hand_over_one_in) == 0 {
+            self.session.hand_over_soon();
+        }
+        let mut progress = self.session.step(&mut self.world, &mut self.done);
+        if progress == Progress::Over(Ending::HandedOver) {
+            self.hand_over();
+            progress = self.session.step(&mut self.world, &mut self.done);
+        }
         if progress == Progress::Running {
             self.world.reap(Wait::No, &mut self.done).expect("a queue in memory");
         }
