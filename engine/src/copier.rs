@@ -313,9 +313,11 @@ impl Slot {
             return Ok(());
         }
         if let (Source::Data { layer, host }, true) = (source, mirror.shares() && !mirror.compares())
+            && let from = mirror.source.chain().layers()[layer].file.file()
+            && from.as_remote().is_none()
             && let Some(shared) = shareable(piece, host)
         {
-            let from = mirror.source.chain().layers()[layer].file.file().clone();
+            let from = from.clone();
             self.stage = Stage::Share(Task::share(Arc::clone(&mirror.target), shared, from, host), shared);
             return Ok(());
         }
