@@ -47,7 +47,6 @@ impl Claim {
     }
 
     /// The same, where all of `range` is to be brought at once.
-    #[must_use]
     pub fn lacking_all(self, range: ByteRange) -> Self {
         Self { lacking: vec![range], ..self }
     }

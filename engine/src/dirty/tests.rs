@@ -5,7 +5,7 @@ use formats::range::ByteRange;
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 
-const SIZE: u64 = (64 * 70 << 12) - 100;
+const SIZE: u64 = ((64 * 70) << 12) - 100;
 
 #[derive(Clone, Debug)]
 enum Step {

@@ -338,7 +338,7 @@ mod tests {
         let mut slowest: f64 = 1.0;
         for tick in 0..50 {
             let now = Duration::from_millis(200 * tick);
-            let [copied, dirtied] = [tick * 20 << 20, tick * 10 << 20];
+            let [copied, dirtied] = [(tick * 20) << 20, (tick * 10) << 20];
             let counts = Counts { copied, dirtied, guest: dirtied, ..Counts::default() };
             let standing = Standing { left: copy.left as u64, follows: false, was_ready: false };
             if let Some((share, words)) = copy.bounds.decide(now, counts, standing) {
@@ -358,7 +358,7 @@ mod tests {
         for (dirtied, stalls) in [(5, false), (19, true)] {
             let mut bounds = Bounds::new(Limits::default());
             for tick in 0..20 {
-                let [copied, dirtied] = [20 * tick << 20, dirtied * tick << 20];
+                let [copied, dirtied] = [(20 * tick) << 20, (dirtied * tick) << 20];
                 let counts = Counts { copied, dirtied, guest: dirtied, ..Counts::default() };
                 bounds.decide(Duration::from_millis(200 * tick), counts, standing);
             }
