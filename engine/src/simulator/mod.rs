@@ -155,11 +155,12 @@ fn worlds_with_a_hung_target_keep_every_promise() {
 /// Promise 2. Where the late write lands, the target has it; where it fails, the mark alone knows.
 #[test]
 fn an_answer_without_the_target_that_marks_nothing_is_caught() {
-    // Where so much fails a long chunk would never be copied in one go.
+    // Where so much fails long runs would never be copied in one go.
     assert_caught(Fault::NoMarkWhenLate, |seed| Plan {
         fate: Fate::Lives,
         fail_one_in: 10,
         chunk_bits: 12,
+        shares: false,
         ..with_a_hung_target(seed)
     });
 }

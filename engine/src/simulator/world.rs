@@ -202,7 +202,7 @@ impl World {
                 drop(life);
                 return None;
             }
-            assert!(self.step < 200_000, "the world does not come to an end: {:?}: {}", self.plan, life.describe());
+            assert!(self.step < 1_000_000, "the world does not come to an end: {:?}: {}", self.plan, life.describe());
         }
     }
 
