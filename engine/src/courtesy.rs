@@ -89,7 +89,7 @@ impl Default for Courtesy {
     fn default() -> Self {
         Self {
             factor: AtomicU64::new(0),
-            latencies: Latencies([const { AtomicU64::new(0) }; BUCKETS]),
+            latencies: Latencies(std::array::from_fn(|_| AtomicU64::new(0))),
             suspended: AtomicBool::new(false),
             runs: AtomicU64::new(RUNS_MAX),
             rate: Rate::default(),
