@@ -3,7 +3,7 @@
 //! ```text
 //! take (claim, clear marks) ─► look ─► Data: read ─► runs ─► write ─┐
 //!                               │                      └───► zero ──┤
-//!                               ├─► Data on the target's file system: share its blocks ─┤
+//!                               ├─► Data that can be shared: share ─┤
 //!                               ├─► Zero: zero ─────────────────────┤
 //!                               └─► the target has it below ────────┤
 //!                    any error: mark again, tell the job ───────────┴─► put (release)
@@ -340,7 +340,7 @@ impl Slot {
 
     fn read<I: Io>(&mut self, mirror: &Mirror, tools: &Tools<I>, piece: ByteRange) {
         mirror.spend(piece.len());
-        let buf = room(tools, piece.len() as usize);
+        let buf = tools.arena.buffer(piece.len() as usize);
         self.stage = Stage::Read(Task::read(Arc::clone(&mirror.source), piece, buf), piece);
     }
 
@@ -350,7 +350,7 @@ impl Slot {
             Stage::Look => {}
             Stage::Read(task, range) => match task.end() {
                 (Ok(()), Some(bytes)) if mirror.compares() || matches!(self.work, Work::Verify(_)) => {
-                    let buf = room(tools, bytes.len());
+                    let buf = tools.arena.buffer(bytes.len());
                     self.stage = Stage::Compare(bytes, Task::read(Arc::clone(&mirror.target), range, buf));
                 }
                 (Ok(()), Some(bytes)) => {
@@ -472,11 +472,6 @@ impl Placing {
         }
         outcome.map(|()| (written, len))
     }
-}
-
-/// Memory for `len` bytes: of the thread's own, or more where that is in use.
-fn room<I: Io>(tools: &Tools<I>, len: usize) -> Buffer {
-    tools.arena.take(len).unwrap_or_else(|| Buffer::alone(len))
 }
 
 /// In a shallow copy, a prefix of `range` that neither top layer has: both read it from the same layers below.

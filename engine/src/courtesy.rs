@@ -4,7 +4,7 @@
 //! there. Then each window of requests decides: where its 99th percentile is beyond the bound, copiers get half as many
 //! runs under way, and with one left, less speed; where it is within, both grow again. A guest that asks for nothing costs
 //! nothing. Copying never becomes so slow that it would not come to an end: see `floor`.
-use crate::rate::Rate;
+use crate::rate::{Rate, per_second};
 use crate::sync::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -237,10 +237,6 @@ impl Courtesy {
 /// What copiers may do in any case: twice what guests make anew, or they would not come to an end.
 fn floor(dirtied: u64) -> u64 {
     SPEED_MIN.max(dirtied.saturating_mul(2))
-}
-
-fn per_second(bytes: u64, time: Duration) -> u64 {
-    u64::try_from(u128::from(bytes) * 1_000_000 / time.as_micros().max(1)).unwrap_or(u64::MAX)
 }
 
 impl Latencies {

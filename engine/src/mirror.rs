@@ -107,6 +107,13 @@ pub struct Stats {
     pub delay_ns: AtomicU64,
 }
 
+impl Stats {
+    /// A guest's write has waited so long for the mirror.
+    pub fn delayed(&self, wait: Duration) {
+        self.delay_ns.fetch_add(u64::try_from(wait.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+}
+
 /// One side failed; copying rests until the job has decided.
 #[derive(Debug)]
 pub struct Fault {

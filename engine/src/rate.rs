@@ -72,6 +72,11 @@ impl Rate {
     }
 }
 
+/// Bytes a second, where there were `bytes` in `time`.
+pub fn per_second(bytes: u64, time: Duration) -> u64 {
+    u64::try_from(u128::from(bytes) * 1_000_000 / time.as_micros().max(1)).unwrap_or(u64::MAX)
+}
+
 fn bytes(limit: u64, time: Duration) -> i64 {
     let bytes = u128::from(limit) * time.as_nanos() / 1_000_000_000;
     i64::try_from(bytes).unwrap_or(i64::MAX)

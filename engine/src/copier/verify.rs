@@ -13,7 +13,7 @@
 //!
 //! The orders are in `mirror/verification.rs`. The target's payload is read from its file, past the page cache where it
 //! is open for direct I/O; where it lies there is asked of the mapping that the daemon has in memory.
-use super::{Copier, Slot, Stage, Work, below_both, room};
+use super::{Copier, Slot, Stage, Work, below_both};
 use crate::chain::{Look, Source};
 use crate::disk::{Task, Tools};
 use crate::fault::{Fault, planted};
@@ -109,7 +109,7 @@ impl Slot {
     pub(super) fn read_back<I: Io>(&mut self, mirror: &Mirror, tools: &Tools<I>, bytes: Buffer) {
         if matches!(self.work, Work::Verify(_)) {
             let range = ByteRange { start: self.at - bytes.len() as u64, end: self.at };
-            let buf = room(tools, bytes.len());
+            let buf = tools.arena.buffer(bytes.len());
             self.stage = Stage::Back(bytes, Task::read(Arc::clone(&mirror.target), range, buf));
         }
     }

@@ -205,20 +205,8 @@ impl Active {
             });
         let (kept, (threads, room)) = threads.inspect_err(|_| unbegin(is_new, &plan, export, state))?;
         mirror.set_runs_max(room.runs_in(buf_size));
-        let mut job = Job::start(Parts {
-            id,
-            mirror,
-            gate: Arc::clone(&export.gate),
-            target_is_zero: taken.target_is_zero,
-            seen: taken.seen,
-            sync_rest: SYNC_REST,
-            mode: request.mode,
-            on_source_error: request.on_source_error,
-            on_target_error: request.on_target_error,
-            pause_max: Duration::from_millis(request.pause_budget),
-            limits: limits(request),
-            verify: request.verify,
-        });
+        let (target_is_zero, seen) = (taken.target_is_zero, taken.seen);
+        let mut job = Job::start(Parts { target_is_zero, seen, ..parts(request, id, mirror, export) });
         if paused {
             job.pause(true);
         }
@@ -468,6 +456,24 @@ fn micros(time: Duration) -> u64 {
 /// Until a moment that is in seconds since 1970; 0 where it has gone by.
 fn seconds_until(moment: u64) -> u64 {
     moment.saturating_sub(SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default().as_secs())
+}
+
+/// What a job is made of that is asked for so; the seeder has been everywhere.
+fn parts(request: &MirrorRequest, id: String, mirror: Arc<Mirror>, export: &Export) -> Parts {
+    Parts {
+        id,
+        gate: Arc::clone(&export.gate),
+        target_is_zero: false,
+        seen: mirror.source.size(),
+        mirror,
+        sync_rest: SYNC_REST,
+        mode: request.mode,
+        on_source_error: request.on_source_error,
+        on_target_error: request.on_target_error,
+        pause_max: Duration::from_millis(request.pause_budget),
+        limits: limits(request),
+        verify: request.verify,
+    }
 }
 
 /// To three digits behind the point.

@@ -36,7 +36,7 @@ pub fn hashes(disk: Disk, header: Header, mut found: impl FnMut(Entry) -> Result
                 true => Piece::Zeroes,
                 false => {
                     let len = range.len() as usize;
-                    let buf = arena.take(len).unwrap_or_else(|| Buffer::alone(len));
+                    let buf = arena.buffer(len);
                     Piece::Reading(Box::new(Task::read(Arc::clone(&disk), range, buf)))
                 }
             };

@@ -2,6 +2,7 @@
 //!
 //! It is told counters and the time, and answers from what it remembers of them. Everything it says is of the
 //! past: of the future it gives a band, from the slowest to the fastest second that it remembers.
+use crate::rate::per_second;
 use std::collections::VecDeque;
 use std::time::Duration;
 
@@ -154,11 +155,6 @@ impl Pace {
 fn progress(over: Duration, from: Counters, to: Counters) -> i128 {
     let rate = |from: u64, to: u64| i128::from(per_second(to.saturating_sub(from), over));
     rate(from.copied, to.copied) - rate(from.dirtied, to.dirtied)
-}
-
-fn per_second(bytes: u64, over: Duration) -> u64 {
-    let rate = u128::from(bytes) * 1_000_000 / over.as_micros().max(1);
-    u64::try_from(rate).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

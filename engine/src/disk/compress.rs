@@ -6,7 +6,7 @@
 //! ```
 use super::Disk;
 use super::flush::Settling;
-use super::step::{Moved, Status, Tools, keep, scratch, start_write};
+use super::step::{Moved, Status, Tools, keep, start_write};
 use super::task::Task;
 use crate::io::{Buffer, Completion, Io, Op, Token, Work};
 use formats::error::{Error, Result};
@@ -135,14 +135,14 @@ impl Compress {
         {
             let guest = ByteRange { start: self.at, end: self.range.end.min(self.at + self.cluster as u64) };
             self.at = guest.end;
-            let mut from = scratch(tools, self.cluster);
+            let mut from = tools.arena.buffer(self.cluster);
             let bytes = self.bytes(guest);
             from[..bytes.len()].copy_from_slice(bytes);
             from[bytes.len()..].fill(0);
             let layer = Arc::clone(disk.chain().top());
             // No bytes: it does not shrink.
             let work = Work::new(move |from, to| Ok(layer.image.deflate(from, to).unwrap_or(0)));
-            let op = Op::Compute { from, to: scratch(tools, self.cluster), work };
+            let op = Op::Compute { from, to: tools.arena.buffer(self.cluster), work };
             tools.io.submit(Token(base.0 + free as u64), op);
             self.parts[free] = Some(Part { guest, stage: Stage::Deflating });
         }
@@ -174,7 +174,7 @@ impl Compress {
             Stage::Plain if self.error.is_none() => {
                 part.stage = Stage::Plain;
                 if self.plain.is_none() {
-                    let mut buf = scratch(tools, guest.len() as usize);
+                    let mut buf = tools.arena.buffer(guest.len() as usize);
                     buf.copy_from_slice(self.bytes(guest));
                     self.plain = Some(Box::new(Task::write(Arc::clone(disk), guest, buf)));
                     self.parts[number] = None;

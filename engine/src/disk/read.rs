@@ -6,7 +6,7 @@
 //! ```
 use super::Disk;
 use super::inflated::Cluster;
-use super::step::{Moved, Status, Tools, keep, scratch};
+use super::step::{Moved, Status, Tools, keep};
 use crate::chain::{Look, Source};
 use crate::io::{Buffer, Io, Loan, Op, Token, Work};
 use formats::error::{Error, Result};
@@ -78,7 +78,9 @@ impl Read {
                 }
                 let slot = self.slot(Part::Compressed { cluster, skip, piece });
                 let file = disk.chain().layers()[layer].file.file().clone();
-                tools.io.submit(Token(base.0 + slot), Op::Read { file, at: host, buf: scratch(tools, len as usize) });
+                tools
+                    .io
+                    .submit(Token(base.0 + slot), Op::Read { file, at: host, buf: tools.arena.buffer(len as usize) });
             }
         }
         Ok(())
@@ -170,7 +172,7 @@ impl Read {
         let len = cluster.len as usize;
         let (to, piece) = match piece.len() == len {
             true => (piece, None),
-            false => (scratch(tools, len), Some(piece)),
+            false => (tools.arena.buffer(len), Some(piece)),
         };
         let layer = Arc::clone(&disk.chain().layers()[cluster.layer]);
         let work = Work::new(move |from, to| {

@@ -27,11 +27,6 @@ pub enum Status {
     Done,
 }
 
-/// Memory beside the caller's: from the arena, or its own where that is full.
-pub(super) fn scratch<I: Io>(tools: &Tools<I>, len: usize) -> Buffer {
-    tools.arena.take(len).unwrap_or_else(|| Buffer::alone(len))
-}
-
 /// Starts writing `buf` at `host` of the disk's payload. Gives it back where its pages are not free.
 pub(super) fn start_write<I: Io>(
     disk: &Disk,

@@ -6,7 +6,7 @@
 //! ```
 use super::Disk;
 use super::flush::Settling;
-use super::step::{Moved, Status, Tools, keep, scratch, start_write};
+use super::step::{Moved, Status, Tools, keep, start_write};
 use super::task::Task;
 use crate::chain::{Layer, Look, Source};
 use crate::data_file::Stay;
@@ -267,7 +267,7 @@ impl Part {
             () if self.at < guest.start => ByteRange { start: self.at, end: guest.start }.prefix(MERGE_MAX),
             () => ByteRange { start: self.at, end: self.span.end }.prefix(MERGE_MAX),
         };
-        let buf = scratch(tools, piece.len() as usize);
+        let buf = tools.arena.buffer(piece.len() as usize);
         Stage::Reading(Box::new(Task::read(Arc::clone(disk), piece, buf)), piece)
     }
 

@@ -2,7 +2,7 @@
 //! writing zeroes where neither can.
 use super::Disk;
 use super::flush::Flush;
-use super::step::{Status, Tools, keep, scratch};
+use super::step::{Status, Tools, keep};
 use super::task::Task;
 use crate::io::{Completion, Io, Op, Token};
 use formats::error::{Error, Result};
@@ -133,7 +133,7 @@ impl Zero {
             return Ok(());
         }
         let piece = range.prefix(PIECE_MAX);
-        let mut zeroes = scratch(tools, piece.len() as usize);
+        let mut zeroes = tools.arena.buffer(piece.len() as usize);
         zeroes.fill(0);
         self.stage = Stage::Writing(Box::new(Task::write(Arc::clone(disk), piece, zeroes)), piece);
         Ok(())

@@ -220,7 +220,7 @@ impl GuestRequest {
         if wait.is_zero() {
             return None;
         }
-        mirror.stats.delay_ns.fetch_add(u64::try_from(wait.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        mirror.stats.delayed(wait);
         if let Stage::Waiting(action) = std::mem::replace(&mut self.stage, Stage::Done) {
             self.stage = Stage::Slowed(action);
         }
@@ -265,8 +265,7 @@ impl GuestRequest {
     /// It goes on.
     fn end_delay<I: Io>(&mut self, tools: &Tools<I>, mirror: Option<Arc<Mirror>>) {
         if let (Some(since), Some(mirror)) = (self.delayed_since.take(), mirror) {
-            let delay = tools.io.now().saturating_sub(since);
-            mirror.stats.delay_ns.fetch_add(u64::try_from(delay.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+            mirror.stats.delayed(tools.io.now().saturating_sub(since));
         }
     }
 

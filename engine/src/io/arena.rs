@@ -58,6 +58,11 @@ impl Arena {
         Some(Buffer { lease: Arc::new(lease), start, len })
     }
 
+    /// The same, with memory of its own where there is no room now.
+    pub fn buffer(&self, len: usize) -> Buffer {
+        self.take(len).unwrap_or_else(|| Buffer::alone(len))
+    }
+
     /// How many bytes the region has.
     pub fn len(&self) -> usize {
         self.0.region.len

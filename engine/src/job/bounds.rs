@@ -6,6 +6,7 @@
 //!
 //! The same rates tell `auto` that a copy in the background does not get ahead, or that writing to both sides costs
 //! guests too much.
+use crate::control::MAX_SLOWDOWN;
 use crate::mirror::Mirror;
 use crate::sync::Ordering;
 use std::collections::VecDeque;
@@ -25,9 +26,6 @@ const SPARED: Duration = Duration::from_secs(30);
 /// Of fewer writes nothing is concluded.
 const WRITES_MIN: u64 = 10;
 
-/// How many times as slow guest writes may become, where nobody says otherwise.
-pub const SLOWDOWN_MAX: u64 = 10;
-
 /// What was asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -41,7 +39,7 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { deadline: None, slowdown_max: SLOWDOWN_MAX, lag_max: 0 }
+        Self { deadline: None, slowdown_max: MAX_SLOWDOWN, lag_max: 0 }
     }
 }
 

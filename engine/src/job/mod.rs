@@ -11,7 +11,7 @@ mod phase;
 mod sync;
 mod verifying;
 
-pub use bounds::{Limits, SLOWDOWN_MAX};
+pub use bounds::Limits;
 pub use ending::Goal;
 pub use errors::{IoError, action_of, io_status_of, is_no_space, rest_after};
 pub use life::path;

@@ -4,11 +4,10 @@
 //! The source stays open, with its journal awake: what it was told before the switch is in the image or in the journal, so
 //! after a kill the journal is brought in before the job goes on.
 use super::super::exports::Export;
-use super::super::retune::limits;
 use super::super::threads::Worker;
-use super::{Active, FLIGHTS, SYNC_REST, copiers, job_number};
+use super::{Active, FLIGHTS, copiers, job_number, parts};
 use crate::control::{Code, MirrorRequest, Mode, Refusal, TargetFormat};
-use crate::job::{Job, Parts};
+use crate::job::Job;
 use crate::mirror::Mirror;
 use crate::open::identity;
 use crate::planes::{Planes, TakenUp};
@@ -17,7 +16,6 @@ use formats::error::{Context, Error};
 use formats::planes::Header;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 /// What the names of such jobs end with.
 const SUFFIX: &str = "-back";
@@ -156,20 +154,7 @@ impl Active {
             tracing::warn!("the way back does not outlive this daemon: {}", error.one_line());
         }
         let (request, target) = (&kept.job.request, PathBuf::from(&kept.job.request.target));
-        let job = Job::follow(Parts {
-            id,
-            mirror,
-            gate: Arc::clone(&export.gate),
-            target_is_zero: false,
-            seen: export.gate.route().disk.size(),
-            sync_rest: SYNC_REST,
-            mode: request.mode,
-            on_source_error: request.on_source_error,
-            on_target_error: request.on_target_error,
-            pause_max: Duration::from_millis(request.pause_budget),
-            limits: limits(request),
-            verify: false,
-        });
+        let job = Job::follow(parts(request, id, mirror, export));
         Some(Self::of(job, threads, target, kept.job, room))
     }
 }

@@ -75,7 +75,7 @@ enum Payload {
 impl Inbound {
     /// Of `socket`; its staging buffers come from `arena`.
     pub fn new(socket: File, arena: &Arena) -> Self {
-        let take = |len| arena.take(len).unwrap_or_else(|| Buffer::alone(len));
+        let take = |len| arena.buffer(len);
         Self {
             socket,
             state: State::Idle,
@@ -97,7 +97,7 @@ impl Inbound {
     /// What follows are requests, whose headers have so many bytes.
     pub fn expect_requests(&mut self, header_len: usize, arena: &Arena) {
         self.header_len = header_len;
-        self.short = Some(arena.take(header_len).unwrap_or_else(|| Buffer::alone(header_len)));
+        self.short = Some(arena.buffer(header_len));
     }
 
     /// What of the requests to come was received already, by whoever had the socket before.
@@ -127,7 +127,7 @@ impl Inbound {
     /// What follows is TLS, all of it. Before anything of it was received.
     pub fn expect_tls(&mut self, arena: &Arena) {
         assert!(self.received.is_none() && self.state != State::Receiving, "a border is not received across");
-        self.decrypted = Some(arena.take(DECRYPTED_LEN).unwrap_or_else(|| Buffer::alone(DECRYPTED_LEN)));
+        self.decrypted = Some(arena.buffer(DECRYPTED_LEN));
         // Into a payload's place the payload alone may go.
         self.direct_min = usize::MAX;
     }

@@ -144,7 +144,7 @@ pub(super) fn bytes_of(action: &Action) -> u64 {
 
 /// Memory for a payload: from the session's own where there is room.
 pub(super) fn take<I: Io>(tools: &Tools<I>, len: u64) -> Buffer {
-    tools.arena.take(len as usize).unwrap_or_else(|| Buffer::alone(len as usize))
+    tools.arena.buffer(len as usize)
 }
 
 /// Where nobody may look now, or the look fails, all is read as data: that has its own answer.
