@@ -76,6 +76,16 @@ pub enum Fault {
     BackAfterOpen,
     /// 15: a mirror that was to go back is taken up without what its target had in the journal alone.
     ForgetOldJournal,
+    /// 17: guests are not slowed where a deadline asks for it.
+    LetGuestsGo,
+    /// 17: guests are slowed as far as a bound asks for it, and further than they may be.
+    SlowBeyondTheMost,
+    /// 17: a job says that it is late when it is.
+    SayItWhenItIsLate,
+    /// 17: guests are spared again and again, where a copy in the background never gets ahead.
+    SpareForEver,
+    /// 17: the last pass of a pivot takes what it takes.
+    PauseWithoutEnd,
     /// 12: a server that said ACK to STARTTLS is spoken to in plain.
     PlainBehindStartTls,
     /// 13: a write to another server's export is done while its bytes are still being sent.

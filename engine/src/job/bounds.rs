@@ -5,8 +5,9 @@
 //! numbers, long before the time. Without a bound nobody is slowed.
 //!
 //! The same rates tell `auto` that a copy in the background does not get ahead, or that writing to both sides costs
-//! guests too much.
+//! guests too much. Where both is so, guests wait until the job is ready, for else it never would be.
 use crate::control::MAX_SLOWDOWN;
+use crate::fault::{Fault, planted};
 use crate::mirror::Mirror;
 use crate::sync::Ordering;
 use std::collections::VecDeque;
@@ -82,6 +83,8 @@ pub(super) struct Bounds {
     stalls: bool,
     /// Guests are not to wait for the target until then.
     spared: Option<Duration>,
+    /// The copy did not get ahead while they were spared: they are not again before the job is ready.
+    insists: bool,
 }
 
 /// Where the job stands.
@@ -91,6 +94,8 @@ pub(super) struct Standing {
     pub left: u64,
     /// It is ready, or everything was brought over once.
     pub follows: bool,
+    /// It is ready now.
+    pub ready: bool,
     /// It was ready: the deadline is kept.
     pub was_ready: bool,
 }
@@ -99,7 +104,8 @@ impl Bounds {
     pub fn new(limits: Limits) -> Self {
         let (notes, next) = (VecDeque::new(), Duration::ZERO);
         let (natural, shortfall, spared) = (None, None, None);
-        Self { limits, end: None, notes, next, natural, share: 1.0, limited: false, shortfall, stalls: false, spared }
+        let (limited, stalls, insists) = (false, false, false);
+        Self { limits, end: None, notes, next, natural, share: 1.0, limited, shortfall, stalls, spared, insists }
     }
 
     /// Other bounds from now on.
@@ -148,6 +154,8 @@ impl Bounds {
         let bounded = (self.end.is_some() && !standing.was_ready) || (self.limits.lag_max > 0 && standing.follows);
         let decided = self.decide(now, counts, standing).filter(|_| bounded);
         let (share, shortfall) = decided.unwrap_or((1.0, None));
+        let is_late = self.end.is_none_or(|end| now >= end);
+        let shortfall = shortfall.filter(|_| is_late || !planted(Fault::SayItWhenItIsLate));
         self.share = share;
         if shortfall.is_some() && self.shortfall.is_none() {
             tracing::warn!("{}", shortfall.as_deref().unwrap_or_default());
@@ -155,12 +163,12 @@ impl Bounds {
         self.shortfall = shortfall;
         let limit = if share < 1.0 { self.natural.map_or(0, |natural| (natural.guest * share) as u64) } else { 0 };
         self.limited = limit > 0;
-        if mirror.brake.limit() != limit {
+        if mirror.brake.limit() != limit && !planted(Fault::LetGuestsGo) {
             mirror.brake.set(limit);
         }
         // Who is late has no time for courtesy.
         mirror.courtesy.suspend(share < 1.0);
-        self.spare(mirror.write_both() && !bounded, now);
+        self.spare(mirror.write_both() && !bounded, standing.ready, now);
     }
 
     /// The share of their own rate that guests may have, and what is in the way of a bound all the same. `None` where it is
@@ -186,7 +194,8 @@ impl Bounds {
             self.natural = Some(rates);
         }
         let natural = self.natural?;
-        let least = 1.0 / self.limits.slowdown_max.max(1) as f64;
+        let most = if planted(Fault::SlowBeyondTheMost) { 1000 } else { self.limits.slowdown_max.max(1) };
+        let least = 1.0 / most as f64;
         let (share, bound) = match self.end.filter(|_| !standing.was_ready) {
             Some(end) => self.for_deadline(end, now, rates, natural, least, standing.left),
             None => (1.0, None),
@@ -196,12 +205,23 @@ impl Bounds {
     }
 
     /// Remembers that guests, who write to both sides, wait too long for that.
-    fn spare(&mut self, both: bool, now: Duration) {
+    fn spare(&mut self, both: bool, ready: bool, now: Duration) {
         self.spared = self.spared.filter(|until| now < *until);
+        // Rates of before say nothing of it.
+        let tried = self.spared.is_some_and(|until| until.saturating_sub(now) + LATELY <= SPARED);
+        if ready {
+            self.insists = false;
+        } else if tried && self.stalls && !planted(Fault::SpareForEver) {
+            (self.spared, self.insists) = (None, true);
+        }
         let (Some((_, before)), Some((_, counts))) = (self.notes.front(), self.notes.back()) else { return };
         let writes = counts.writes.saturating_sub(before.writes);
         let waited = Duration::from_nanos(counts.delay_ns.saturating_sub(before.delay_ns));
-        if both && writes >= WRITES_MIN && waited > WAIT_MAX * u32::try_from(writes).unwrap_or(u32::MAX) {
+        if both
+            && !self.insists
+            && writes >= WRITES_MIN
+            && waited > WAIT_MAX * u32::try_from(writes).unwrap_or(u32::MAX)
+        {
             self.spared = Some(now + SPARED);
         }
     }
@@ -239,7 +259,8 @@ impl Bounds {
         (share, Some(words))
     }
 
-    /// From half of the bound on guests are slowed, and at the bound to no more than what is copied.
+    /// From half of the bound on guests are slowed, the more the less room is left: so far that no more is made anew than is
+    /// copied, wherever that is.
     fn for_lag(&self, rates: Rates, natural: Rates, least: f64, left: u64) -> (f64, Option<String>) {
         let bound = self.limits.lag_max;
         if bound == 0 || left <= bound / 2 || natural.dirtied <= 0.0 {
@@ -247,7 +268,8 @@ impl Bounds {
         }
         let room = bound.saturating_sub(left) as f64 / (bound / 2).max(1) as f64;
         let sustained = (rates.copied / natural.dirtied).min(1.0);
-        let share = (sustained + (1.0 - sustained) * room).clamp(least, 1.0);
+        // By what is left alone: a target that has just become slow has copied fast of late.
+        let share = room.clamp(least, 1.0);
         let words = (left > bound && sustained <= least).then(|| {
             format!(
                 "the target is {left} bytes behind, {bound} are allowed: {:.0} bytes a second are copied, guests make \
@@ -255,8 +277,6 @@ impl Bounds {
                 rates.copied, natural.dirtied, self.limits.slowdown_max,
             )
         });
-        // Beyond the bound they have to wait for what is behind.
-        let share = if left > bound { (share / 2.0).max(least) } else { share };
         (share, words)
     }
 }
@@ -289,7 +309,8 @@ mod tests {
                 let now = Duration::from_millis(200 * tick);
                 let [copied_count, dirtied_count, guest] = self.counts.map(|count| count as u64);
                 let counts = Counts { copied: copied_count, dirtied: dirtied_count, guest, ..Counts::default() };
-                let standing = Standing { left: self.left as u64, follows: self.was_ready, was_ready: self.was_ready };
+                let ready = self.was_ready;
+                let standing = Standing { left: self.left as u64, follows: ready, ready, was_ready: ready };
                 let decided = self.bounds.decide(now, counts, standing).unwrap_or((1.0, None));
                 (self.bounds.share, self.bounds.shortfall) = decided;
                 self.bounds.limited = self.bounds.share < 1.0;
@@ -338,7 +359,7 @@ mod tests {
             let now = Duration::from_millis(200 * tick);
             let [copied, dirtied] = [(tick * 20) << 20, (tick * 10) << 20];
             let counts = Counts { copied, dirtied, guest: dirtied, ..Counts::default() };
-            let standing = Standing { left: copy.left as u64, follows: false, was_ready: false };
+            let standing = Standing { left: copy.left as u64, follows: false, ready: false, was_ready: false };
             if let Some((share, words)) = copy.bounds.decide(now, counts, standing) {
                 slowest = slowest.min(share);
                 said = said.or(words.map(|words| (now, words)));
@@ -352,7 +373,7 @@ mod tests {
 
     #[test]
     fn a_copy_that_does_not_get_ahead_is_seen_and_guests_that_wait_too_long_are_spared() {
-        let standing = Standing { left: 1 << 30, follows: true, was_ready: false };
+        let standing = Standing { left: 1 << 30, follows: true, ready: false, was_ready: false };
         for (dirtied, stalls) in [(5, false), (19, true)] {
             let mut bounds = Bounds::new(Limits::default());
             for tick in 0..20 {
@@ -367,11 +388,33 @@ mod tests {
             let counts = Counts { writes: tick * 10, delay_ns: tick * 600_000_000, ..Counts::default() };
             let now = Duration::from_millis(200 * tick);
             bounds.decide(now, counts, standing);
-            bounds.spare(true, now);
+            bounds.spare(true, false, now);
         }
         assert!(bounds.spares(), "60 ms each");
-        bounds.spare(false, Duration::from_secs(40));
+        bounds.spare(false, false, Duration::from_secs(40));
         assert!(!bounds.spares());
+    }
+
+    #[test]
+    fn guests_that_are_spared_in_vain_are_not_spared_again_before_the_job_is_ready() {
+        let mut bounds = Bounds::new(Limits::default());
+        let waits = |bounds: &mut Bounds, from: u64, ready| {
+            for tick in from..from + 10 {
+                let counts = Counts { writes: tick * 10, delay_ns: tick * 600_000_000, ..Counts::default() };
+                let now = Duration::from_millis(200 * tick);
+                let _ = bounds.decide(now, counts, Standing { left: 1 << 30, follows: true, ready, was_ready: false });
+                bounds.spare(true, ready, now);
+            }
+            bounds.spares()
+        };
+        assert!(waits(&mut bounds, 0, false));
+        bounds.stalls = true;
+        bounds.spare(false, false, Duration::from_secs(3));
+        assert!(bounds.spares(), "it is too early to say");
+        bounds.spare(false, false, Duration::from_secs(5));
+        assert!(!bounds.spares(), "it would never be ready");
+        assert!(!waits(&mut bounds, 30, false));
+        assert!(waits(&mut bounds, 50, true));
     }
 
     #[test]

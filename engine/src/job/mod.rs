@@ -404,7 +404,8 @@ impl Job {
         let follows = matches!(self.phase, Phase::Converging | Phase::Ready);
         let copies = matches!(self.stage, Stage::Seeding(_) | Stage::Copying | Stage::Settling(_));
         if copies && !self.paused && self.rest.is_none() {
-            let standing = Standing { left: self.remaining(), follows, was_ready: self.was_ready };
+            let (ready, was_ready) = (self.phase == Phase::Ready, self.was_ready);
+            let standing = Standing { left: self.remaining(), follows, ready, was_ready };
             self.bounds.step(&self.parts.mirror, now, standing);
         } else if self.parts.mirror.brake.limit() > 0 {
             self.parts.mirror.brake.set(0);

@@ -3,11 +3,15 @@
 //! A file is two arrays of bytes: what the page cache has, and what is durable. A flush copies the
 //! first, as it was when the flush was asked for, onto the second. A kill keeps the first; a power
 //! cut keeps the second, and of each sector that differs one or the other.
+//!
+//! Time is what each queue makes of it, a millisecond a look. Where files have a clock, it is the same for all of them, and
+//! what is done to a file takes as long as its device needs.
 use super::pages::Pages;
 use crate::io::{Completion, Io, Op, Token, Wait};
 use formats::storage::Storage;
 use std::cell::RefCell;
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -49,13 +53,67 @@ pub struct FileBytes {
     refused: u64,
     /// Nothing that is done to it ends.
     hung: bool,
+    /// What is done to it takes so long, and when the last of that is through.
+    pace: Pace,
+    busy_until: Duration,
 }
 
-/// All files of a world, by number.
+/// How fast a device is: one operation after the other through its middle, and each on its way for some time beside.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Pace {
+    /// 0 where bytes take no time.
+    pub bytes_per_s: u64,
+    pub latency: Duration,
+    /// What a flush takes beside.
+    pub flush: Duration,
+}
+
+/// All files of a world, by number, and its clock, in nanoseconds, if it has one.
 #[derive(Clone, Default)]
-pub struct Files(Arc<Mutex<Vec<FileBytes>>>);
+pub struct Files(Arc<Mutex<Vec<FileBytes>>>, Option<Arc<AtomicU64>>);
 
 impl Files {
+    /// Files in a world whose time goes by when it is told to.
+    pub fn with_clock() -> Self {
+        Self(Arc::default(), Some(Arc::default()))
+    }
+
+    /// So much time goes by.
+    pub fn pass(&self, time: Duration) {
+        let clock = self.1.as_ref().expect("a world with a clock");
+        clock.fetch_add(time.as_nanos() as u64, Ordering::Relaxed);
+    }
+
+    /// The time of the clock, if there is one.
+    pub fn clock(&self) -> Option<Duration> {
+        self.1.as_ref().map(|clock| Duration::from_nanos(clock.load(Ordering::Relaxed)))
+    }
+
+    /// From now on a file is that fast.
+    pub fn set_pace(&self, number: u32, pace: Pace) {
+        self.lock()[number as usize].pace = pace;
+    }
+
+    /// When an operation that is begun now can be over, where there is a clock.
+    fn due(&self, op: &Op) -> Duration {
+        let Some(now) = self.clock() else { return Duration::ZERO };
+        let (file, len) = match op {
+            Op::Timeout { after } => return now + *after,
+            Op::Read { file, buf, .. } => (file, buf.len() as u64),
+            Op::Write { file, buf, .. } => (file, buf.len() as u64),
+            Op::Zero { file, .. } | Op::Flush { file } => (file, 0),
+            _ => return now,
+        };
+        let file = &mut self.lock()[file.number().expect("a simulated file") as usize];
+        let Pace { bytes_per_s, latency, flush } = file.pace;
+        let mut takes = Duration::from_nanos((len * 1_000_000_000).checked_div(bytes_per_s).unwrap_or(0));
+        if let Op::Flush { .. } = op {
+            takes += flush;
+        }
+        file.busy_until = file.busy_until.max(now) + takes;
+        file.busy_until + latency
+    }
+
     /// One more file, durable as it is.
     pub fn add(&self, bytes: Vec<u8>) -> u32 {
         let mut files = self.lock();
@@ -224,6 +282,8 @@ pub struct SimIo {
 struct Queued {
     token: Token,
     op: Op,
+    /// Not over before that.
+    due: Duration,
     /// What a flush makes durable: its file's bytes when it was asked for, and its number.
     snapshot: Option<(Pages, u64)>,
 }
@@ -313,19 +373,22 @@ impl Io for SimIo {
             }
             _ => None,
         };
-        self.queue.push(Queued { token, op, snapshot });
+        let due = self.files.due(&op);
+        self.queue.push(Queued { token, op, due, snapshot });
     }
 
     fn reap(&mut self, _: Wait, done: &mut Vec<Completion>) -> io::Result<()> {
-        self.now += Duration::from_millis(1);
-        let able: Vec<usize> = (0..self.queue.len()).filter(|at| !self.files.holds(&self.queue[*at].op)).collect();
+        let clock = self.files.clock();
+        self.now = clock.unwrap_or(self.now + Duration::from_millis(1));
+        let is_able = |queued: &Queued| queued.due <= self.now && !self.files.holds(&queued.op);
+        let able: Vec<usize> = (0..self.queue.len()).filter(|at| is_able(&self.queue[*at])).collect();
         if able.is_empty() {
             return Ok(());
         }
         let pick = able[self.roll(able.len() as u64) as usize];
         let mut queued = self.queue.swap_remove(pick);
-        if let Op::Timeout { after } = queued.op {
-            self.now += after;
+        if let (Op::Timeout { after }, None) = (&queued.op, clock) {
+            self.now += *after;
         }
         let fails = self.fail_one_in > 0 && self.roll(self.fail_one_in) == 0;
         let refused = self.files.refuses(&queued.op);
@@ -344,6 +407,6 @@ impl Io for SimIo {
     }
 
     fn now(&self) -> Duration {
-        self.now
+        self.files.clock().unwrap_or(self.now)
     }
 }

@@ -53,7 +53,7 @@ impl History {
 
     /// It is over; `weak` where what was there before may still be there.
     pub fn end(&mut self, sector: usize, begin: u64, now: u64, weak: bool) {
-        let entry = self.sectors[sector].iter_mut().find(|entry| entry.begin == begin).expect("it began");
+        let entry = self.sectors[sector].iter_mut().rfind(|entry| entry.begin == begin).expect("it began");
         (entry.end, entry.weak) = (Some(now), weak);
     }
 

@@ -9,6 +9,7 @@
 //!
 //! More worlds: `SEEDS=100000 cargo test -p engine --release simulator::worlds`, and for hours `tests/soak`;
 //! one: `SEED=31 cargo test -p engine simulator::one_world -- --nocapture`.
+mod bounds;
 mod corners;
 mod files;
 mod group;
