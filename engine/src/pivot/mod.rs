@@ -96,6 +96,8 @@ pub struct Pivot {
     pause_max: Duration,
     /// Bytes that were left when the gate was closed.
     left: u64,
+    /// It was undone because the copy failed.
+    interrupted: bool,
 }
 
 enum Stage {
@@ -138,7 +140,7 @@ impl Pivot {
         // Guests wait for the last pass alone.
         mirror.courtesy.suspend(true);
         let (deadline, left) = (now.saturating_add(pause_max), mirror.backlog());
-        Self { mirror, gate, end, stage, record_file, deadline, pause_max, left }
+        Self { mirror, gate, end, stage, record_file, deadline, pause_max, left, interrupted: false }
     }
 
     /// True while guests wait at the gate.
@@ -151,9 +153,14 @@ impl Pivot {
         matches!(self.end, End::Switch { .. })
     }
 
-    /// The record as it stands after the pivot.
-    pub fn into_record(self) -> Option<RecordFile> {
-        self.record_file
+    /// True where it was undone because the copy failed: with a copy that goes on, it can be begun again.
+    pub fn is_interrupted(&self) -> bool {
+        self.interrupted && self.member().is_none()
+    }
+
+    /// What it was to do, and the record as it stands now.
+    pub fn into_parts(self) -> (End, Option<RecordFile>) {
+        (self.end, self.record_file)
     }
 
     /// Takes in what is done and does what can be done. Never waits.
@@ -246,6 +253,7 @@ impl Pivot {
             return Some(Ok(()));
         }
         if let Some((_, _, why)) = self.mirror.standing_fault() {
+            self.interrupted = true;
             return Some(Err(Error::invalid(format!("the copy failed during the last pass: {why}"))));
         }
         (tools.io.now() > self.deadline).then(|| {
