@@ -13,7 +13,7 @@ use crate::control::options::{Beside, Cache, Reach};
 use crate::disk::{DataFile, Disk};
 use crate::io::lock::{Hold, sign_of_life};
 use crate::io::remote::Remote;
-use crate::io::{File, FileStorage, PAGE, is_in_memory};
+use crate::io::{File, FileStorage, PAGE, cached_bytes, is_in_memory};
 use formats::backing::{BackingName, Location};
 use formats::error::{Context, Error, Result};
 use formats::image::Image;
@@ -559,7 +559,8 @@ impl OpenFile {
             return Ok(DataFile::buffered(File::of_memory(self.buffered)));
         }
         let direct = match cache {
-            Cache::None => direct_file(path, &self.buffered, self.writable),
+            Cache::Auto if !self.writable && is_cached(&self.buffered) => None,
+            Cache::None | Cache::Auto => direct_file(path, &self.buffered, self.writable),
             Cache::Writeback | Cache::Unsafe => None,
         };
         if let (Some(hold), Some((direct, _))) = (self.held, &direct) {
@@ -571,6 +572,13 @@ impl OpenFile {
             None => DataFile::buffered(buffered),
         })
     }
+}
+
+/// True where the page cache has three of four bytes of it that are not holes.
+fn is_cached(file: &fs::File) -> bool {
+    let Ok(metadata) = file.metadata() else { return false };
+    let data = metadata.blocks() * 512;
+    data > 0 && cached_bytes(file).is_some_and(|cached| cached >= data / 4 * 3)
 }
 
 /// The same file once more for direct I/O, and its alignment; `None` where there is none.
