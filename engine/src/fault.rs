@@ -40,8 +40,12 @@ pub enum Fault {
     OverwriteTheNewestSlot,
     /// 7: the members of a group are recorded one by one.
     RecordApart,
-    /// 8: the target is not flushed before the record.
+    /// 8: the target of a pivot, or the disk below a snapshot, is not flushed before the record.
     RecordBeforeFlush,
+    /// 8: the files of a snapshot's overlay are not durable before the record names it.
+    RecordBeforeOverlay,
+    /// 7: guests write to a snapshot's overlay before it is recorded.
+    SwitchBeforeRecord,
     /// 8: an external data file is not flushed before the mappings of what is in it.
     MapBeforePayload,
     /// 8: a new mapping is not kept in the journal.

@@ -19,6 +19,7 @@ mod life;
 mod pages;
 mod plan;
 mod resize;
+mod snapshot;
 mod world;
 
 use crate::control::Mode;
