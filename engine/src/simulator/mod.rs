@@ -20,6 +20,7 @@ mod pages;
 mod plan;
 mod resize;
 mod snapshot;
+mod syncs;
 mod world;
 
 use crate::control::Mode;
