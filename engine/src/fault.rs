@@ -24,6 +24,8 @@ pub enum Fault {
     ReadyWithoutWhatFailed,
     /// 3: a target that failed is tried again at once.
     TryAtOnce,
+    /// 4: a guest's thread looks into the target's tables itself, whatever that waits for.
+    TablesInGuest,
     /// 4: a write to both sides claims its chunks around the target's write alone.
     ClaimTargetOnly,
     /// 4: a write that the target has not ended is waited for no more, and its claim is released.
