@@ -1,153 +1,21 @@
-//! What goes wrong around a daemon: limits of its process, files and folders that vanish, a source that cannot be read.
+//! What goes wrong around a daemon: files and folders that vanish, a source that cannot be read, a state folder that takes
+//! nothing. What its process may not have is in `limits`.
 //!
 //! Held here: the words name the cause and the remedy, a guest hears only of errors of its own disk, and nothing is
 //! recorded that a restart would not find.
 
 use crate::support::daemon::{Daemon, program};
+use crate::support::full::{BLOCK, DISK_LEN, connect, full_disk, write};
 use crate::support::images::{create, overlay, three_layers};
-use crate::support::nbd::{Client, Replies, Request};
+use crate::support::mount::Mount;
+use crate::support::nbd::{Client, Request};
 use crate::support::random::Random;
 use crate::support::scene::Scene;
 use crate::support::server::{Server, two_folders};
-use crate::support::tools::{check_leaks_allowed, content, output, ran, refused, told};
-use crate::support::{assert_same, eventually, folder};
-use std::fs::File;
-use std::path::{Path, PathBuf};
+use crate::support::tools::{content, output, refused};
+use crate::support::{assert_same, folder};
+use std::path::Path;
 use std::process::Command;
-
-const DISK_LEN: u64 = 8 << 20;
-const BLOCK: usize = 64 << 10;
-
-fn connect(daemon: &Daemon) -> Client {
-    Client::connect(&daemon.socket(), "vda", Replies::Structured).expect("an NBD connection")
-}
-
-/// A raw disk without any zeroes, and the words that serve it.
-fn full_disk(folder: &Path) -> (PathBuf, Vec<u8>, String) {
-    let (disk, bytes) = (folder.join("disk.raw"), Random::new(3).bytes(DISK_LEN as usize));
-    std::fs::write(&disk, &bytes).expect("a file of ours");
-    let export = format!("vda={},format=raw", disk.display());
-    (disk, bytes, export)
-}
-
-/// A guest's write of one block, to the disk and to what is known of it.
-fn write(client: &mut Client, truth: &mut [u8], block: usize, random: &mut Random) {
-    let bytes = random.bytes(BLOCK);
-    truth[block * BLOCK..][..BLOCK].copy_from_slice(&bytes);
-    client.ask(&Request::Write { at: (block * BLOCK) as u64, bytes });
-}
-
-/// The words that run a daemon under a limit, for as long as nobody raises it again.
-fn limited(limit: &str) -> [&str; 2] {
-    ["prlimit", limit]
-}
-
-#[test]
-fn without_io_uring_the_error_says_what_to_set() {
-    let folder = folder();
-    let (_, _, export) = full_disk(folder.path());
-    let launcher = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/without_io_uring.py");
-    for (number, words) in [("1", "kernel.io_uring_disabled to 0"), ("38", "Linux 5.19"), ("12", "ulimit -l")] {
-        let mut serve = Command::new("python3");
-        serve.arg(&launcher).arg(number).arg(program()).args(["serve", "--export", &export]);
-        for (option, name) in [("--socket", "nbd"), ("--control", "control"), ("--state", "state")] {
-            serve.arg(option).arg(folder.path().join(name));
-        }
-        refused(serve, &["io_uring", words]);
-    }
-}
-
-#[test]
-fn without_descriptors_the_next_guest_waits_and_nobody_else_notices() {
-    let folder = folder();
-    let (disk, mut truth, export) = full_disk(folder.path());
-    let mut daemon = Daemon::serve_through(&limited("--nofile=64:64"), folder.path(), &[export], &[]);
-    let (mut first, mut random) = (connect(&daemon), Random::new(4));
-    let crowd: Vec<_> = (0..64)
-        .map(|_| std::os::unix::net::UnixStream::connect(daemon.socket()).expect("a socket that listens"))
-        .collect();
-    eventually("it runs out of descriptors", || daemon.log().contains("Too many open files").then_some(()));
-    write(&mut first, &mut truth, 0, &mut random);
-    drop(crowd);
-    // Their descriptors are back when their connections have ended.
-    let mut second =
-        eventually("somebody is let in", || Client::connect(&daemon.socket(), "vda", Replies::Structured).ok());
-    write(&mut second, &mut truth, 1, &mut random);
-    write(&mut first, &mut truth, 2, &mut random);
-    drop((first, second));
-    daemon.stop();
-    assert_same("the disk", &content(&disk, "raw"), &truth);
-}
-
-#[test]
-fn without_memory_a_connection_is_dropped_and_nobody_else_notices() {
-    let folder = folder();
-    let (disk, mut truth, export) = full_disk(folder.path());
-    let mut daemon = Daemon::serve(folder.path(), &[export]);
-    let (mut first, mut random) = (connect(&daemon), Random::new(5));
-    write(&mut first, &mut truth, 0, &mut random);
-    let pid = daemon.pid().to_string();
-    let kib = || -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("our child");
-        let mut lines = status.lines();
-        lines.find_map(|line| line.strip_prefix("VmSize:")?.trim().strip_suffix(" kB")?.parse().ok()).expect("its size")
-    };
-    let limit = |bytes: u64| ran(Command::new("prlimit").args(["--pid", &pid, &format!("--as={bytes}:")]));
-    // Nothing more than it has, of which some may be free.
-    limit((kib() + 4096) << 10);
-    let mut crowd = Vec::new();
-    while let Ok(client) = Client::connect(&daemon.socket(), "vda", Replies::Structured) {
-        crowd.push(client);
-        assert!(crowd.len() < 32, "there is no end to its memory");
-    }
-    write(&mut first, &mut truth, 1, &mut random);
-    limit(64 << 30);
-    drop(crowd);
-    let mut second = connect(&daemon);
-    write(&mut second, &mut truth, 2, &mut random);
-    drop((first, second));
-    daemon.stop();
-    assert_same("the disk", &content(&disk, "raw"), &truth);
-}
-
-/// The signal that comes with the error would have ended the daemon.
-#[test]
-fn past_the_limit_of_a_files_size_a_target_fails_and_its_guest_goes_on() {
-    let folder = folder();
-    let (disk, mut truth, export) = full_disk(folder.path());
-    // The disk's own length, which a qcow2 of it is past.
-    let limit = format!("--fsize={DISK_LEN}:unlimited");
-    let mut daemon = Daemon::serve_through(&limited(&limit), folder.path(), &[export], &[]);
-    let (mut guest, mut random) = (connect(&daemon), Random::new(6));
-    let (one, other) = (folder.path().join("one.qcow2"), folder.path().join("other.qcow2"));
-    let one = one.display().to_string();
-    daemon.ok("mirror", &["vda", &one, "--format", "qcow2", "--on-target-error", "report"]);
-    let status = daemon.wait_for("vda", "failed");
-    assert!(status["error"].to_string().contains("File too large"), "{status}");
-    write(&mut guest, &mut truth, 0, &mut random);
-
-    let name = other.display().to_string();
-    daemon.ok("mirror", &["vda", &name, "--format", "qcow2", "--on-target-error", "stop"]);
-    let paused = || Some(daemon.status("vda")).filter(|status| status["paused"] == true);
-    let status = eventually("the job pauses", paused);
-    assert!(status["error"].to_string().contains("File too large"), "{status}");
-    write(&mut guest, &mut truth, 1, &mut random);
-    ran(Command::new("prlimit").args(["--pid", &daemon.pid().to_string(), "--fsize=unlimited:"]));
-    daemon.ok("resume", &["vda"]);
-    daemon.wait_for("vda", "ready");
-    daemon.pivot("vda");
-    write(&mut guest, &mut truth, 2, &mut random);
-    drop(guest);
-    daemon.stop();
-    assert_same("the target", &content(&other, "qcow2"), &truth);
-    assert_same("the source as it was left", &content(&disk, "raw")[3 * BLOCK..], &truth[3 * BLOCK..]);
-    check_leaks_allowed(&other, "qcow2");
-
-    let mut convert = Command::new("prlimit");
-    convert.arg(&limit).arg(program()).args(["convert", "--source-format", "raw", "--format", "qcow2"]);
-    convert.args([&disk, &folder.path().join("third.qcow2")]);
-    refused(convert, &["File too large"]);
-}
 
 #[test]
 fn a_source_that_fails_in_one_place_fails_there_alone() {
@@ -245,53 +113,6 @@ fn what_is_below_by_another_name_now_is_not_relied_upon() {
     daemon.ok("mirror", &["vda", &full, "--pivot"]);
     daemon.stop();
     assert_same("the disk", &content(Path::new(&full), "qcow2"), &chain.content());
-}
-
-/// A file system in memory of its own, gone when it is dropped.
-struct Mount(PathBuf);
-
-impl Mount {
-    /// `None` where this process may not mount.
-    fn new(place: PathBuf, options: &str) -> Option<Self> {
-        std::fs::create_dir_all(&place).expect("a folder of ours");
-        let mut mount = Command::new("mount");
-        let mounted = output(mount.args(["-t", "tmpfs", "-o", options, "blkmirror-test"]).arg(&place));
-        if !mounted.status.success() {
-            eprintln!("not done, for it takes root: {}", told(&mount, &mounted));
-            return None;
-        }
-        Some(Self(place))
-    }
-
-    /// One of a device, in the file `image`.
-    fn of_device(place: PathBuf, image: &Path) -> Option<Self> {
-        std::fs::create_dir_all(&place).expect("a folder of ours");
-        File::create(image).and_then(|file| file.set_len(64 << 20)).expect("a file of ours");
-        ran(Command::new("mkfs.ext4").arg("-q").arg(image));
-        let mut mount = Command::new("mount");
-        let mounted = output(mount.args(["-o", "loop"]).arg(image).arg(&place));
-        if !mounted.status.success() {
-            eprintln!("not done, for it takes root and loop devices: {}", told(&mount, &mounted));
-            return None;
-        }
-        Some(Self(place))
-    }
-
-    /// Makes it read-only at once, as an error of its device does, whoever has files of it open.
-    fn abort(&self) {
-        ran(Command::new("mount").args(["-o", "remount,abort"]).arg(&self.0));
-    }
-
-    /// Takes it away from its name, whoever has files of it open.
-    fn leave(&self) {
-        ran(Command::new("umount").arg("-l").arg(&self.0));
-    }
-}
-
-impl Drop for Mount {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.0).output();
-    }
 }
 
 #[test]

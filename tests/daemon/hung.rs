@@ -1,16 +1,17 @@
 //! A target that answers nothing for as long as it likes, where guests write to both sides.
 //!
 //! The target is a file of another server's export (`nbdfuse` before nbdkit's pause filter), so what is written to it
-//! hangs in the kernel as on a network file system whose server is gone.
+//! hangs in the kernel as on a network file system whose server is gone. A raw one has payload alone; of a qcow2 image
+//! whose tables are many and small almost every write needs one that has to be made or brought.
 //!
-//! Held here: the guest goes on after a stated time, which is told; the job is not ready and not pivoted meanwhile, and
-//! can be given up; when the target answers again, the job goes on and the target is a whole copy.
+//! Held here: the guest goes on after a stated time, which is told, and so does the daemon; the job is not ready and not
+//! pivoted meanwhile, and can be given up; when the target answers again, the job goes on and the target is a whole copy.
 
 use crate::support::daemon::Daemon;
-use crate::support::images::thin_disk;
+use crate::support::images::{create, thin_disk};
 use crate::support::qmp::Qmp;
 use crate::support::server::{Server, garbage, tell, two_folders};
-use crate::support::tools::{output, told};
+use crate::support::tools::{content, output, told};
 use crate::support::writer::{Habits, Writer};
 use crate::support::{assert_same, eventually, folder};
 use serde_json::Value;
@@ -67,12 +68,13 @@ struct Scene {
 }
 
 impl Scene {
-    fn new(seed: u64) -> Option<Self> {
+    /// With a target of this format.
+    fn new(seed: u64, format: &str) -> Option<Self> {
         let folder = folder();
         let source = folder.path().join("disk.raw");
         std::fs::write(&source, thin_disk(DISK_LEN)).expect("a file of ours");
         let (theirs, ours) = two_folders(folder.path());
-        let file = format!("file={}", garbage(folder.path(), "target", DISK_LEN).display());
+        let file = format!("file={}", target(folder.path(), format).display());
         let control = format!("pause-control={}", folder.path().join("pause").display());
         let server = Server::nbdkit(&theirs, &["--filter=pause", "file", &file, &control]);
         let mounted = Mounted::new(folder.path().join("mounted"), &server)?;
@@ -81,7 +83,7 @@ impl Scene {
         let guest = Writer::start(&daemon.socket(), "vda", thin_disk(DISK_LEN), habits);
         let scene = Self { guest, daemon, mounted, _server: server, folder };
         let place = scene.mounted.place.display().to_string();
-        let options = ["--raw", "--reuse-external", "--mode", "write-blocking", "--wait"];
+        let options = ["--format", format, "--reuse-external", "--mode", "write-blocking", "--wait"];
         scene.daemon.ok("mirror", &[&["vda", &place][..], &options].concat());
         Some(scene)
     }
@@ -99,13 +101,36 @@ impl Scene {
     }
 }
 
+/// What the server has: garbage, or an empty image with room for all that it will have.
+fn target(folder: &Path, format: &str) -> PathBuf {
+    if format == "raw" {
+        return garbage(folder, "target", DISK_LEN);
+    }
+    let image = folder.join("target");
+    create(&image, format, DISK_LEN as u64, &["-o", "cluster_size=512"]);
+    let file = std::fs::File::options().write(true).open(&image).expect("an image of ours");
+    file.set_len(4 * DISK_LEN as u64).expect("a sparse file");
+    image
+}
+
 fn has(text: &str, words: &[&str], of: &Path) {
     assert!(words.iter().all(|word| text.contains(word)), "{}: {text}", of.display());
 }
 
 #[test]
 fn a_guest_that_writes_to_both_sides_goes_on_without_a_target_that_hangs() {
-    let Some(mut scene) = Scene::new(41) else { return };
+    goes_on_without_a_target_that_hangs(41, "raw");
+}
+
+/// The guest's thread waited for a table of the target, and with it all of its requests; and so did the thread that steps
+/// the jobs, which answered nobody any more.
+#[test]
+fn nor_does_it_wait_for_the_tables_of_a_target_that_hangs() {
+    goes_on_without_a_target_that_hangs(43, "qcow2");
+}
+
+fn goes_on_without_a_target_that_hangs(seed: u64, format: &str) {
+    let Some(mut scene) = Scene::new(seed, format) else { return };
     let mut events = Qmp::connect(&scene.daemon.control_socket());
     let status = scene.hang();
     let event = events.event("BLOCK_JOB_ERROR");
@@ -126,13 +151,13 @@ fn a_guest_that_writes_to_both_sides_goes_on_without_a_target_that_hangs() {
     let truth = scene.guest.stop();
     scene.daemon.stop();
     drop(scene.mounted);
-    let target = std::fs::read(scene.folder.path().join("target")).expect("a file of ours");
-    assert_same("the target", &target, &truth);
+    let target = scene.folder.path().join("target");
+    assert_same("the target", &content(&target, format), &truth);
 }
 
 #[test]
 fn a_job_whose_target_hangs_can_be_given_up_and_its_guest_goes_on() {
-    let Some(scene) = Scene::new(42) else { return };
+    let Some(scene) = Scene::new(42, "raw") else { return };
     scene.hang();
     let mut command = scene.daemon.command("cancel", &["vda", "--force"]);
     let cancel = std::thread::spawn(move || {

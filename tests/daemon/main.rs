@@ -18,6 +18,7 @@ mod handover;
 mod hung;
 mod keeps;
 mod libnbd;
+mod limits;
 mod listeners;
 mod locks;
 mod mirror;

@@ -69,6 +69,27 @@ impl Write {
         Self { range, at: range.start, loan, parts: Default::default(), settling: Settling::default(), error: None }
     }
 
+    /// One that has all its room, and nothing around it to fill. Else `buf` comes back.
+    pub fn at_once(disk: &Disk, range: ByteRange, buf: Buffer) -> std::result::Result<Self, Buffer> {
+        let mut write = Self::new(range, buf);
+        for part in &mut write.parts {
+            let rest = ByteRange { start: write.at, end: range.end };
+            let reservation = match rest.is_empty() || disk.is_poisoned() {
+                true => None,
+                false => disk.chain().top().image.reserve_at_once(rest),
+            };
+            let Some(reservation) = reservation else { break };
+            (write.at, *part) = (reservation.guest.end, Some(Part::new(reservation)));
+        }
+        if write.at < range.end {
+            return Err(write.loan.end());
+        }
+        for part in write.parts.iter_mut().flatten() {
+            part.payload = Some(write.loan.lend(part.span.len() as usize));
+        }
+        Ok(write)
+    }
+
     pub fn step<I: Io>(&mut self, disk: &Arc<Disk>, tools: &mut Tools<I>, base: Token) -> Status {
         let mut blocked = false;
         loop {
@@ -122,9 +143,8 @@ impl Write {
                     let span = span(disk, &reservation)?;
                     // Nothing fails from here on: what is lent has to come back.
                     self.at = reservation.guest.end;
-                    let payload = self.loan.lend(reservation.guest.len() as usize);
-                    self.parts[free] =
-                        Some(Part { at: span.start, reservation, span, payload: Some(payload), stage: Stage::Next });
+                    let payload = Some(self.loan.lend(reservation.guest.len() as usize));
+                    self.parts[free] = Some(Part { at: span.start, span, payload, ..Part::new(reservation) });
                 }
                 Reserve::Busy => {
                     *blocked = true;
@@ -250,6 +270,12 @@ impl Write {
 }
 
 impl Part {
+    /// Of what has nothing to fill, without its payload.
+    fn new(reservation: Reservation) -> Self {
+        let span = reservation.guest;
+        Self { at: span.start, reservation, span, payload: None, stage: Stage::Next }
+    }
+
     /// Where in the file the next bytes go.
     fn host(&self) -> u64 {
         // The span may begin before the reservation's own bytes, at the same distance in the file.

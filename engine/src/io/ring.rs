@@ -2,6 +2,7 @@
 // UNSAFETY: submission entries carry raw pointers into what this module owns.
 #![expect(unsafe_code)]
 
+mod needed;
 #[cfg(test)]
 mod tests;
 
@@ -11,6 +12,7 @@ use super::registered::Registered;
 use super::{Arena, Buffer, Completion, File, Gather, Io, Op, Token, Until, Wait};
 use io_uring::types::{CancelBuilder, Fd, FsyncFlags, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
+use needed::refuse_lacking;
 use rustix::io::Errno;
 use rustix::net::SocketAddrAny;
 use std::io;
@@ -81,6 +83,7 @@ impl Ring {
     /// `arena` registered as far as it is used and the system allows that much locked memory.
     pub fn new(depth: u32, arena: &Arena) -> io::Result<Self> {
         let ring = Self::build(depth.next_power_of_two())?;
+        refuse_lacking(&ring)?;
         Ok(Self {
             registered: Registered::new(&ring, arena),
             ring,
@@ -287,7 +290,7 @@ fn with_remedy(error: io::Error) -> io::Error {
              filter allow io_uring_setup, io_uring_enter and io_uring_register"
         }
         Some(Errno::NOSYS) => {
-            "there is no io_uring: it takes Linux 5.19 or newer, or a seccomp filter that does not hide io_uring_setup"
+            "there is no io_uring: it takes Linux 6.0 or newer, or a seccomp filter that does not hide io_uring_setup"
         }
         Some(Errno::NOMEM) => "no memory for an io_uring: raise the limit of locked memory (ulimit -l)",
         Some(Errno::MFILE) => "no descriptor is left for an io_uring: raise the limit of open files (ulimit -n)",

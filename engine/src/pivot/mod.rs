@@ -29,12 +29,12 @@ pub use record_file::{GroupFile, RecordFile, slots_of};
 pub use replace::{New, Replace};
 pub use together::{Member, members};
 
-use crate::disk::{Status, Task, Tools};
+use crate::disk::{Status, Tools};
 use crate::export::gate::{Gate, Leaving, Route};
 use crate::fault::{Fault, planted};
 use crate::io::{Completion, Io, Token};
 use crate::journal::WordJournal;
-use crate::mirror::Mirror;
+use crate::mirror::{Mirror, TargetTask};
 use crate::open::refuse_lost_chain;
 use confirm::Confirm;
 use formats::error::{Error, Result};
@@ -103,9 +103,9 @@ pub struct Pivot {
 enum Stage {
     Drain(Leaving),
     LastPass,
-    FlushTarget(Box<Task>),
+    FlushTarget(Box<TargetTask>),
     /// That takes too long: guests are on the source again, and what the target has under way ends first.
-    GiveUp(Box<Task>, Error),
+    GiveUp(Box<TargetTask>, Error),
     /// Nothing is in the way of the record.
     Begin,
     Record(Recorder),
@@ -268,7 +268,7 @@ impl Pivot {
     fn after_last_pass(&self) -> Stage {
         match &self.end {
             End::Switch { .. } if planted(Fault::RecordBeforeFlush) => Stage::Begin,
-            _ => Stage::FlushTarget(Box::new(Task::flush(Arc::clone(&self.mirror.target)))),
+            _ => Stage::FlushTarget(Box::new(self.mirror.flush_target())),
         }
     }
 
