@@ -80,6 +80,8 @@ pub struct Copier {
     /// Where the next search begins, in bytes.
     cursor: u64,
     run_len: usize,
+    /// A cluster: a shorter run would inflate it once more.
+    run_min: usize,
 }
 
 /// Where a step left the copier.
@@ -141,7 +143,9 @@ impl Copier {
     pub fn new(mirror: Arc<Mirror>, depth: Depth, start: u64) -> Self {
         let slots = (0..depth.slots).map(|_| None).collect();
         let run_len = depth.run_len.max(mirror.dirty.chunk_len() as usize);
-        Self { mirror, slots, entrusted: Default::default(), cursor: start, run_len }
+        let clusters = mirror.source.chain().layers().iter().filter_map(|layer| layer.image.compressible());
+        let run_min = clusters.max().unwrap_or(0) as usize;
+        Self { mirror, slots, entrusted: Default::default(), cursor: start, run_len, run_min }
     }
 
     /// Takes in what is done and starts what can be started. Never waits.
@@ -249,7 +253,8 @@ impl Copier {
         }
         self.mirror.may_copy(tools.io.now())?;
         let runs = if self.mirror.shares() { SHARED_RUNS } else { 1 };
-        let chunks_max = (self.run_len as u64 / self.mirror.dirty.chunk_len()).max(1) * runs;
+        let run_len = (self.run_len >> self.mirror.courtesy.halvings()).max(self.run_min);
+        let chunks_max = (run_len as u64 / self.mirror.dirty.chunk_len()).max(1) * runs;
         if let Some(range) = self.mirror.probe() {
             return Ok(self.mirror.take(range, chunks_max));
         }
