@@ -198,6 +198,47 @@ fn one_can_go_there_and_back_again() {
     ends(scene, &target);
 }
 
+/// Its status was that of any job that failed: nobody was told that there is no way back any more.
+#[test]
+fn a_way_back_whose_old_disk_is_away_after_a_kill_is_called_lost() {
+    let mut scene = kept(67, &["--raw"]);
+    scene.daemon.kill();
+    let aside = scene.folder.path().join("aside");
+    fs::rename(&scene.chain.top, &aside).expect("a file of ours");
+    scene.daemon.start();
+    let status = scene.status();
+    assert_eq!((&status["phase"], &status["rollback"]), (&json!("failed"), &json!(true)), "{status}");
+    let said = scene.daemon.ok("status", &["vda"]);
+    assert!(said.contains("rollback  lost"), "{said}");
+    fs::rename(&aside, &scene.chain.top).expect("a file of ours");
+    let target = scene.target();
+    ends(scene, &target);
+}
+
+/// The job in the other direction had a name that nobody had looked for among the others.
+#[test]
+fn a_pivot_whose_way_back_would_have_another_jobs_name_is_refused() {
+    let folder = folder();
+    let disks = ["vda", "vdb"].map(|name| {
+        let disk = folder.path().join(name);
+        fs::write(&disk, thin_disk(1 << 20)).expect("a file of ours");
+        format!("{name}={},format=raw", disk.display())
+    });
+    let mut daemon = Daemon::serve(folder.path(), &disks);
+    for (export, id) in [("vda", "move"), ("vdb", "move-back")] {
+        let target = folder.path().join(format!("{export}.new")).display().to_string();
+        daemon.ok("mirror", &[export, &target, "--raw", "--job-id", id, "--wait"]);
+    }
+    let said = daemon.refused("pivot", &["vda", "--keep-source"]);
+    assert!(said.contains("'move-back' already in use: name another"), "{said}");
+    assert_eq!(daemon.status("vda")["phase"], "ready");
+    daemon.ok("cancel", &["vdb", "--force"]);
+    daemon.ok("pivot", &["vda", "--keep-source"]);
+    assert_eq!(daemon.status("vda")["job"], "move-back");
+    daemon.ok("commit", &["vda"]);
+    daemon.stop();
+}
+
 #[test]
 fn a_job_that_has_not_pivoted_has_no_way_back() {
     let scene = Scene::new(68);

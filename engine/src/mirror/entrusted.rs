@@ -26,6 +26,7 @@ use std::sync::{Arc, PoisonError};
 /// One operation on the target, stepped like a `Task`.
 pub struct TargetTask(Where);
 
+#[expect(clippy::large_enum_variant, reason = "it lies in its owner's place; boxed, each request would allocate")]
 enum Where {
     Here(Task),
     Elsewhere(Handle),
