@@ -24,6 +24,7 @@ pub fn lines(status: &Status) -> Vec<String> {
         facts.extend(deadline(status).map(|deadline| ("deadline", deadline)));
         facts.extend(status.warning.clone().map(|warning| ("warning", warning)));
         facts.push(("speed", speed(status)));
+        facts.extend(memory(status).map(|memory| ("memory", memory)));
         facts.extend((status.failed_bytes > 0).then(|| ("failed", failed(status))));
         facts.extend((status.late_bytes > 0).then(|| ("late", size::format(status.late_bytes))));
     }
@@ -67,6 +68,13 @@ pub fn phase(status: &Status) -> String {
     };
     let verifies = if status.verifying && status.phase == "ready" { ", verifying" } else { "" };
     format!("{}{rests}{verifies}", status.phase)
+}
+
+/// What the job has of it, or may have.
+fn memory(status: &Status) -> Option<String> {
+    let [bitmap, tables, buffers] =
+        [status.bitmap_memory_bytes?, status.tables_memory_bytes?, status.buffers_memory_bytes?].map(size::format);
+    Some(format!("{bitmap} bitmaps, {tables} tables, {buffers} buffers at most"))
 }
 
 /// What is left, and for how long.
@@ -243,6 +251,10 @@ mod tests {
         ] {
             assert!(told.contains(&line.into()), "{line}: {told:?}");
         }
+        running.bitmap_memory_bytes = Some(3 << 20);
+        (running.tables_memory_bytes, running.buffers_memory_bytes) = (Some(32 << 20), Some(4 << 20));
+        let memory = "memory    3.00 MiB bitmaps, 32.0 MiB tables, 4.00 MiB buffers at most";
+        assert!(lines(&running).contains(&memory.into()), "{:?}", lines(&running));
         running.eta_high_s = Some(3600);
         assert!(lines(&running).contains(&"remaining 1.00 MiB, 1 min 15 s (1 min 10 s to 1 h 0 min)".into()));
         running.phase = "ready".into();

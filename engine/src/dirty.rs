@@ -136,6 +136,12 @@ impl DirtyBitmap {
         }
     }
 
+    /// Bytes of memory that it takes where everything was marked; where little was, the parts take less.
+    pub fn memory(&self) -> u64 {
+        let views = [&self.marks, &self.claims, &self.summary, &self.touched, &self.hot];
+        views.into_iter().chain([self.parts.view()]).map(|view| view.count() as u64 * 8).sum()
+    }
+
     /// Bytes a chunk.
     pub fn chunk_len(&self) -> u64 {
         1 << self.chunk_bits

@@ -30,6 +30,10 @@ pub enum Fault {
     ClaimTargetOnly,
     /// 4: a write that the target has not ended is waited for no more, and its claim is released.
     ReleaseWhileLate,
+    /// 4: a request looks at the mode twice: it writes by the first look, and marks by the second.
+    LookAtTheModeTwice,
+    /// 4: a write to both sides is marked all the same.
+    MarkWhatBothHave,
     /// 5: zeroes are taken for "nothing to do".
     SkipZeroes,
     /// 6: the pivot does not wait for the requests inside.

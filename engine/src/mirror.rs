@@ -212,6 +212,18 @@ impl Mirror {
         self.dirty.marked_bytes() + self.stats.underway.load(Ordering::Relaxed)
     }
 
+    /// Bytes of memory for what is known of its chunks.
+    pub fn bitmap_memory(&self) -> u64 {
+        self.dirty.memory() + self.planes.memory()
+    }
+
+    /// Bytes of memory that the tables of both disks' images take at most.
+    pub fn tables_memory(&self) -> u64 {
+        let layers =
+            |disk: &Disk| disk.chain().layers().iter().map(|layer| layer.image.tables_memory_max()).sum::<u64>();
+        layers(&self.source) + layers(&self.target)
+    }
+
     /// Begins to settle the target; `end_settle` hears what came of it.
     pub fn begin_settle(&self) -> TargetTask {
         self.planes.turn();

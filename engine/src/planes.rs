@@ -83,6 +83,15 @@ impl Planes {
         (dirty, Self { kept: Some(kept), landed: Bell::default() })
     }
 
+    /// Bytes of memory that they take, beside the bitmap.
+    pub fn memory(&self) -> u64 {
+        let views = |kept: &Kept| {
+            let views = [&kept.header, &kept.flights].into_iter().chain(&kept.unsettled);
+            views.map(|view| view.count() as u64 * 8).sum()
+        };
+        self.kept.as_ref().map_or(0, views)
+    }
+
     /// A guest's write of `range` is about to touch the source. `None` while there is no place for it: listen
     /// at `landed`, and ask again.
     pub fn depart(&self, range: ByteRange) -> Option<Flight> {

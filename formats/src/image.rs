@@ -216,6 +216,11 @@ pub trait Image: Send + Sync {
         Ok(self.size())
     }
 
+    /// Memory that its tables take at most, in bytes; those that are left stay in the file.
+    fn tables_memory_max(&self) -> u64 {
+        0
+    }
+
     /// The run that starts at `at`, cut to `len_max`. `at` is inside the disk, `len_max` at least 1.
     fn map(&self, at: u64, len_max: u64) -> Result<Extent>;
 

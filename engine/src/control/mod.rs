@@ -509,6 +509,15 @@ pub struct Status {
     /// How many bytes may be under way.
     #[serde(default)]
     pub buf_size_bytes: Option<u64>,
+    /// Memory for what is known of each chunk, and of writes under way; in part only where few were marked.
+    #[serde(default)]
+    pub bitmap_memory_bytes: Option<u64>,
+    /// Memory that the tables of all images of source and target may take.
+    #[serde(default)]
+    pub tables_memory_bytes: Option<u64>,
+    /// Memory that the copy threads have for what is under way.
+    #[serde(default)]
+    pub buffers_memory_bytes: Option<u64>,
     /// How many times as long as without the copy guest requests may take; 0 is no bound.
     #[serde(default)]
     pub latency_factor: Option<u64>,

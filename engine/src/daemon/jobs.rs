@@ -386,6 +386,9 @@ impl Active {
             slowdown: Some(thousandths(self.job.slowdown())),
             warning: self.job.shortfall().map(str::to_owned),
             buf_size_bytes: Some(self.room.runs_in(self.buf_size) * self.room.run_len),
+            bitmap_memory_bytes: Some(mirror.bitmap_memory()),
+            tables_memory_bytes: Some(mirror.tables_memory()),
+            buffers_memory_bytes: Some(self.room.memory),
             shared_bytes: mirror.stats.shared.load(Ordering::Relaxed),
             eta_s: eta.likely,
             eta_low_s: eta.low,
@@ -502,7 +505,7 @@ pub(super) fn copiers(mirror: &Arc<Mirror>, buf_size: u64) -> std::io::Result<(V
     let count = if direct { 1 } else { 2 };
     let depth = depth(mirror, buf_size / count);
     let run_len = (depth.run_len as u64).max(mirror.dirty.chunk_len());
-    let room = Room { run_len, runs: depth.slots as u64 * count };
+    let room = Room { run_len, runs: depth.slots as u64 * count, memory: depth.memory() as u64 * count };
     let workers = (0..count).map(|number| Worker::copier(Arc::clone(mirror), depth, number, count));
     Ok((workers.collect::<std::io::Result<_>>()?, room))
 }

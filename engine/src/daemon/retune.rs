@@ -18,6 +18,8 @@ pub(super) struct Room {
     pub run_len: u64,
     /// How many may be under way, all threads together.
     pub runs: u64,
+    /// Bytes of memory that all threads together have for that.
+    pub memory: u64,
 }
 
 impl Room {
@@ -222,7 +224,7 @@ mod tests {
 
     #[test]
     fn a_buffer_is_some_runs_and_no_more_than_there_is_memory_for() {
-        let room = Room { run_len: 256 << 10, runs: 16 };
+        let room = Room { run_len: 256 << 10, runs: 16, memory: 4 << 20 };
         for (buf_size, runs) in [(0, 16), (1, 1), (256 << 10, 1), (1 << 20, 4), (4 << 20, 16), (1 << 40, 16)] {
             assert_eq!(room.runs_in(buf_size), runs, "{buf_size}");
         }

@@ -35,6 +35,11 @@ impl Parts {
         Self { bits: View::in_memory(words), chunk_bits, part_bits, noted: AtomicU64::new(0) }
     }
 
+    /// Where they are.
+    pub fn view(&self) -> &View {
+        &self.bits
+    }
+
     /// Notes the parts that `range` touches: before their chunks are marked. Returns how many bytes are in those that were
     /// not noted; a last part that is cut counts whole.
     pub fn note(&self, range: ByteRange) -> u64 {

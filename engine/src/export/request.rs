@@ -386,7 +386,9 @@ impl GuestRequest {
             return;
         }
         if self.both.is_empty() {
-            mirror.written(self.range);
+            if !(planted(Fault::LookAtTheModeTwice) && self.goes_to_both(&mirror)) {
+                mirror.written(self.range);
+            }
             return;
         }
         self.mark_the_rest(&mirror);
@@ -468,6 +470,9 @@ impl GuestRequest {
         let brought = match outcome {
             Ok(()) => {
                 mirror.stats.written_both.fetch_add(run.len(), Ordering::Relaxed);
+                if planted(Fault::MarkWhatBothHave) {
+                    mirror.written(run);
+                }
                 Some(run)
             }
             Err(error) => {

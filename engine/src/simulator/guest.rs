@@ -24,6 +24,10 @@ pub struct Guest {
     blocked: bool,
     /// Requests that it will still make.
     pub left: u32,
+    /// It discards, too.
+    pub discards: bool,
+    /// It only writes, and to so many of the disk's first sectors at most.
+    pub writes_to: Option<u64>,
     number: u64,
     next_value: u64,
 }
@@ -54,6 +58,8 @@ impl Guest {
             base: Token(0),
             blocked: false,
             left: requests,
+            discards: true,
+            writes_to: None,
             number,
             next_value: 0,
         }
@@ -146,22 +152,24 @@ impl Guest {
     }
 
     fn begin(&mut self, size: u64, history: &mut History, dice: &mut Dice) {
-        let sectors = size / SECTOR as u64;
+        let sectors = self.writes_to.unwrap_or(u64::MAX).min(size / SECTOR as u64);
         let first = dice.roll(sectors);
         let count = 1 + dice.roll(SECTORS_MAX.min(sectors - first));
         let range = ByteRange { start: first * SECTOR as u64, end: (first + count) * SECTOR as u64 };
         self.next_value += 1;
         let value = self.number << 32 | self.next_value;
         let begin = history.tick();
-        let (kind, action, fua) = match dice.roll(10) {
+        let (kind, action, fua) = match dice.roll(if self.writes_to.is_some() { 6 } else { 10 }) {
             0..=4 => {
                 let mut buf = Buffer::alone(range.len() as usize);
                 buf.chunks_mut(SECTOR).for_each(|sector| fill(sector, value));
                 let fua = dice.one_in(8);
                 (Kind::Write { value, fua }, Action::Write(buf), fua)
             }
-            5 => (Kind::Write { value: 0, fua: false }, Action::Zero { zeroing: Zeroing::Unmap, fast: false }, false),
-            6 => (Kind::Discard, Action::Zero { zeroing: Zeroing::Discard, fast: false }, false),
+            6 if self.discards => (Kind::Discard, Action::Zero { zeroing: Zeroing::Discard, fast: false }, false),
+            5 | 6 => {
+                (Kind::Write { value: 0, fua: false }, Action::Zero { zeroing: Zeroing::Unmap, fast: false }, false)
+            }
             7 | 8 => (Kind::Read, Action::Read(Buffer::alone(range.len() as usize)), false),
             _ => (Kind::Flush, Action::Flush, false),
         };

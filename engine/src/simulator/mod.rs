@@ -16,6 +16,7 @@ mod guest;
 mod history;
 mod kept;
 mod life;
+mod modes;
 mod pages;
 mod plan;
 mod resize;
@@ -25,6 +26,7 @@ mod world;
 
 use crate::control::Mode;
 use crate::fault::{Fault, plant};
+use modes::Switches;
 use plan::{Fate, Plan};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use world::World;
@@ -195,6 +197,57 @@ fn with_a_hung_target(seed: u64) -> Plan {
 #[test]
 fn claiming_around_the_targets_write_alone_is_caught() {
     assert_caught(Fault::ClaimTargetOnly, |seed| Plan { mode: Mode::WriteBlocking, ..calm(seed) });
+}
+
+/// Promise 4. Each request sees one mode, whatever is switched meanwhile, in either direction.
+#[test]
+fn worlds_whose_mode_is_switched_keep_every_promise() {
+    let switched = |seed: u64| Plan { switches: Switches::OneIn(5 + seed % 50), ..Plan::of(seed) };
+    let pivots: u32 = (1..=600).map(|seed| World::new(switched(seed)).run()).sum();
+    assert!(pivots > 100, "{pivots} pivots");
+}
+
+/// Promise 4. At every step of a job under guests that write, one after the other: to both sides and, some steps later, back,
+/// and the other way round.
+#[test]
+fn a_switch_of_the_mode_at_every_step_loses_nothing() {
+    let mut switches = 0;
+    for (seed, mode) in [(1, Mode::Background), (2, Mode::WriteBlocking)] {
+        let plan = Plan { mode, switches: Switches::Never, courtesy: 0, ..calm(seed) };
+        let steps = World::new(plan).steps();
+        for step in 1..steps {
+            World::new(Plan { switches: Switches::At(step, step + 3 + step % 90), ..plan }).run();
+        }
+        switches += 2 * steps;
+    }
+    assert!(switches > 1000, "{switches} switches");
+}
+
+/// Promise 4. Where the mode is not switched, both looks see the same.
+#[test]
+fn a_request_that_looks_at_the_mode_twice_is_caught() {
+    let plan = |seed: u64| Plan { mode: Mode::Background, switches: Switches::Never, ..calm(seed) };
+    assert_eq!(caught(Fault::LookAtTheModeTwice, 300, plan), None);
+    assert_caught(Fault::LookAtTheModeTwice, |seed| Plan { switches: Switches::OneIn(60), ..plan(seed) });
+}
+
+/// Promise 4. While guests write to both sides, from the start on or since a switch, none leaves anything to copy that was not left
+/// when it began.
+#[test]
+fn what_is_left_to_copy_only_shrinks_while_both_sides_are_written() {
+    let pivots: u32 = (1..=600).map(|seed| World::new(watched(seed)).run()).sum();
+    assert!(pivots > 300, "{pivots} pivots");
+}
+
+/// Promise 4. Both sides are equal with it: the job would only never come to an end.
+#[test]
+fn marking_what_both_sides_have_is_caught() {
+    assert_caught(Fault::MarkWhatBothHave, watched);
+}
+
+fn watched(seed: u64) -> Plan {
+    let switches = if seed.is_multiple_of(2) { Switches::OneIn(200) } else { Switches::Never };
+    Plan { mode: Mode::WriteBlocking, switches, discards: false, ..calm(seed) }
 }
 
 /// Promise 5.
@@ -409,6 +462,19 @@ fn worlds_in_which_pivots_are_verified_keep_every_promise() {
 fn a_target_that_rots_is_found_and_mended() {
     let found = (1..=300).filter(|seed| World::new(rotting(*seed)).mismatches() > 0).count();
     assert!(found > 100, "{found} were found");
+}
+
+/// Promise 14. The same through kills, power cuts and errors: whatever life of the daemon it is that pivots, it has looked.
+#[test]
+fn a_target_that_rots_in_a_daemon_that_dies_is_mended() {
+    let rots = |seed: u64| Plan {
+        keeps: false,
+        fate: Plan::of(seed).fate,
+        fail_one_in: Plan::of(seed).fail_one_in,
+        ..rotting(seed)
+    };
+    let pivots: u32 = (1..=600).map(|seed| World::new(rots(seed)).run()).sum();
+    assert!(pivots > 200, "{pivots} pivots");
 }
 
 /// Promise 14. Nobody else would have seen it before the guest did.

@@ -1,5 +1,6 @@
 //! What a world is like, by its seed.
 use super::files::Dice;
+use super::modes::Switches;
 use crate::control::Mode;
 use crate::job::Limits;
 use std::time::Duration;
@@ -28,6 +29,10 @@ pub struct Plan {
     pub raw_target: bool,
     pub shallow: bool,
     pub mode: Mode,
+    /// When it is switched.
+    pub switches: Switches,
+    /// Guests discard, too.
+    pub discards: bool,
     /// One operation in so many fails; 0 for none.
     pub fail_one_in: u64,
     /// The job starts while a guest makes zeroes, and its copier moves far more often than the guests.
@@ -78,6 +83,8 @@ impl Plan {
             raw_target: dice.one_in(3),
             shallow: !raw_source && dice.one_in(3),
             mode: [Mode::Background, Mode::WriteBlocking, Mode::Auto][dice.roll(3) as usize],
+            switches: if seed % 7 == 3 { Switches::OneIn(60) } else { Switches::Never },
+            discards: true,
             fail_one_in: if dice.one_in(3) { 40 } else { 0 },
             eager: false,
             data_files: false,
@@ -97,5 +104,10 @@ impl Plan {
             rots: false,
             keeps: dice.one_in(3),
         }
+    }
+
+    /// True where what is left to copy is watched: nothing is marked for another reason than a guest's write.
+    pub fn is_watched(&self) -> bool {
+        !self.discards && self.fail_one_in == 0 && self.full.is_none() && self.hung.is_none()
     }
 }

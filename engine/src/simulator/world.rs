@@ -4,6 +4,7 @@ use super::guest::{Guest, fill, value_of};
 use super::history::{History, Trust};
 use super::kept::Kept;
 use super::life::Life;
+use super::modes::Modes;
 use super::plan::{Fate, Plan};
 use crate::chain::{Apart, Chain, Layer, Look, Source};
 use crate::control::OnError;
@@ -53,6 +54,7 @@ pub struct World {
     /// What outlives the daemon of a job.
     kept: Kept,
     history: History,
+    modes: Modes,
     /// Steps of this life.
     step: u64,
     pivots: u32,
@@ -112,6 +114,7 @@ impl World {
             record,
             kept,
             history,
+            modes: Modes::new(plan.seed),
             step: 0,
             pivots: 0,
             pivoting: None,
@@ -161,6 +164,13 @@ impl World {
         self.pivoting
     }
 
+    /// Lives without a crash. Says how many steps that took.
+    pub fn steps(mut self) -> u64 {
+        self.live(true);
+        self.check(None);
+        self.step
+    }
+
     /// Lives without a crash; then a slot of the record rots. Says whether there was a pivot.
     pub fn rotting(mut self, slot: usize) -> bool {
         self.live(true);
@@ -191,12 +201,16 @@ impl World {
                 started = true;
                 self.start_job(&mut life);
             }
+            self.modes.switch(self.plan.switches, self.step, &mut life);
             // A kill at a store ends the step where it is.
             if let Err(end) = catch_unwind(AssertUnwindSafe(|| self.step(&mut life))) {
                 if !end.is::<Killed>() {
                     resume_unwind(end);
                 }
                 return Some(self.kill(life));
+            }
+            if self.plan.is_watched() {
+                self.modes.watch(&life);
             }
             if started && life.is_silent() && life.job.is_none() {
                 drop(life);
@@ -346,7 +360,9 @@ impl World {
         let guests = (0..GUESTS)
             .map(|number| {
                 let number = number + 1 + u64::from(self.pivots) * 16 + self.dice.roll(1 << 20) * 256;
-                Guest::new(&self.files, number, seed, self.plan.fail_one_in, requests)
+                let mut guest = Guest::new(&self.files, number, seed, self.plan.fail_one_in, requests);
+                guest.discards = self.plan.discards;
+                guest
             })
             .collect();
         Life {

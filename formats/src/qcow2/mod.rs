@@ -168,6 +168,8 @@ struct Shared {
     state: Mutex<State>,
     /// How many settles have ended.
     settles: AtomicU64,
+    /// Memory for its tables, in bytes.
+    tables_memory_max: u64,
     /// Whether holes are looked for under payload; see `describe`.
     preallocated: OnceLock<bool>,
 }
@@ -183,6 +185,7 @@ impl Qcow2 {
         let header = read_header(&*storage)?;
         let mut flush_first = open.writable && prepare_writing(&*storage, &header)?;
         let state = State::open(&storage, &header, open)?;
+        let tables_memory_max = state.memory(&header) + open.metadata_bytes_max as u64;
         // Last of all that can fail: from here on they are in use.
         let (bitmaps, in_use) = match open.writable {
             true => Live::open(storage.clone(), &header)?,
@@ -200,6 +203,7 @@ impl Qcow2 {
             damage: OnceLock::new(),
             bitmaps: RwLock::new(bitmaps),
             bitmaps_grown: Mutex::new(None),
+            tables_memory_max,
             raw_data: header.data_file.as_ref().is_some_and(|data_file| data_file.raw),
             state: Mutex::new(state),
             settles: AtomicU64::new(0),
@@ -349,6 +353,10 @@ impl Shared {
 impl Image for Qcow2 {
     fn size(&self) -> u64 {
         self.shared.geometry().size
+    }
+
+    fn tables_memory_max(&self) -> u64 {
+        self.shared.tables_memory_max
     }
 
     fn map(&self, at: u64, len_max: u64) -> Result<Extent> {

@@ -168,6 +168,12 @@ impl State {
         Ok(state)
     }
 
+    /// Bytes of the tables that are in memory as a whole: the L1 table and, for writing, the refcount table.
+    pub fn memory(&self, header: &Header) -> u64 {
+        let reftable = self.space.as_ref().map_or(0, |_| u64::from(header.reftable_clusters));
+        self.l1.len() as u64 * 8 + reftable * self.geometry.cluster_size()
+    }
+
     /// The space of the file.
     pub fn space(&mut self) -> Result<&mut Space> {
         self.space.as_mut().ok_or_else(|| Error::invalid("the image was opened for reading only"))
