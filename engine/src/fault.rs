@@ -88,6 +88,8 @@ pub enum Fault {
     DoneBeforeSent,
     /// 16: what was received of requests that were not begun does not go along to another process.
     ForgetUnread,
+    /// 16: a connection goes to its disk's thread before what its client is told has gone.
+    MoveBeforeSent,
 }
 
 #[cfg(all(test, not(feature = "loom")))]

@@ -307,7 +307,8 @@ impl Opened {
         let identity = Identity::Export(address.place());
         let (image, below) = open_image(&Location::Nbd(address.clone()), &identity, storage, format, access)?;
         let path = PathBuf::from(address.to_string());
-        let file = DataFile::buffered(File::remote(remote));
+        let block_len = if access.writable { remote.block_len() } else { 1 };
+        let file = DataFile::of_blocks(File::remote(remote), block_len);
         let layer = Layer { image: image.map, file, path, format: image.format, apart: None };
         Ok(Self { layer, identity, data_identity: None, below })
     }

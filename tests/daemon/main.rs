@@ -30,6 +30,7 @@ mod policies;
 mod progress;
 mod reflink;
 mod remote;
+mod remote_blocks;
 mod remote_faults;
 mod remote_target;
 mod remote_tls;

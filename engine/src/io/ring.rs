@@ -16,6 +16,7 @@ use needed::refuse_lacking;
 use rustix::io::Errno;
 use rustix::net::SocketAddrAny;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -233,6 +234,21 @@ impl Ring {
             self.reap(Wait::One, done)?;
         }
         Ok(())
+    }
+
+    /// Cancels what is under way with tokens in `whose` and waits until that is over; what was done, also of others, is
+    /// in `done`.
+    pub fn take_back_those(&mut self, whose: Range<Token>, done: &mut Vec<Completion>) -> io::Result<()> {
+        loop {
+            let theirs = |place: &Option<InKernel>| {
+                place.as_ref().and_then(|one| one.token).is_some_and(|token| whose.contains(&token))
+            };
+            let Some(slot) = self.in_kernel.iter().position(theirs) else { return Ok(()) };
+            self.enter(Wait::No)?;
+            // An error says that it is over already.
+            let _ = self.ring.submitter().register_sync_cancel(None, CancelBuilder::user_data(slot as u64));
+            self.reap(Wait::One, done)?;
+        }
     }
 
     fn enter(&self, wait: Wait) -> io::Result<()> {
