@@ -282,8 +282,8 @@ pub struct Convert {
     /// Move bytes also where a raw target could share blocks with the source (XFS, btrfs)
     #[arg(long)]
     pub no_reflink: bool,
-    /// Whether images go through the page cache
-    #[arg(long, default_value = "none", value_parser = copy_caches())]
+    /// Whether images go through the page cache; auto: a source that is there already is read from there
+    #[arg(long, default_value = "auto", value_parser = copy_caches())]
     pub cache: Cache,
     #[command(flatten)]
     pub sharing: Sharing,
@@ -724,7 +724,7 @@ fn tls_modes() -> impl TypedValueParser<Value = Tls> {
 
 /// A copy can be made again, so it may be left to the system when it is durable.
 fn copy_caches() -> impl TypedValueParser<Value = Cache> {
-    named(&["none", "writeback", "unsafe"])
+    named(&["auto", "none", "writeback", "unsafe"])
 }
 
 fn repairs() -> impl TypedValueParser<Value = Repair> {

@@ -83,27 +83,68 @@ def full_raw(bench):
     return path
 
 
+def few_runs(bench):
+    """A raw disk four times as long, of which one part in eight is data, in runs of 64 KiB to 1 MiB."""
+    path, dice = bench.folder / "few.raw", random.Random(4)
+    if not path.exists():
+        with open(path, "wb") as file:
+            file.truncate(4 * bench.len)
+            for at in range(0, 4 * bench.len, 4 * MIB):
+                file.seek(at + dice.randrange(48) * CLUSTER)
+                file.write(dice.randbytes(dice.randint(1, 15) * CLUSTER))
+    return path
+
+
+def compressed_chain(bench):
+    """The compressed disk and, above, two layers with one piece of 256 KiB in every 4 MiB each, compressed too."""
+    below, dice = compressed_disk(bench, "zstd"), random.Random(5)
+    for name in ("zstd1.qcow2", "zstd2.qcow2"):
+        path = bench.folder / name
+        if not path.exists():
+            options = ["-o", "compression_type=zstd", "-b", below, "-F", "qcow2"]
+            run("qemu-img", "create", "-q", "-f", "qcow2", *options, path)
+            places = (at + dice.randrange(60) * CLUSTER for at in range(0, bench.len - 4 * MIB + 1, 4 * MIB))
+            orders = "".join(f"write -q -c -P {dice.randint(1, 255)} {at} 256k\n" for at in places)
+            run("qemu-io", "-f", "qcow2", path, input=orders)
+        below = path
+    return below
+
+
+def fragmented_disk(bench):
+    """A full qcow2 whose clusters lie in the file in any order."""
+    size = bench.len
+    order = list(range(size // CLUSTER))
+    random.Random(6).shuffle(order)
+    return by_hand(bench.folder / "fragmented.qcow2", size, {cluster: place for place, cluster in enumerate(order)})
+
+
 CLUSTER = 1 << 16
 
 
 def scattered_disk(bench, size):
-    """A qcow2 of `size` bytes with 1 GiB of data, each cluster alone and anywhere; written by hand, for that many
-    orders would take qemu-io an hour. Every L2 table is there, as after years of use."""
-    path, dice = bench.folder / f"scattered-{size >> 30}.qcow2", random.Random(3)
+    """A qcow2 of `size` bytes with 1 GiB of data, each cluster alone and anywhere."""
+    chosen = random.Random(3).sample(range(size // CLUSTER), (1 << 30) // CLUSTER)
+    places = {cluster: place for place, cluster in enumerate(sorted(chosen))}
+    return by_hand(bench.folder / f"scattered-{size >> 30}.qcow2", size, places)
+
+
+def by_hand(path, size, places):
+    """A qcow2 of `size` bytes with data in the clusters of `places`, each at its place in the file; written by hand, for
+    that many orders would take qemu-io an hour. Every L2 table is there, as after years of use."""
     if path.exists():
         return path
     per_table = CLUSTER // 8
-    chosen = sorted(dice.sample(range(size // CLUSTER), (1 << 30) // CLUSTER))
-    tables = size // CLUSTER // per_table
+    tables = -(-size // CLUSTER // per_table)
     # Header, refcount table, one refcount block, L1 table, L2 tables, payload: 32768 clusters at most.
     l1, l2 = 3, 4
     payload = l2 + tables
-    end = payload + len(chosen)
+    end = payload + len(places)
     copied = 1 << 63
     entries = {}
-    for index, cluster in enumerate(chosen):
-        entries.setdefault(cluster // per_table, []).append((cluster % per_table, copied | (payload + index) * CLUSTER))
+    for cluster, place in places.items():
+        entries.setdefault(cluster // per_table, []).append((cluster % per_table, copied | (payload + place) * CLUSTER))
     head = (3, 0, 0, 16, size, 0, tables, l1 * CLUSTER, CLUSTER, 1, 0, 0, 0, 0, 0, 4, 104)
+    dice = random.Random(7)
     with open(path, "wb") as file:
         file.write(b"QFI\xfb" + struct.pack(">IQIIQIIQQIIQQQQII", *head))
         file.seek(CLUSTER)
@@ -118,7 +159,7 @@ def scattered_disk(bench, size):
             for index, entry in entries.get(table, []):
                 struct.pack_into(">Q", entry_bytes, index * 8, entry)
             file.write(entry_bytes)
-        for _ in chosen:
+        for _ in places:
             file.write(dice.randbytes(CLUSTER))
     run("qemu-img", "check", path)
     return path

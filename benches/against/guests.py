@@ -43,8 +43,9 @@ class Guest:
         """After its end: writes a second, and how long they took."""
         said = self.report.read_text()
         job = json.loads(said[said.index("{") :])["jobs"][0]["write"]
-        late = job["clat_ns"].get("percentile", {}).get("99.000000", 0)
-        return {"guest_mib_per_s": job["bw_bytes"] / MIB, "p99_us": late / 1000}
+        took = job["clat_ns"]
+        late = took.get("percentile", {}).get("99.000000", 0)
+        return {"guest_mib_per_s": job["bw_bytes"] / MIB, "p99_us": late / 1000, "gap_ms": took["max"] / 1e6}
 
 
 def followed(server, target, format, size, rate, where):
@@ -57,6 +58,21 @@ def followed(server, target, format, size, rate, where):
             time.sleep(0.05)
         wall, cpu, copied = time.monotonic() - begun, server.cpu() - used, server.copied()
     return {"wall": wall, "ready": ready, "copied": copied / size, "cpu": cpu} | guest.seen()
+
+
+def pivoted(server, target, format, size, rate, where, seconds):
+    """The guest of a disk whose mirror is ready, and that is pivoted after a second; `target` may be none."""
+    if target:
+        server.start(target, format, size)
+        while not server.is_ready():
+            time.sleep(0.05)
+    with Guest(server, size, rate, where) as guest:
+        begun, used = time.monotonic(), server.cpu()
+        if target:
+            server.end()
+        wall, cpu = time.monotonic() - begun, server.cpu() - used
+        time.sleep(seconds)
+    return {"wall": wall, "cpu": cpu} | guest.seen()
 
 
 def undisturbed(server, size, rate, where, seconds):

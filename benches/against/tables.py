@@ -8,6 +8,7 @@ COPY_COLUMNS = [
     ("peak_mib", "peak MiB", 0, 0),
     ("target_mib", "target MiB", 0, 0),
 ]
+SHAPE_COLUMNS = [*COPY_COLUMNS[:1], ("of_limit", "of the limit", 2, 0), *COPY_COLUMNS[1:]]
 MAP_COLUMNS = COPY_COLUMNS[:3]
 LOAD_COLUMNS = [
     ("per_s", "per s", 0, -1),
@@ -23,6 +24,13 @@ GUEST_COLUMNS = [
     ("cpu", "CPU s", 1, 0),
     ("guest_mib_per_s", "guest MiB/s", 1, -1),
     ("p99_us", "p99 us", 0, 1),
+]
+GAP_COLUMNS = [
+    ("wall", "pivoted after s", 2, 1),
+    ("gap_ms", "longest write ms", 1, 1),
+    ("cpu", "CPU s", 2, 0),
+    ("guest_mib_per_s", "guest MiB/s", 1, -1),
+    ("p99_us", "p99 us", 0, 0),
 ]
 
 

@@ -23,7 +23,7 @@ use crate::dirty::Claim;
 use crate::disk::{SHARE_ALIGN, Status, Task, Tools, cannot_share};
 use crate::fault::{Fault, planted};
 use crate::io::{Buffer, Completion, Io, Loan, Token};
-use crate::mirror::Mirror;
+use crate::mirror::{Entrusted, Mirror};
 use formats::error::{Error, Result};
 use formats::range::ByteRange;
 use runs::{Run, differences, runs};
@@ -45,6 +45,9 @@ const TURNS_MAX: usize = 256;
 /// One slot in so many verifies, where that was asked for.
 const VERIFIERS_OF: usize = 4;
 
+/// How many operations that others entrusted to it a copier has under way at most.
+const ENTRUSTED_MAX: usize = 16;
+
 /// How much a copier has under way at most.
 #[derive(Clone, Copy, Debug)]
 pub struct Depth {
@@ -64,7 +67,7 @@ impl Depth {
 
     /// How many operations it may have under way.
     pub fn operations(self) -> u32 {
-        (self.slots * 8) as u32
+        (self.slots * 8 + ENTRUSTED_MAX) as u32
     }
 }
 
@@ -72,9 +75,13 @@ impl Depth {
 pub struct Copier {
     mirror: Arc<Mirror>,
     slots: Vec<Option<Slot>>,
+    /// Operations on the target that others wait for. Their tokens are behind those of the slots.
+    entrusted: [Option<Entrusted>; ENTRUSTED_MAX],
     /// Where the next search begins, in bytes.
     cursor: u64,
     run_len: usize,
+    /// A cluster: a shorter run would inflate it once more.
+    run_min: usize,
 }
 
 /// Where a step left the copier.
@@ -136,18 +143,25 @@ impl Copier {
     pub fn new(mirror: Arc<Mirror>, depth: Depth, start: u64) -> Self {
         let slots = (0..depth.slots).map(|_| None).collect();
         let run_len = depth.run_len.max(mirror.dirty.chunk_len() as usize);
-        Self { mirror, slots, cursor: start, run_len }
+        let clusters = mirror.source.chain().layers().iter().filter_map(|layer| layer.image.compressible());
+        let run_min = clusters.max().unwrap_or(0) as usize;
+        Self { mirror, slots, entrusted: Default::default(), cursor: start, run_len, run_min }
     }
 
     /// Takes in what is done and starts what can be started. Never waits.
     pub fn step<I: Io>(&mut self, tools: &mut Tools<I>, done: &mut Vec<Completion>) -> Progress {
         for completion in done.drain(..) {
-            let number = completion.token.0 / Task::TOKENS;
-            let slot = self.slots[number as usize].as_mut().expect("a slot in use");
-            slot.complete(tools, base(number as usize), completion);
+            let number = (completion.token.0 / Task::TOKENS) as usize;
+            match number.checked_sub(self.slots.len()) {
+                None => self.slots[number].as_mut().expect("a slot in use").complete(tools, base(number), completion),
+                Some(place) => {
+                    let entrusted = self.entrusted[place].as_mut().expect("a place in use");
+                    entrusted.complete(tools, base(number), completion);
+                }
+            }
         }
         let mut throttled = None;
-        let mut busy = false;
+        let mut busy = self.step_entrusted(tools);
         for number in 0..self.slots.len() {
             for turn in 0.. {
                 if self.slots[number].is_none() && throttled.is_none() {
@@ -177,7 +191,27 @@ impl Copier {
 
     /// True where nothing is under way.
     pub fn is_idle(&self) -> bool {
-        self.slots.iter().all(Option::is_none)
+        self.slots.iter().all(Option::is_none) && self.entrusted.iter().all(Option::is_none)
+    }
+
+    /// What somebody waits for comes first, and whatever is held or has failed. True where some of it is under way.
+    fn step_entrusted<I: Io>(&mut self, tools: &mut Tools<I>) -> bool {
+        let (mut busy, mut more) = (false, true);
+        for (place, number) in self.entrusted.iter_mut().zip(self.slots.len()..) {
+            loop {
+                if place.is_none() && more {
+                    *place = self.mirror.take_entrusted(tools.waker);
+                    more = place.is_some();
+                }
+                let Some(entrusted) = place else { break };
+                if entrusted.step(tools, base(number)) != Status::Done {
+                    busy = true;
+                    break;
+                }
+                place.take().into_iter().for_each(|entrusted| entrusted.end(&self.mirror));
+            }
+        }
+        busy
     }
 
     /// Fills a free slot where there is something to copy; says how long to wait where the speed
@@ -219,7 +253,8 @@ impl Copier {
         }
         self.mirror.may_copy(tools.io.now())?;
         let runs = if self.mirror.shares() { SHARED_RUNS } else { 1 };
-        let chunks_max = (self.run_len as u64 / self.mirror.dirty.chunk_len()).max(1) * runs;
+        let run_len = (self.run_len >> self.mirror.courtesy.halvings()).max(self.run_min);
+        let chunks_max = (run_len as u64 / self.mirror.dirty.chunk_len()).max(1) * runs;
         if let Some(range) = self.mirror.probe() {
             return Ok(self.mirror.take(range, chunks_max));
         }

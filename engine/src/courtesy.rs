@@ -2,10 +2,11 @@
 //!
 //! What they take alone is found out every few seconds, when copiers rest for a moment, and only while a guest is
 //! there. Then each window of requests decides: where its 99th percentile is beyond the bound, copiers get half as many
-//! runs under way, and with one left, less speed; where it is within, both grow again. A guest that asks for nothing costs
-//! nothing. Copying never becomes so slow that it would not come to an end: see `floor`.
+//! runs under way, with one left shorter ones, and then less speed; where it is within, all that grows again. They begin
+//! with one run, and a guest that asks for nothing costs a moment. Copying never becomes so slow that it would not come to
+//! an end: see `floor`.
 use crate::rate::{Rate, per_second};
-use crate::sync::{AtomicBool, AtomicU64, Ordering};
+use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -20,8 +21,12 @@ const LISTEN_AGAIN: Duration = Duration::from_secs(5);
 const WINDOW_REQUESTS: u64 = 30;
 const WINDOW_MIN: Duration = Duration::from_millis(50);
 const WINDOW_MAX: Duration = Duration::from_millis(500);
+/// Who has asked for nothing by then is not there.
+const FIRST: Duration = Duration::from_millis(10);
 /// More runs than any copier has.
 const RUNS_MAX: u64 = 256;
+/// Runs are shortened to a quarter: what is shorter costs more than it spares.
+const HALVINGS_MAX: u32 = 2;
 /// From here on they grow one by one.
 const RUNS_USUAL: u64 = 16;
 /// The least speed, in bytes a second, or twice what guests make anew.
@@ -45,6 +50,8 @@ pub struct Courtesy {
     suspended: AtomicBool,
     /// What copiers may have under way.
     runs: AtomicU64,
+    /// How often the length of a run is halved; only where there is one.
+    halvings: AtomicU32,
     rate: Rate,
     state: Mutex<State>,
 }
@@ -52,6 +59,8 @@ pub struct Courtesy {
 #[derive(Debug)]
 struct State {
     stage: Stage,
+    /// No window was beyond the bound yet.
+    untried: bool,
     listen_next: Duration,
     /// The 99th percentile without copies.
     alone: Option<Duration>,
@@ -92,9 +101,11 @@ impl Default for Courtesy {
             latencies: Latencies(std::array::from_fn(|_| AtomicU64::new(0))),
             suspended: AtomicBool::new(false),
             runs: AtomicU64::new(RUNS_MAX),
+            halvings: AtomicU32::new(0),
             rate: Rate::default(),
             state: Mutex::new(State {
                 stage: Stage::Copying,
+                untried: true,
                 listen_next: Duration::ZERO,
                 alone: None,
                 latest: None,
@@ -107,16 +118,18 @@ impl Default for Courtesy {
 impl Courtesy {
     /// Requests may take `factor` times as long as alone; 0 is no bound.
     pub fn set_factor(&self, factor: u64) {
-        self.factor.store(factor, Ordering::Relaxed);
+        let before = self.factor.swap(factor, Ordering::Relaxed);
         if factor == 0 {
-            self.set(RUNS_MAX, 0);
+            self.unbind();
+        } else if before == 0 {
+            self.set(1, 0, 0);
         }
     }
 
     /// None while this is set: there is no time for it.
     pub fn suspend(&self, on: bool) {
         if self.suspended.swap(on, Ordering::Relaxed) != on && on {
-            self.set(RUNS_MAX, 0);
+            self.unbind();
         }
     }
 
@@ -139,6 +152,11 @@ impl Courtesy {
     /// How many runs copiers may have under way now.
     pub fn runs(&self) -> u64 {
         self.runs.load(Ordering::Relaxed)
+    }
+
+    /// How often the length of a run is halved now.
+    pub fn halvings(&self) -> u32 {
+        self.halvings.load(Ordering::Relaxed)
     }
 
     /// The speed that they are held to, in bytes a second; 0 is none.
@@ -198,13 +216,14 @@ impl Courtesy {
         };
         let (age, requests) = (now.saturating_sub(begun), self.latencies.since(&state.window.counts));
         let count: u64 = requests.iter().sum();
-        if age < WINDOW_MIN || (count < WINDOW_REQUESTS && age < WINDOW_MAX) {
+        let nobody = count == 0 && state.latest.is_none() && age >= FIRST;
+        if !nobody && (age < WINDOW_MIN || (count < WINDOW_REQUESTS && age < WINDOW_MAX)) {
             return;
         }
         let before = state.window.done;
         state.window = self.window(now, done);
         let Some(late) = percentile(&requests) else {
-            self.set(RUNS_MAX, 0);
+            self.unbind();
             return;
         };
         state.latest = Some(late);
@@ -216,18 +235,27 @@ impl Courtesy {
         let copied = per_second(done.copied.saturating_sub(before.copied), age);
         let dirtied = per_second(done.dirtied.saturating_sub(before.dirtied), age);
         let within = late <= alone.max(ALONE_MIN) * u32::try_from(self.factor()).unwrap_or(u32::MAX);
-        match (within, self.runs(), self.speed()) {
-            (false, 2.., _) => self.set((self.runs().min(RUNS_USUAL) / 2).max(1), 0),
-            (false, _, _) => self.set(1, (copied - copied / 4).max(floor(dirtied))),
+        state.untried &= within;
+        match (within, self.runs(), self.halvings(), self.speed()) {
+            (false, 2.., ..) => self.set((self.runs().min(RUNS_USUAL) / 2).max(1), 0, 0),
+            (false, _, halvings, _) if halvings < HALVINGS_MAX => self.set(1, halvings + 1, 0),
+            (false, _, halvings, _) => self.set(1, halvings, (copied - copied / 4).max(floor(dirtied))),
             // Faster than they are even so: no bound at all.
-            (true, _, speed @ 1..) if speed / 2 > copied => self.set(1, 0),
-            (true, _, speed @ 1..) => self.set(1, speed + speed / 4),
-            (true, runs, _) => self.set((runs + 1).min(RUNS_MAX), 0),
+            (true, _, halvings, speed @ 1..) if speed / 2 > copied => self.set(1, halvings, 0),
+            (true, _, halvings, speed @ 1..) => self.set(1, halvings, speed + speed / 4),
+            (true, _, halvings @ 1.., _) => self.set(1, halvings - 1, 0),
+            (true, runs, ..) if state.untried && runs < RUNS_USUAL => self.set(runs * 2, 0, 0),
+            (true, runs, ..) => self.set((runs + 1).min(RUNS_MAX), 0, 0),
         }
     }
 
-    fn set(&self, runs: u64, speed: u64) {
+    fn unbind(&self) {
+        self.set(RUNS_MAX, 0, 0);
+    }
+
+    fn set(&self, runs: u64, halvings: u32, speed: u64) {
         self.runs.store(runs, Ordering::Relaxed);
+        self.halvings.store(halvings, Ordering::Relaxed);
         if self.rate.limit() != speed {
             self.rate.set(speed);
         }
@@ -307,13 +335,16 @@ mod tests {
             for _ in 0..steps {
                 let mut runs = 0;
                 // A run takes a millisecond.
+                let mut bytes = 0;
                 while runs < self.courtesy.runs().min(16) && self.courtesy.check(self.now, self.done).is_ok() {
-                    self.courtesy.spend(RUN);
-                    self.done.copied += RUN;
+                    let run = RUN >> self.courtesy.halvings();
+                    self.courtesy.spend(run);
+                    bytes += run;
                     runs += 1;
                 }
+                self.done.copied += bytes;
                 if self.asks {
-                    self.courtesy.note(Duration::from_micros(self.alone + self.each * runs));
+                    self.courtesy.note(Duration::from_micros(self.alone + self.each * bytes / RUN));
                 }
                 self.done.dirtied += self.dirtied;
                 self.now += STEP;
@@ -337,7 +368,8 @@ mod tests {
     fn a_guest_that_asks_for_nothing_costs_nothing() {
         let mut disk = Disk::new(1000, 1000);
         disk.asks = false;
-        assert_eq!(disk.go_on(5000).1, 5000 * 16 * RUN);
+        // It begins with one, and learns of nobody.
+        assert!(disk.go_on(5000).1 >= 4980 * 16 * RUN);
         disk.asks = true;
         disk.go_on(3000);
         assert!(disk.courtesy.runs() < 16);

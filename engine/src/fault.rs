@@ -24,6 +24,8 @@ pub enum Fault {
     ReadyWithoutWhatFailed,
     /// 3: a target that failed is tried again at once.
     TryAtOnce,
+    /// 4: a guest's thread looks into the target's tables itself, whatever that waits for.
+    TablesInGuest,
     /// 4: a write to both sides claims its chunks around the target's write alone.
     ClaimTargetOnly,
     /// 4: a write that the target has not ended is waited for no more, and its claim is released.
@@ -44,8 +46,12 @@ pub enum Fault {
     OverwriteTheNewestSlot,
     /// 7: the members of a group are recorded one by one.
     RecordApart,
-    /// 8: the target is not flushed before the record.
+    /// 8: the target of a pivot, or the disk below a snapshot, is not flushed before the record.
     RecordBeforeFlush,
+    /// 8: the files of a snapshot's overlay are not durable before the record names it.
+    RecordBeforeOverlay,
+    /// 7: guests write to a snapshot's overlay before it is recorded.
+    SwitchBeforeRecord,
     /// 8: an external data file is not flushed before the mappings of what is in it.
     MapBeforePayload,
     /// 8: a new mapping is not kept in the journal.
@@ -92,6 +98,8 @@ pub enum Fault {
     DoneBeforeSent,
     /// 16: what was received of requests that were not begun does not go along to another process.
     ForgetUnread,
+    /// 16: a connection goes to its disk's thread before what its client is told has gone.
+    MoveBeforeSent,
 }
 
 #[cfg(all(test, not(feature = "loom")))]

@@ -1,20 +1,23 @@
 //! What sessions and copiers of one job share: the two disks, the bitmap, the limits.
+mod entrusted;
 mod lateness;
 mod missed;
 mod verification;
 
 pub use verification::{Check, Outcome, Verified};
 
+pub use entrusted::{Entrusted, TargetTask};
 pub use lateness::PATIENCE;
 
 use crate::bell::Bell;
 use crate::courtesy::{Courtesy, Done};
 use crate::dirty::{Claim, DirtyBitmap, Which};
-use crate::disk::{Disk, Task};
+use crate::disk::Disk;
 use crate::fault::{self, planted};
 use crate::planes::Planes;
 use crate::rate::Rate;
 use crate::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard, Ordering};
+use entrusted::Queue;
 use formats::error::{Error, Result};
 use formats::image::Zeroing;
 use formats::range::ByteRange;
@@ -56,6 +59,9 @@ pub struct Mirror {
     pub progress: Bell,
     /// Wakes guest requests that wait for a claim.
     released: Bell,
+    /// Wakes copiers: something was entrusted to them.
+    errands: Bell,
+    entrusted: Queue,
     write_both: AtomicBool,
     compare: AtomicBool,
     shares: AtomicBool,
@@ -148,6 +154,8 @@ impl Mirror {
             work: Bell::default(),
             progress: Bell::default(),
             released: Bell::default(),
+            errands: Bell::default(),
+            entrusted: Queue::default(),
             write_both: AtomicBool::new(false),
             compare: AtomicBool::new(false),
             shares: AtomicBool::new(false),
@@ -217,12 +225,12 @@ impl Mirror {
     }
 
     /// Begins to settle the target; `end_settle` hears what came of it.
-    pub fn begin_settle(&self) -> Task {
+    pub fn begin_settle(&self) -> TargetTask {
         self.planes.turn();
         if planted(fault::Fault::ForgetBeforeSettled) {
             self.planes.settled();
         }
-        Task::flush(Arc::clone(&self.target))
+        self.flush_target()
     }
 
     /// A settle of the target is over. True where some of what was written is in doubt all the same, and is marked.

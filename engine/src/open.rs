@@ -13,7 +13,7 @@ use crate::control::options::{Beside, Cache, Reach};
 use crate::disk::{DataFile, Disk};
 use crate::io::lock::{Hold, sign_of_life};
 use crate::io::remote::Remote;
-use crate::io::{File, FileStorage, PAGE, is_in_memory};
+use crate::io::{File, FileStorage, PAGE, cached_bytes, is_in_memory};
 use formats::backing::{BackingName, Location};
 use formats::error::{Context, Error, Result};
 use formats::image::Image;
@@ -307,7 +307,8 @@ impl Opened {
         let identity = Identity::Export(address.place());
         let (image, below) = open_image(&Location::Nbd(address.clone()), &identity, storage, format, access)?;
         let path = PathBuf::from(address.to_string());
-        let file = DataFile::buffered(File::remote(remote));
+        let block_len = if access.writable { remote.block_len() } else { 1 };
+        let file = DataFile::of_blocks(File::remote(remote), block_len);
         let layer = Layer { image: image.map, file, path, format: image.format, apart: None };
         Ok(Self { layer, identity, data_identity: None, below })
     }
@@ -559,7 +560,8 @@ impl OpenFile {
             return Ok(DataFile::buffered(File::of_memory(self.buffered)));
         }
         let direct = match cache {
-            Cache::None => direct_file(path, &self.buffered, self.writable),
+            Cache::Auto if !self.writable && is_cached(&self.buffered) => None,
+            Cache::None | Cache::Auto => direct_file(path, &self.buffered, self.writable),
             Cache::Writeback | Cache::Unsafe => None,
         };
         if let (Some(hold), Some((direct, _))) = (self.held, &direct) {
@@ -571,6 +573,13 @@ impl OpenFile {
             None => DataFile::buffered(buffered),
         })
     }
+}
+
+/// True where the page cache has three of four bytes of it that are not holes.
+fn is_cached(file: &fs::File) -> bool {
+    let Ok(metadata) = file.metadata() else { return false };
+    let data = metadata.blocks() * 512;
+    data > 0 && cached_bytes(file).is_some_and(|cached| cached >= data / 4 * 3)
 }
 
 /// The same file once more for direct I/O, and its alignment; `None` where there is none.

@@ -240,6 +240,17 @@ pub trait Image: Send + Sync {
     /// content, so no reader ever sees what was there before.
     fn reserve(&self, guest: ByteRange) -> Result<Reserve>;
 
+    /// True where a call may wait: for a table that is not in memory, or for whoever has the tables and waits for one.
+    fn may_wait(&self) -> bool {
+        false
+    }
+
+    /// The same as `reserve` where it needs no wait at all, and `commit` and the drop need none either: the bytes have
+    /// their place, and everything that says so is in memory and in nobody's hands. `None` where it may need one.
+    fn reserve_at_once(&self, _guest: ByteRange) -> Option<Reservation> {
+        None
+    }
+
     /// Makes a reservation's payload the image's content, and notes it in the journal.
     fn commit(&self, reservation: Reservation) -> Result<()>;
 
@@ -296,7 +307,7 @@ pub trait Image: Send + Sync {
         Err(Error::unsupported("this format has no bitmaps: they are dropped"))
     }
 
-    /// How many settles have ended.
+    /// How many settles have ended. Never waits.
     fn settles(&self) -> u64 {
         0
     }

@@ -5,7 +5,9 @@
 #![allow(dead_code, reason = "each test file uses its own part of this")]
 
 pub mod daemon;
+pub mod full;
 pub mod images;
+pub mod mount;
 pub mod nbd;
 pub mod qmp;
 pub mod random;

@@ -1,4 +1,7 @@
-"""Runs a program that gets an error for io_uring_setup: without_io_uring.py ERRNO PROGRAM WORD..."""
+"""Runs a program that gets an error for a system call of io_uring:
+
+    without_io_uring.py setup|register:REQUEST ERRNO PROGRAM WORD...
+"""
 import ctypes
 import os
 import struct
@@ -6,13 +9,23 @@ import sys
 
 PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
 LOAD_WORD, JUMP_IF_EQUAL, RETURN = 0x20, 0x15, 0x06
-IO_URING_SETUP = 425
+CALL, SECOND_ARGUMENT = 0, 24
+IO_URING_SETUP, IO_URING_REGISTER = 425, 427
 ALLOW, ERRNO = 0x7FFF0000, 0x00050000
 
+name, _, request = sys.argv[1].partition(":")
+call = {"setup": IO_URING_SETUP, "register": IO_URING_REGISTER}[name]
 lines = [
-    (LOAD_WORD, 0, 0, 0),
-    (JUMP_IF_EQUAL, 0, 1, IO_URING_SETUP),
-    (RETURN, 0, 0, ERRNO | int(sys.argv[1])),
+    (LOAD_WORD, 0, 0, CALL),
+    (JUMP_IF_EQUAL, 0, 3 if request else 1, call),
+]
+if request:
+    lines += [
+        (LOAD_WORD, 0, 0, SECOND_ARGUMENT),
+        (JUMP_IF_EQUAL, 0, 1, int(request)),
+    ]
+lines += [
+    (RETURN, 0, 0, ERRNO | int(sys.argv[2])),
     (RETURN, 0, 0, ALLOW),
 ]
 code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in lines))
@@ -26,4 +39,4 @@ libc = ctypes.CDLL(None, use_errno=True)
 program = Program(len(lines), ctypes.addressof(code))
 assert libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
 assert libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0) == 0, ctypes.get_errno()
-os.execvp(sys.argv[2], sys.argv[2:])
+os.execvp(sys.argv[3], sys.argv[3:])

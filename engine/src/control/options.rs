@@ -113,6 +113,8 @@ pub enum Cache {
     /// Around it, where the file system can.
     #[default]
     None,
+    /// Around it; but what is read alone and is there for the most part is read from there.
+    Auto,
     /// Through it.
     Writeback,
     /// Through it, and nothing is made durable: for copies that can be made again. Never for `serve`.

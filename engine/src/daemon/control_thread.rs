@@ -1,11 +1,11 @@
 //! The control thread: takes connections in, carries what operators say to the desk and back, and has the desk
 //! stepped.
 use super::clients::Connection;
+use super::connections::{Client, Connections};
 use super::desk::{Answer, Desk, News};
 use super::exports::{Export, Table};
 use super::handover;
 use super::listen::Listening;
-use super::threads::{Client, Worker};
 use crate::control::options::Reach;
 use crate::control::{Code, HandOver, Refusal, Reply, Request};
 use crate::disk::Tools;
@@ -54,9 +54,7 @@ pub(super) struct ControlThread {
     waker: Waker,
     signals: File,
     desk: Desk,
-    table: Arc<Table>,
-    credentials: Option<Arc<Credentials>>,
-    sessions: Vec<Worker>,
+    sessions: Connections,
     clients: BTreeMap<u64, Connection>,
     client_next: u64,
     /// Listeners whose last connection could not be taken in, with their tokens.
@@ -88,12 +86,10 @@ impl ControlThread {
         Ok(Self {
             ring: Remotes::new(Ring::new(64, &arena)?),
             arena,
-            desk: Desk::new(exports, Arc::clone(&table), reach, state, waker.clone()),
+            sessions: Connections::new(Arc::clone(&table) as _, credentials),
+            desk: Desk::new(exports, table, reach, state, waker.clone()),
             waker,
             signals: File::new(signals),
-            table,
-            credentials,
-            sessions: Vec::new(),
             clients: BTreeMap::new(),
             client_next: 0,
             resting: Vec::new(),
@@ -201,8 +197,7 @@ impl ControlThread {
     }
 
     fn take_session(&mut self, socket: File) {
-        self.sessions.retain(|session| !session.is_over());
-        if self.sessions.len() >= SESSIONS_MAX {
+        if self.sessions.count() >= SESSIONS_MAX {
             tracing::warn!("there are {SESSIONS_MAX} NBD connections already: one more is dropped");
             return;
         }
@@ -211,9 +206,8 @@ impl ControlThread {
     }
 
     fn begin_session(&mut self, client: Client) {
-        match Worker::session(client, Arc::clone(&self.table) as _, self.credentials.clone()) {
-            Ok(session) => self.sessions.push(session),
-            Err(error) => tracing::error!(%error, "a connection's thread could not be started"),
+        if let Err(error) = self.sessions.begin(client) {
+            tracing::error!(%error, "a connection's thread could not be started");
         }
     }
 
@@ -304,9 +298,7 @@ impl ControlThread {
                 self.ungreeted.push(socket);
             }
         }
-        let tell = if self.successor.is_some() { Worker::ask_to_hand_over } else { Worker::ask_to_end };
-        self.sessions.iter().for_each(tell);
-        let handed = self.sessions.into_iter().filter_map(Worker::handed).collect();
+        let handed = self.sessions.end(self.successor.is_some());
         (self.desk.close(), handed, self.ungreeted)
     }
 }

@@ -101,7 +101,7 @@ pub fn convert(options: &ConvertOptions, mut progress: impl FnMut(Copied)) -> Re
 /// Compressed clusters share pages, so they go through the page cache.
 fn target_reach(options: &ConvertOptions) -> Reach {
     match options.reach.cache {
-        Cache::None if options.compress => Reach { cache: Cache::Writeback, ..options.reach.clone() },
+        Cache::None | Cache::Auto if options.compress => Reach { cache: Cache::Writeback, ..options.reach.clone() },
         _ => options.reach.clone(),
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! control thread   sockets, QMP clients: `control_thread`; what they ask for, jobs, pivots: `desk`
-//! nbd threads      one a connection: a `Session`
+//! nbd threads      one a processor and disk at most, and one for each client that has not chosen a disk yet: `Session`s
 //! copy threads     one or two a job: a `Copier`
 //! lower threads    one a chain that is copied as a whole, before its job begins: `lower`
 //! pool             one a processor: what inflates and deflates for them
@@ -12,6 +12,7 @@
 //! lock of an image's metadata (sessions, copiers), and the bells that wake who waits.
 mod clients;
 mod compare;
+mod connections;
 mod control_thread;
 mod convert;
 mod desk;

@@ -1,17 +1,13 @@
-//! The threads: one a connection, one to a few for each job's copies. Each has a ring and memory of
-//! its own, steps one thing, and waits in its ring.
+//! Threads that copy, one to a few for each job, and threads that find something out.
 use super::pool::pool;
 use crate::copier::{Copier, Depth, Progress};
 use crate::disk::Tools;
-use crate::export::session::{self, ARENA_LEN, Directory, Ending, Handed, RING_DEPTH, Session};
 use crate::io::remote::Remotes;
-use crate::io::{Arena, File, Io, Op, Ring, Token, Turn, Wait, Waker};
+use crate::io::{Arena, Io, Op, Ring, Token, Turn, Wait, Waker};
 use crate::mirror::Mirror;
-use crate::tls::Credentials;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -21,64 +17,11 @@ const TIMEOUT: Token = Token(u64::MAX - 1);
 /// A thread that can be told to end.
 pub(super) struct Worker {
     stop: Arc<AtomicBool>,
-    hand_over: Arc<AtomicBool>,
-    handed: Arc<Mutex<Option<Handed>>>,
     waker: Waker,
-    thread: Option<JoinHandle<()>>,
-}
-
-/// Whom a connection's thread is for.
-pub(super) enum Client {
-    /// Somebody who has just come.
-    New(File),
-    /// Somebody whom another process served before.
-    Handed(Handed),
-}
-
-impl Client {
-    fn socket(&self) -> File {
-        match self {
-            Self::New(socket) | Self::Handed(Handed { socket, .. }) => socket.clone(),
-        }
-    }
+    thread: JoinHandle<()>,
 }
 
 impl Worker {
-    /// A thread for one NBD connection.
-    pub fn session(
-        client: Client,
-        directory: Arc<dyn Directory>,
-        credentials: Option<Arc<Credentials>>,
-    ) -> io::Result<Self> {
-        let [stop, hand_over] = [(); 2].map(|()| Arc::<AtomicBool>::default());
-        let handed = Arc::<Mutex<Option<Handed>>>::default();
-        let waker = Waker::new()?;
-        let (told, waker_there, handed_there) =
-            ([&stop, &hand_over].map(Arc::clone), waker.clone(), Arc::clone(&handed));
-        let socket = client.socket();
-        let body = move || match serve(client, directory, credentials, waker_there, told) {
-            Ok(left) => *handed_there.lock().unwrap_or_else(PoisonError::into_inner) = left,
-            Err(error) => {
-                tracing::error!(%error, "a connection's thread failed; the connection is dropped");
-                socket.shut_down();
-            }
-        };
-        let thread = std::thread::Builder::new().name("nbd".into()).spawn(body)?;
-        Ok(Self { stop, hand_over, handed, waker, thread: Some(thread) })
-    }
-
-    /// Asks a connection's thread to end, its client going on with somebody else.
-    pub fn ask_to_hand_over(&self) {
-        self.hand_over.store(true, Ordering::SeqCst);
-        self.waker.wake();
-    }
-
-    /// Waits for its end, after asking for that. Its client, where it can go on.
-    pub fn handed(mut self) -> Option<Handed> {
-        self.join();
-        self.handed.lock().unwrap_or_else(PoisonError::into_inner).take()
-    }
-
     /// A thread that copies for `mirror`: number `number` of `count`.
     pub fn copier(mirror: Arc<Mirror>, depth: Depth, number: u64, count: u64) -> io::Result<Self> {
         let stop = Arc::<AtomicBool>::default();
@@ -92,13 +35,7 @@ impl Worker {
             }
         };
         let thread = std::thread::Builder::new().name("copy".into()).spawn(body)?;
-        let (hand_over, handed) = (Arc::default(), Arc::default());
-        Ok(Self { stop, hand_over, handed, waker, thread: Some(thread) })
-    }
-
-    /// True where it has ended by itself.
-    pub fn is_over(&self) -> bool {
-        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+        Ok(Self { stop, waker, thread })
     }
 
     /// Asks it to end when what it has under way is done.
@@ -108,15 +45,16 @@ impl Worker {
     }
 
     /// Waits for its end, after asking for it.
-    pub fn end(mut self) {
+    pub fn end(self) {
         self.ask_to_end();
-        self.join();
+        joined(self.thread);
     }
+}
 
-    fn join(&mut self) {
-        if let Some(Err(_)) = self.thread.take().map(JoinHandle::join) {
-            tracing::error!("a thread ended by a panic: please report what it said");
-        }
+/// Waits for the end of a thread.
+pub(super) fn joined(thread: JoinHandle<()>) {
+    if thread.join().is_err() {
+        tracing::error!("a thread ended by a panic: please report what it said");
     }
 }
 
@@ -148,35 +86,6 @@ impl<T: Send + 'static> Errand<T> {
     /// What was found; `None` where it panicked.
     pub fn end(self) -> Option<T> {
         self.thread.join().ok()
-    }
-}
-
-fn serve(
-    client: Client,
-    directory: Arc<dyn Directory>,
-    credentials: Option<Arc<Credentials>>,
-    waker: Waker,
-    [stop, hand_over]: [Arc<AtomicBool>; 2],
-) -> io::Result<Option<Handed>> {
-    let arena = Arena::allocate(ARENA_LEN)?;
-    let mut ring = Remotes::new(Ring::new(RING_DEPTH, &arena)?.helped_by(pool(), Turn::Guest)?);
-    let session = match client {
-        Client::New(socket) => Session::new(socket, directory, arena, waker, Token(0)).with_tls(credentials),
-        Client::Handed(handed) => Session::resumed(handed, directory, arena, waker, Token(0))
-            .ok_or_else(|| io::Error::other("the export of a connection that was handed over is not there"))?,
-    };
-    let mut session = session.stopped_by(stop).handed_over_by(hand_over);
-    let mut done = Vec::new();
-    loop {
-        if let session::Progress::Over(ending) = session.step(&mut ring, &mut done) {
-            tracing::info!(export = session.export(), "connection ended: {ending}");
-            if ending != Ending::HandedOver {
-                return Ok(None);
-            }
-            ring.below().take_back(&mut done)?;
-            return Ok(session.hand_over(done));
-        }
-        ring.reap(Wait::One, &mut done)?;
     }
 }
 

@@ -107,6 +107,11 @@ impl Disk {
         self.read_only
     }
 
+    /// True where its tables may have to be waited for, by whoever reads or writes it.
+    pub fn may_wait(&self) -> bool {
+        self.top().may_wait()
+    }
+
     /// Path of the top image, for messages.
     pub fn name(&self) -> String {
         self.chain.top().path.display().to_string()

@@ -35,11 +35,19 @@ pub(super) fn start_write<I: Io>(
     host: u64,
     buf: Buffer,
 ) -> Result<Stay, Buffer> {
-    let file = &disk.chain().top().file;
-    let Some(stay) = file.enter(host, &buf) else { return Err(buf) };
-    let file = file.way(host, &buf).clone();
+    match disk.chain().top().file.enter(host, &buf) {
+        Some(stay) => {
+            write_there(disk, tools, token, host, buf);
+            Ok(stay)
+        }
+        None => Err(buf),
+    }
+}
+
+/// The same for a writer that has its place already.
+pub(super) fn write_there<I: Io>(disk: &Disk, tools: &mut Tools<I>, token: Token, host: u64, buf: Buffer) {
+    let file = disk.chain().top().file.way(host, &buf).clone();
     tools.io.submit(token, Op::Write { file, at: host, buf });
-    Ok(stay)
 }
 
 /// Keeps the first error of several operations.

@@ -28,6 +28,8 @@ pub struct Task {
     disk: Arc<Disk>,
     kind: Kind,
     parity: usize,
+    /// Nobody may wait in it, not even at its end.
+    at_once: bool,
 }
 
 #[expect(clippy::large_enum_variant, reason = "a task lies in its owner's table; boxed, each request would allocate")]
@@ -55,6 +57,15 @@ impl Task {
     pub fn write(disk: Arc<Disk>, range: ByteRange, buf: Buffer) -> Self {
         assert!(range.len() == buf.len() as u64, "a buffer of the range's length");
         Self::new(disk, Kind::Write(Write::new(range, buf)))
+    }
+
+    /// The same where nothing of it can wait for a table: all of `range` has its place. Else `buf` comes back.
+    pub fn write_at_once(disk: Arc<Disk>, range: ByteRange, buf: Buffer) -> std::result::Result<Self, Buffer> {
+        assert!(range.len() == buf.len() as u64, "a buffer of the range's length");
+        let mut task = Self::new(disk, Kind::Flush(Flush::default()));
+        task.at_once = true;
+        task.kind = Kind::Write(Write::at_once(&task.disk, range, buf)?);
+        Ok(task)
     }
 
     /// Writes `buf` to `range`, of the same length, compressed: whole clusters of `cluster` bytes, the disk's
@@ -92,7 +103,7 @@ impl Task {
 
     fn new(disk: Arc<Disk>, kind: Kind) -> Self {
         let parity = disk.grace.enter();
-        Self { disk, kind, parity }
+        Self { disk, kind, parity, at_once: false }
     }
 
     /// Starts what can be started. Never waits.
@@ -165,7 +176,8 @@ impl Task {
 
 impl Drop for Task {
     fn drop(&mut self) {
-        if self.disk.grace.leave(self.parity) {
+        // The next settle sees to it otherwise.
+        if self.disk.grace.leave(self.parity) && !self.at_once {
             self.disk.try_recycle();
         }
     }

@@ -6,7 +6,7 @@
 //! ```
 use super::Disk;
 use super::flush::Settling;
-use super::step::{Moved, Status, Tools, keep, start_write};
+use super::step::{Moved, Status, Tools, keep, start_write, write_there};
 use super::task::Task;
 use crate::chain::{Layer, Look, Source};
 use crate::data_file::Stay;
@@ -47,6 +47,8 @@ struct Part {
     at: u64,
     /// The caller's bytes; absent while they are being written and when they have been.
     payload: Option<Buffer>,
+    /// Its place among the file's writers, from before it reads the rest of a block.
+    stay: Option<Stay>,
     stage: Stage,
 }
 
@@ -67,6 +69,28 @@ impl Write {
     pub fn new(range: ByteRange, buf: Buffer) -> Self {
         let loan = Loan::new(buf);
         Self { range, at: range.start, loan, parts: Default::default(), settling: Settling::default(), error: None }
+    }
+
+    /// One that has all its room, and nothing around it to fill. Else `buf` comes back.
+    pub fn at_once(disk: &Disk, range: ByteRange, buf: Buffer) -> std::result::Result<Self, Buffer> {
+        let mut write = Self::new(range, buf);
+        for part in &mut write.parts {
+            let (rest, top) = (ByteRange { start: write.at, end: range.end }, disk.chain().top());
+            let piece = top.file.first_piece(rest);
+            let reservation = match rest.is_empty() || disk.is_poisoned() || top.file.around(piece).is_some() {
+                true => None,
+                false => top.image.reserve_at_once(piece),
+            };
+            let Some(reservation) = reservation else { break };
+            (write.at, *part) = (reservation.guest.end, Some(Part::new(reservation)));
+        }
+        if write.at < range.end {
+            return Err(write.loan.end());
+        }
+        for part in write.parts.iter_mut().flatten() {
+            part.payload = Some(write.loan.lend(part.span.len() as usize));
+        }
+        Ok(write)
     }
 
     pub fn step<I: Io>(&mut self, disk: &Arc<Disk>, tools: &mut Tools<I>, base: Token) -> Status {
@@ -117,14 +141,14 @@ impl Write {
             }
             let Some(free) = self.parts.iter().position(Option::is_none) else { return Ok(()) };
             let top = disk.chain().top();
-            match top.image.reserve(ByteRange { start: self.at, end: self.range.end }).map_err(|e| at(top, e))? {
+            let wanted = top.file.first_piece(ByteRange { start: self.at, end: self.range.end });
+            match top.image.reserve(wanted).map_err(|e| at(top, e))? {
                 Reserve::Room(reservation) => {
                     let span = span(disk, &reservation)?;
                     // Nothing fails from here on: what is lent has to come back.
                     self.at = reservation.guest.end;
-                    let payload = self.loan.lend(reservation.guest.len() as usize);
-                    self.parts[free] =
-                        Some(Part { at: span.start, reservation, span, payload: Some(payload), stage: Stage::Next });
+                    let payload = Some(self.loan.lend(reservation.guest.len() as usize));
+                    self.parts[free] = Some(Part { at: span.start, span, payload, ..Part::new(reservation) });
                 }
                 Reserve::Busy => {
                     *blocked = true;
@@ -149,7 +173,14 @@ impl Write {
         loop {
             match std::mem::replace(&mut part.stage, Stage::Failed) {
                 Stage::Next if part.at == part.span.end => break,
-                Stage::Next => part.stage = part.next(disk, tools),
+                Stage::Next => match part.next(disk, tools) {
+                    Some(stage) => part.stage = stage,
+                    None => {
+                        part.stage = Stage::Next;
+                        *blocked = true;
+                        return false;
+                    }
+                },
                 Stage::Reading(mut task, range) => {
                     match task.step(tools, Token(base.0 + READS + number as u64 * READ_TOKENS)) {
                         Status::Done => match task.end() {
@@ -166,7 +197,15 @@ impl Write {
                     }
                 }
                 Stage::Waiting(buf) => {
-                    match start_write(disk, tools, Token(base.0 + number as u64), part.host(), buf) {
+                    let (token, host) = (Token(base.0 + number as u64), part.host());
+                    let started = match part.stay.take() {
+                        Some(stay) => {
+                            write_there(disk, tools, token, host, buf);
+                            Ok(stay)
+                        }
+                        None => start_write(disk, tools, token, host, buf),
+                    };
+                    match started {
                         Ok(stay) => part.stage = Stage::Writing(stay),
                         Err(buf) => {
                             part.stage = Stage::Waiting(buf);
@@ -191,8 +230,11 @@ impl Write {
         if let Some(payload) = part.payload {
             self.loan.give_back(payload);
         }
+        let top = disk.chain().top();
+        if let Some(stay) = part.stay {
+            top.file.leave(stay);
+        }
         if part.at == part.span.end {
-            let top = disk.chain().top();
             if let Err(error) = top.image.commit(part.reservation) {
                 keep(&mut self.error, at(top, error));
             }
@@ -250,6 +292,12 @@ impl Write {
 }
 
 impl Part {
+    /// Of what has nothing to fill, without its payload.
+    fn new(reservation: Reservation) -> Self {
+        let span = reservation.guest;
+        Self { at: span.start, reservation, span, payload: None, stay: None, stage: Stage::Next }
+    }
+
     /// Where in the file the next bytes go.
     fn host(&self) -> u64 {
         // The span may begin before the reservation's own bytes, at the same distance in the file.
@@ -257,18 +305,22 @@ impl Part {
     }
 
     /// The next piece of the span: all of it where that is small, else what is before the payload,
-    /// the payload, what is behind it.
-    fn next<I: Io>(&mut self, disk: &Arc<Disk>, tools: &Tools<I>) -> Stage {
+    /// the payload, what is behind it. `None` where somebody else is on its block.
+    fn next<I: Io>(&mut self, disk: &Arc<Disk>, tools: &Tools<I>) -> Option<Stage> {
+        let file = &disk.chain().top().file;
+        if self.stay.is_none() && file.around(self.reservation.guest).is_some() {
+            self.stay = Some(file.enter_blocks(self.span, true)?);
+        }
         let guest = self.reservation.guest;
         let whole = self.span == guest;
         let piece = match () {
             () if !whole && self.span.len() <= MERGE_MAX => self.span,
-            () if self.at == guest.start => return Stage::Waiting(self.payload.take().expect("written once")),
+            () if self.at == guest.start => return Some(Stage::Waiting(self.payload.take().expect("written once"))),
             () if self.at < guest.start => ByteRange { start: self.at, end: guest.start }.prefix(MERGE_MAX),
             () => ByteRange { start: self.at, end: self.span.end }.prefix(MERGE_MAX),
         };
         let buf = tools.arena.buffer(piece.len() as usize);
-        Stage::Reading(Box::new(Task::read(Arc::clone(disk), piece, buf)), piece)
+        Some(Stage::Reading(Box::new(Task::read(Arc::clone(disk), piece, buf)), piece))
     }
 
     /// The payload's place in `bytes`, which were read from `range`, gets the payload.
@@ -301,7 +353,7 @@ impl Part {
     }
 }
 
-/// What is to be written for a reservation: its bytes, and around them where that must be filled.
+/// What is to be written for a reservation: its bytes, and around them where that must be filled, or is of the same block.
 fn span(disk: &Disk, reservation: &Reservation) -> Result<ByteRange> {
     let mut span = reservation.guest;
     if needs_fill(disk, reservation)? {
@@ -309,7 +361,7 @@ fn span(disk: &Disk, reservation: &Reservation) -> Result<ByteRange> {
         span.start = head.map_or(span.start, |head| head.start);
         span.end = tail.map_or(span.end, |tail| tail.end);
     }
-    Ok(span)
+    Ok(disk.chain().top().file.around(span).unwrap_or(span))
 }
 
 /// False where nothing is around the payload, or only zeroes that are there already.

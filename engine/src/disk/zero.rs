@@ -4,6 +4,7 @@ use super::Disk;
 use super::flush::Flush;
 use super::step::{Status, Tools, keep};
 use super::task::Task;
+use crate::data_file::Stay;
 use crate::io::{Completion, Io, Op, Token};
 use formats::error::{Error, Result};
 use formats::image::{Zeroed, Zeroing};
@@ -29,8 +30,8 @@ pub(super) struct Zero {
 
 enum Stage {
     Next,
-    /// The kernel makes a hole of these bytes.
-    Punching(ByteRange),
+    /// The kernel, or another server, makes a hole of these bytes.
+    Punching(ByteRange, Stay),
     /// Zeroes are written up to there.
     Writing(Box<Task>, ByteRange),
     Settling(Flush),
@@ -53,7 +54,7 @@ impl Zero {
                         continue;
                     }
                 },
-                Stage::Punching(_) => return Status::Busy,
+                Stage::Punching(..) => return Status::Busy,
                 Stage::Writing(task, _) => task.step(tools, base),
                 Stage::Settling(flush) => flush.step(disk, tools, base),
             };
@@ -73,7 +74,7 @@ impl Zero {
                 task.end().0
             }
             Stage::Settling(flush) => flush.end(),
-            Stage::Next | Stage::Punching(_) => Ok(()),
+            Stage::Next | Stage::Punching(..) => Ok(()),
         };
         if let Err(error) = outcome {
             keep(&mut self.error, error);
@@ -94,8 +95,13 @@ impl Zero {
                 self.at = range.end;
                 disk.bell.ring();
             }
+            Zeroed::Host { guest, .. } if top.file.around(top.file.first_piece(guest)).is_some() => {
+                self.write(disk, tools, top.file.first_piece(guest))?;
+            }
             Zeroed::Host { guest, host } if disk.can_punch(self.zeroing) => {
-                self.stage = Stage::Punching(guest);
+                let guest = top.file.first_piece(guest);
+                let Some(stay) = top.file.enter_blocks(guest, false) else { return Ok(true) };
+                self.stage = Stage::Punching(guest, stay);
                 let unmap = self.zeroing != Zeroing::Keep;
                 let file = top.file.file().clone();
                 tools.io.submit(base, Op::Zero { file, at: host, len: guest.len(), unmap });
@@ -150,9 +156,10 @@ impl Zero {
         match &mut self.stage {
             Stage::Writing(task, _) => task.complete(tools, base, done),
             Stage::Settling(flush) => flush.complete(disk, done.result),
-            Stage::Punching(range) => {
-                let range = *range;
-                self.stage = Stage::Next;
+            Stage::Punching(..) => {
+                let Stage::Punching(range, stay) = std::mem::replace(&mut self.stage, Stage::Next) else { return };
+                disk.chain().top().file.leave(stay);
+                disk.bell.ring();
                 match done.result {
                     Ok(_) => self.at = range.end,
                     Err(error) if cannot_punch(&error) => disk.no_punching(self.zeroing),

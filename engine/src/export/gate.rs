@@ -168,6 +168,12 @@ impl Pass {
     pub fn route(&self) -> &Route {
         &self.0.route
     }
+
+    /// The same leave once more: for what the request leaves behind. It counts like any other, and its holder is inside.
+    pub fn again(&self) -> Self {
+        self.0.inside.fetch_add(1, Ordering::SeqCst);
+        Self(Arc::clone(&self.0))
+    }
 }
 
 impl Drop for Pass {

@@ -16,7 +16,8 @@ use crate::dirty::Claim;
 use crate::disk::{Status, Task, Tools};
 use crate::fault::{Fault, planted};
 use crate::io::{Completion, Io, Loan, Token};
-use crate::mirror::Mirror;
+use crate::mirror::{Mirror, TargetTask};
+use formats::error::Result;
 use formats::range::ByteRange;
 use std::sync::Arc;
 
@@ -25,26 +26,40 @@ pub struct Late {
     task: Task,
     /// The payload.
     loan: Option<Loan>,
+    rest: Rest,
+}
+
+/// What is held until it has landed.
+struct Rest {
     range: ByteRange,
     claim: Option<Claim>,
     mirror: Arc<Mirror>,
-    pass: Option<Pass>,
+    pass: Pass,
 }
 
 impl Late {
-    /// The rest of `task`, which writes `range` to the target.
-    pub(super) fn new(task: Task, loan: Option<Loan>, (range, claim): (ByteRange, Claim), mirror: Arc<Mirror>) -> Self {
+    /// The rest of `task`, which writes `range` to the target, where this thread has it; a copier that has it sees to it
+    /// itself.
+    pub(super) fn begin(
+        task: TargetTask,
+        loan: Option<Loan>,
+        (range, claim): (ByteRange, Claim),
+        mirror: Arc<Mirror>,
+        pass: Pass,
+    ) -> Option<Self> {
         let mut claim = Some(claim);
         if planted(Fault::ReleaseWhileLate) {
             claim.take().into_iter().for_each(|claim| mirror.release(claim, None));
         }
         mirror.begin_late(range);
-        Self { task, loan, range, claim, mirror, pass: None }
-    }
-
-    /// Keeps the pass of its request, which is over.
-    pub(super) fn keep(&mut self, pass: Option<Pass>) {
-        self.pass = pass;
+        let rest = Rest { range, claim, mirror, pass };
+        match task.into_task() {
+            Ok(task) => Some(Self { task, loan, rest }),
+            Err(handle) => {
+                handle.leave(move |outcome| rest.end(outcome));
+                None
+            }
+        }
     }
 
     /// Starts what can be started. Never waits. The tokens are the task's own.
@@ -60,8 +75,15 @@ impl Late {
     /// After `Status::Done`.
     pub fn end(self) {
         let (outcome, piece) = self.task.end();
+        self.rest.end(outcome);
+        drop((piece, self.loan));
+    }
+}
+
+impl Rest {
+    fn end(self, outcome: Result<()>) {
         self.mirror.end_late(self.range, self.claim, outcome);
         // Not before: nobody else may have the target while this may write to it.
-        drop((piece, self.loan, self.pass));
+        drop(self.pass);
     }
 }

@@ -16,7 +16,7 @@ use crate::dirty::Claim;
 use crate::disk::{Status, Task, Tools};
 use crate::fault::{Fault, planted};
 use crate::io::{Buffer, Completion, Io, Loan, Op, Token};
-use crate::mirror::Mirror;
+use crate::mirror::{Mirror, TargetTask};
 use crate::planes::Flight;
 use formats::error::{Error, Result};
 use formats::image::Zeroing;
@@ -73,7 +73,7 @@ pub struct GuestRequest {
     slowed: bool,
     /// When it came through the gate, where the disk is mirrored.
     begun: Option<Duration>,
-    /// What the target has begun, and is waited for no more.
+    /// What the target has begun on this thread, and is waited for no more.
     late: Option<Late>,
 }
 
@@ -83,7 +83,7 @@ enum Stage {
     Waiting(Action),
     Source(Task),
     /// The target's part of a write to both sides, and the payload.
-    Target(Task, Option<Loan>),
+    Target(TargetTask, Option<Loan>),
     Flushing(Task),
     Done,
 }
@@ -360,10 +360,7 @@ impl GuestRequest {
             return;
         }
         self.land();
-        let pass = self.pass.take();
-        if let Some(late) = &mut self.late {
-            late.keep(pass);
-        }
+        self.pass = None;
     }
 
     /// The source has the write, or failed at it: mark what the target does not get now.
@@ -424,12 +421,12 @@ impl GuestRequest {
             self.flush_if_asked(&mirror);
             return;
         };
-        let target = Arc::clone(&mirror.target);
         let task = match (&mut loan, self.zeroing) {
             (Some(loan), _) => {
-                Task::write(target, *run, loan.lend_at((run.start - self.range.start) as usize, run.len() as usize))
+                let piece = loan.lend_at((run.start - self.range.start) as usize, run.len() as usize);
+                mirror.write_target(*run, piece)
             }
-            (None, zeroing) => Task::zero(target, *run, zeroing.unwrap_or(Zeroing::Unmap)),
+            (None, zeroing) => mirror.zero_target(*run, zeroing.unwrap_or(Zeroing::Unmap)),
         };
         self.stage = Stage::Target(task, loan);
     }
@@ -453,17 +450,18 @@ impl GuestRequest {
         let Some(mirror) = self.mirror() else { return };
         let Stage::Target(task, loan) = std::mem::replace(&mut self.stage, Stage::Done) else { return };
         let Some((run, claim)) = self.both.pop() else { return };
+        let Some(pass) = self.pass.as_ref().map(Pass::again) else { return };
         mirror.fall_back();
         if !planted(Fault::NoMarkWhenLate) {
             mirror.written(run);
         }
         self.mark_what_is_left(&mirror);
         self.flush_if_asked(&mirror);
-        self.late = Some(Late::new(task, loan, (run, claim), mirror));
+        self.late = Late::begin(task, loan, (run, claim), mirror, pass);
         self.leave_if_done();
     }
 
-    fn target_done(&mut self, task: Task, mut loan: Option<Loan>) {
+    fn target_done(&mut self, task: TargetTask, mut loan: Option<Loan>) {
         let (outcome, piece) = task.end();
         if let (Some(loan), Some(piece)) = (&mut loan, piece) {
             loan.give_back(piece);

@@ -5,6 +5,7 @@
 //! a `Loan`, so that several operations can work on one buffer without anybody sharing a byte.
 // UNSAFETY: aligned allocation and views of parts of it need raw pointers.
 #![expect(unsafe_code)]
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::io;
 use std::ops::{Deref, DerefMut, Range};
@@ -160,13 +161,24 @@ unsafe impl Send for Region {}
 unsafe impl Sync for Region {}
 
 impl Region {
+    /// From here on memory is the system's own, in bytes: that is zeroed, and backed as it is first used. The allocator
+    /// would fill it with zeroes, and so have all of it backed at once.
+    const MAPPED_MIN: usize = 128 << 10;
+
     fn new(len: usize) -> Self {
         Self::allocate(len).unwrap_or_else(|| handle_alloc_error(Self::layout(len)))
     }
 
     fn allocate(len: usize) -> Option<Self> {
-        // SAFETY: the layout's size is a whole number of pages and not zero.
-        let start = unsafe { alloc_zeroed(Self::layout(len)) };
+        let start = match len >= Self::MAPPED_MIN {
+            true => {
+                let (access, how) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE);
+                // SAFETY: a new mapping, wherever there is room.
+                unsafe { mmap_anonymous(std::ptr::null_mut(), len, access, how) }.ok()?.cast()
+            }
+            // SAFETY: the layout's size is a whole number of pages and not zero.
+            false => unsafe { alloc_zeroed(Self::layout(len)) },
+        };
         Some(Self { start: NonNull::new(start)?, len })
     }
 
@@ -183,8 +195,13 @@ impl Region {
 
 impl Drop for Region {
     fn drop(&mut self) {
-        // SAFETY: allocated in `allocate` with this very layout.
-        unsafe { dealloc(self.start.as_ptr(), Self::layout(self.len)) }
+        match self.len >= Self::MAPPED_MIN {
+            // SAFETY: mapped in `allocate` with this length. It can fail only where the system has no room for its notes of a
+            // mapping that is cut in two, which this one is not.
+            true => drop(unsafe { munmap(self.start.as_ptr().cast(), self.len) }),
+            // SAFETY: allocated in `allocate` with this very layout.
+            false => unsafe { dealloc(self.start.as_ptr(), Self::layout(self.len)) },
+        }
     }
 }
 

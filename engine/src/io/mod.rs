@@ -7,6 +7,7 @@
 //! This folder is the only one that has `unsafe`: memory that the kernel writes to, the ring's
 //! entries, memory that outlives the process, and the locks of open files. What the processor does for long goes to a `Pool`.
 mod arena;
+mod cached;
 mod clone;
 mod file;
 mod gather;
@@ -20,6 +21,7 @@ mod storage;
 mod words;
 
 pub use arena::{Arena, Buffer, Loan, PAGE};
+pub use cached::cached_bytes;
 pub use file::{File, Waker};
 pub use gather::Gather;
 pub use memory::is_in_memory;

@@ -2,6 +2,7 @@
 // UNSAFETY: submission entries carry raw pointers into what this module owns.
 #![expect(unsafe_code)]
 
+mod needed;
 #[cfg(test)]
 mod tests;
 
@@ -11,9 +12,11 @@ use super::registered::Registered;
 use super::{Arena, Buffer, Completion, File, Gather, Io, Op, Token, Until, Wait};
 use io_uring::types::{CancelBuilder, Fd, FsyncFlags, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
+use needed::refuse_lacking;
 use rustix::io::Errno;
 use rustix::net::SocketAddrAny;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -81,6 +84,7 @@ impl Ring {
     /// `arena` registered as far as it is used and the system allows that much locked memory.
     pub fn new(depth: u32, arena: &Arena) -> io::Result<Self> {
         let ring = Self::build(depth.next_power_of_two())?;
+        refuse_lacking(&ring)?;
         Ok(Self {
             registered: Registered::new(&ring, arena),
             ring,
@@ -232,6 +236,21 @@ impl Ring {
         Ok(())
     }
 
+    /// Cancels what is under way with tokens in `whose` and waits until that is over; what was done, also of others, is
+    /// in `done`.
+    pub fn take_back_those(&mut self, whose: Range<Token>, done: &mut Vec<Completion>) -> io::Result<()> {
+        loop {
+            let theirs = |place: &Option<InKernel>| {
+                place.as_ref().and_then(|one| one.token).is_some_and(|token| whose.contains(&token))
+            };
+            let Some(slot) = self.in_kernel.iter().position(theirs) else { return Ok(()) };
+            self.enter(Wait::No)?;
+            // An error says that it is over already.
+            let _ = self.ring.submitter().register_sync_cancel(None, CancelBuilder::user_data(slot as u64));
+            self.reap(Wait::One, done)?;
+        }
+    }
+
     fn enter(&self, wait: Wait) -> io::Result<()> {
         // A deferred ring moves its completions only when it is asked for events, so ask always.
         let want = match wait {
@@ -287,7 +306,7 @@ fn with_remedy(error: io::Error) -> io::Error {
              filter allow io_uring_setup, io_uring_enter and io_uring_register"
         }
         Some(Errno::NOSYS) => {
-            "there is no io_uring: it takes Linux 5.19 or newer, or a seccomp filter that does not hide io_uring_setup"
+            "there is no io_uring: it takes Linux 6.0 or newer, or a seccomp filter that does not hide io_uring_setup"
         }
         Some(Errno::NOMEM) => "no memory for an io_uring: raise the limit of locked memory (ulimit -l)",
         Some(Errno::MFILE) => "no descriptor is left for an io_uring: raise the limit of open files (ulimit -n)",

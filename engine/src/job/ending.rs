@@ -183,10 +183,11 @@ impl Job {
     /// A pivot or a finish is over.
     pub(super) fn ended(&mut self, outcome: Result<()>) {
         let Stage::Ending(pivot) = std::mem::replace(&mut self.stage, Stage::Copying) else { return };
-        let switched = pivot.switches();
-        self.record = pivot.into_record();
+        let (switched, interrupted) = (pivot.switches(), pivot.is_interrupted());
+        let (end, record) = pivot.into_parts();
         match outcome {
             Ok(()) => {
+                self.record = record;
                 self.complete = true;
                 self.parts.mirror.hold(true);
                 self.stage = Stage::Over;
@@ -195,9 +196,19 @@ impl Job {
             Err(error) => {
                 self.pending = false;
                 self.choose_patience();
-                self.undone = Some(error.one_line());
                 self.happened(Happened::EndUndone);
-                if self.parts.mirror.target.is_poisoned() {
+                let poisoned = self.parts.mirror.target.is_poisoned();
+                if interrupted && !poisoned && self.tries_again() {
+                    // Whoever asked for the end waits until that has come to something.
+                    self.wish = Some(match record {
+                        Some(record) => Wish::Pivot(Box::new((end, record))),
+                        None => Wish::Finish,
+                    });
+                    return;
+                }
+                self.record = record;
+                self.undone = Some(error.one_line());
+                if poisoned {
                     // Whatever was ready is so no more.
                     self.parts.mirror.fail(true, error);
                 }

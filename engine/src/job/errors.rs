@@ -133,6 +133,15 @@ impl Job {
         self.rest = None;
     }
 
+    /// True where what failed on the side that failed is tried again without anybody's asking.
+    pub(super) fn tries_again(&self) -> bool {
+        let policy = match self.parts.mirror.standing_fault() {
+            Some((false, ..)) => self.parts.on_source_error,
+            _ => self.parts.on_target_error,
+        };
+        matches!(policy, OnError::BackOff | OnError::Ignore)
+    }
+
     /// Somebody else waits and tries again where it backs off: a target on another server has to say soon that it is
     /// out of reach.
     pub(super) fn choose_patience(&self) {

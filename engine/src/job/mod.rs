@@ -23,7 +23,7 @@ use crate::disk::{Disk, Status, Task, Tools};
 use crate::export::gate::{Gate, Leaving, Route};
 use crate::fault::{self, planted};
 use crate::io::{Completion, Io, Token};
-use crate::mirror::Mirror;
+use crate::mirror::{Mirror, TargetTask};
 use crate::pivot::{Pivot, RecordFile, Step};
 use crate::seed::Seeder;
 use bounds::{Bounds, Standing};
@@ -119,7 +119,7 @@ enum Stage {
     Seeding(Seeder),
     Copying,
     /// The target is made durable before it is called ready, and before the gate closes for the end.
-    Settling(Box<Task>),
+    Settling(Box<TargetTask>),
     Ending(Box<Pivot>),
     /// The guest's writes that still know the mirror are under way.
     Detaching(Leaving),
@@ -293,7 +293,8 @@ impl Job {
     pub fn complete<I: Io>(&mut self, tools: &mut Tools<I>, base: Token, done: Completion) {
         let Some(done) = self.syncs.complete(tools, base, done) else { return };
         match &mut self.stage {
-            Stage::Settling(task) | Stage::Reaching(task) => task.complete(tools, base, done),
+            Stage::Settling(task) => task.complete(tools, base, done),
+            Stage::Reaching(task) => task.complete(tools, base, done),
             Stage::Ending(pivot) => {
                 if let Step::Done(outcome) = pivot.complete(tools, base, done) {
                     self.ended(outcome);

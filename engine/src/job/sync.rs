@@ -5,7 +5,7 @@
 //! its time for it at most. Copiers go on meanwhile. On a failure nothing is forgotten.
 use crate::disk::{Status, Task, Tools};
 use crate::io::{Completion, Io, Token};
-use crate::mirror::Mirror;
+use crate::mirror::{Mirror, TargetTask};
 use std::time::Duration;
 
 /// How much longer than a settle the rest after it is.
@@ -13,7 +13,7 @@ const REST_TIMES: u32 = 10;
 
 /// The sync points of one job, one at a time.
 pub(super) struct Syncs {
-    under_way: Option<(Box<Task>, Duration)>,
+    under_way: Option<(Box<TargetTask>, Duration)>,
     /// None begins before.
     due: Duration,
     rest_min: Duration,

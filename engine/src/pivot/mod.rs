@@ -29,12 +29,12 @@ pub use record_file::{GroupFile, RecordFile, slots_of};
 pub use replace::{New, Replace};
 pub use together::{Member, members};
 
-use crate::disk::{Status, Task, Tools};
+use crate::disk::{Status, Tools};
 use crate::export::gate::{Gate, Leaving, Route};
 use crate::fault::{Fault, planted};
 use crate::io::{Completion, Io, Token};
 use crate::journal::WordJournal;
-use crate::mirror::Mirror;
+use crate::mirror::{Mirror, TargetTask};
 use crate::open::refuse_lost_chain;
 use confirm::Confirm;
 use formats::error::{Error, Result};
@@ -96,14 +96,16 @@ pub struct Pivot {
     pause_max: Duration,
     /// Bytes that were left when the gate was closed.
     left: u64,
+    /// It was undone because the copy failed.
+    interrupted: bool,
 }
 
 enum Stage {
     Drain(Leaving),
     LastPass,
-    FlushTarget(Box<Task>),
+    FlushTarget(Box<TargetTask>),
     /// That takes too long: guests are on the source again, and what the target has under way ends first.
-    GiveUp(Box<Task>, Error),
+    GiveUp(Box<TargetTask>, Error),
     /// Nothing is in the way of the record.
     Begin,
     Record(Recorder),
@@ -138,7 +140,7 @@ impl Pivot {
         // Guests wait for the last pass alone.
         mirror.courtesy.suspend(true);
         let (deadline, left) = (now.saturating_add(pause_max), mirror.backlog());
-        Self { mirror, gate, end, stage, record_file, deadline, pause_max, left }
+        Self { mirror, gate, end, stage, record_file, deadline, pause_max, left, interrupted: false }
     }
 
     /// True while guests wait at the gate.
@@ -151,9 +153,14 @@ impl Pivot {
         matches!(self.end, End::Switch { .. })
     }
 
-    /// The record as it stands after the pivot.
-    pub fn into_record(self) -> Option<RecordFile> {
-        self.record_file
+    /// True where it was undone because the copy failed: with a copy that goes on, it can be begun again.
+    pub fn is_interrupted(&self) -> bool {
+        self.interrupted && self.member().is_none()
+    }
+
+    /// What it was to do, and the record as it stands now.
+    pub fn into_parts(self) -> (End, Option<RecordFile>) {
+        (self.end, self.record_file)
     }
 
     /// Takes in what is done and does what can be done. Never waits.
@@ -246,6 +253,7 @@ impl Pivot {
             return Some(Ok(()));
         }
         if let Some((_, _, why)) = self.mirror.standing_fault() {
+            self.interrupted = true;
             return Some(Err(Error::invalid(format!("the copy failed during the last pass: {why}"))));
         }
         (tools.io.now() > self.deadline && !planted(Fault::PauseWithoutEnd)).then(|| {
@@ -260,7 +268,7 @@ impl Pivot {
     fn after_last_pass(&self) -> Stage {
         match &self.end {
             End::Switch { .. } if planted(Fault::RecordBeforeFlush) => Stage::Begin,
-            _ => Stage::FlushTarget(Box::new(Task::flush(Arc::clone(&self.mirror.target)))),
+            _ => Stage::FlushTarget(Box::new(self.mirror.flush_target())),
         }
     }
 

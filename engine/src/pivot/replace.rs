@@ -2,9 +2,10 @@
 //!
 //! ```text
 //! Ahead        the old disk is flushed while guests write, so that little is left for them to wait for
+//! Overlay      the files of a new overlay, tables and all, are durable: it is empty, and nobody writes to it yet
 //! Drain        gate closed, nobody inside
-//! Flush        the old disk's metadata and payload are durable
-//! Make         the new disk is there, and durable as far as it goes │ Zero, Settle   of one that grows, what is new
+//! Flush        the old disk's metadata and payload are durable: nobody brings in any more what its journal has
+//! Zero, Settle what is new of a disk that grows
 //! ──────────── everything above is undone by opening the gate on the old disk
 //! Record       ◄── the point of no return                           │ Keep           the image has its size
 //! ──────────── everything below is done again after a crash
@@ -21,7 +22,7 @@ use super::{Pivot, Step};
 use crate::disk::{Disk, Status, Task, Tools};
 use crate::export::gate::{Gate, Leaving, Route};
 use crate::fault::{Fault, planted};
-use crate::io::{Completion, Io, Token};
+use crate::io::{Completion, Io, Op, Token};
 use crate::open::refuse_lost_chain;
 use formats::error::{Error, Result};
 use formats::image::Zeroing;
@@ -29,13 +30,10 @@ use formats::record::Record;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Makes the new disk of what is flushed and untouched, and says what to record; the generation is set here.
-pub type Make = Box<dyn FnOnce() -> Result<(Arc<Disk>, Record)> + Send>;
-
 /// What comes into the old disk's place.
 pub enum New {
-    /// Another disk.
-    Made(Make),
+    /// An empty overlay upon it, and what to record; the generation is set here.
+    Overlay(Arc<Disk>, Record),
     /// The same image with so many bytes, and what to record where its size is there.
     Grown(u64, Option<Record>),
 }
@@ -58,6 +56,8 @@ pub struct Replace {
 enum Stage {
     New,
     Ahead(Box<Task>),
+    /// So many files of the overlay are not durable yet.
+    Overlay(u64, Result<()>),
     Drain(Leaving),
     Flush(Box<Task>),
     Zero(Box<Task>),
@@ -81,8 +81,7 @@ impl Replace {
         self.record_file
     }
 
-    /// Takes in what is done and does what can be done. Waits for what `make` does and for an
-    /// image's tables, for nothing else.
+    /// Takes in what is done and does what can be done. Waits for an image's tables, for nothing else.
     pub fn step<I: Io>(&mut self, tools: &mut Tools<I>, base: Token) -> Step {
         loop {
             match &mut self.stage {
@@ -94,6 +93,13 @@ impl Replace {
                     if let Stage::Ahead(task) = std::mem::replace(&mut self.stage, Stage::Over)
                         && let Err(error) = task.end().0
                     {
+                        return Step::Done(Err(error));
+                    }
+                    self.stage = Stage::Overlay(self.flush_overlay(tools, base), Ok(()));
+                }
+                Stage::Overlay(0, outcome) => {
+                    if let Err(error) = std::mem::replace(outcome, Ok(())) {
+                        self.stage = Stage::Over;
                         return Step::Done(Err(error));
                     }
                     self.deadline = tools.io.now().saturating_add(self.pause_max);
@@ -109,6 +115,12 @@ impl Replace {
                         return Step::Done(Err(Pivot::too_long(self.pause_max)));
                     }
                     self.stage = Stage::Flush(Box::new(Task::flush(Arc::clone(&self.old))));
+                    if planted(Fault::RecordBeforeFlush) {
+                        match self.next(tools, base) {
+                            Ok(stage) => self.stage = stage,
+                            Err(error) => return self.undo(error),
+                        }
+                    }
                 }
                 Stage::Flush(task) | Stage::Zero(task) | Stage::Settle(task) => {
                     if task.step(tools, base) != Status::Done {
@@ -119,7 +131,7 @@ impl Replace {
                         Err(error) => return self.undo(error),
                     }
                 }
-                Stage::Record(..) | Stage::Confirm(_) => return Step::Busy,
+                Stage::Overlay(..) | Stage::Record(..) | Stage::Confirm(_) => return Step::Busy,
                 Stage::Over => return Step::Done(Ok(())),
             }
         }
@@ -130,6 +142,12 @@ impl Replace {
         match &mut self.stage {
             Stage::Ahead(task) | Stage::Flush(task) | Stage::Zero(task) | Stage::Settle(task) => {
                 task.complete(tools, base, done);
+            }
+            Stage::Overlay(left, outcome) => {
+                *left -= 1;
+                if let (Err(error), Some(New::Overlay(disk, _))) = (done.result, &self.new) {
+                    *outcome = Err(Error::io(format!("flush of {}", disk.name()), error));
+                }
             }
             Stage::Record(recorder, ..) => match recorder.complete(tools, base, done) {
                 None => {}
@@ -144,6 +162,18 @@ impl Replace {
             Stage::New | Stage::Drain(_) | Stage::Over => {}
         }
         Step::Busy
+    }
+
+    /// Makes the files of a new overlay durable; says how many they are.
+    fn flush_overlay<I: Io>(&self, tools: &mut Tools<I>, base: Token) -> u64 {
+        let Some(New::Overlay(disk, _)) = self.new.as_ref().filter(|_| !planted(Fault::RecordBeforeOverlay)) else {
+            return 0;
+        };
+        let top = disk.chain().top();
+        let payload = top.apart.as_ref().map(|_| top.file.file());
+        let files = std::iter::once(top.tables()).chain(payload);
+        files.zip(base.0..).map(|(file, token)| tools.io.submit(Token(token), Op::Flush { file: file.clone() })).count()
+            as u64
     }
 
     fn undo(&mut self, error: Error) -> Step {
@@ -162,10 +192,7 @@ impl Replace {
             Stage::Flush(task) => {
                 task.end().0?;
                 match self.new.take().ok_or_else(|| Error::invalid("the new disk was made already"))? {
-                    New::Made(make) => {
-                        let (disk, record) = make()?;
-                        self.begin_record(tools, base, disk, record)
-                    }
+                    New::Overlay(disk, record) => self.begin_record(tools, base, disk, record),
                     New::Grown(size, record) => {
                         let before = self.old.size();
                         let range = self.old.grow(size)?;
@@ -210,12 +237,17 @@ impl Replace {
         let old = Record { generation: record.generation + 1, ..old };
         let recorder = Recorder::new(file.slots().clone(), bytes_of(&record)?, bytes_of(&old)?);
         recorder.start(tools, base);
+        if planted(Fault::SwitchBeforeRecord) {
+            self.gate.open(Route { disk: Arc::clone(&disk), mirror: None });
+        }
         Ok(Stage::Record(recorder, disk, record))
     }
 
     fn recorded<I: Io>(&mut self, tools: &mut Tools<I>, base: Token) -> Step {
         let Stage::Record(_, disk, record) = std::mem::replace(&mut self.stage, Stage::Over) else { return Step::Busy };
-        self.gate.open(Route { disk, mirror: None });
+        if !planted(Fault::SwitchBeforeRecord) {
+            self.gate.open(Route { disk, mirror: None });
+        }
         let confirm = Confirm::recorded(self.record_file.clone(), record);
         let begun = confirm.start(tools, base);
         self.stage = Stage::Confirm(confirm);

@@ -12,6 +12,7 @@ use crate::io::{Arena, Buffer, Completion, File, Io, Op, Token, Wait, Waker};
 use crate::job::{Job, Limits, Parts, Phase};
 use crate::mirror::Mirror;
 use crate::pivot::{End, RecordFile};
+use formats::error::Error;
 use formats::image::Image;
 use formats::journal::Forgetful;
 use formats::qcow2::{Create, Open, Qcow2, create, read_header};
@@ -393,6 +394,30 @@ fn a_pending_pivot_follows_the_guest_until_it_is_finalized() {
     job.finalize();
     assert_eq!(stage.run(&mut job, &mut io, &mut copier, Phase::Pivoted), Phase::Pivoted);
     assert!(job.is_complete() && job.stands() == JobStatus::Concluded);
+}
+
+/// A pivot that was begun before anybody knew that the target is out of reach was undone with an error, where one that was
+/// asked for a moment later waited.
+#[test]
+fn a_pivot_whose_last_pass_fails_waits_where_the_copy_is_tried_again() {
+    for policy in [OnError::Report, OnError::Ignore, OnError::BackOff] {
+        let stage = Stage::new();
+        let (mut job, mut copier) = (stage.job(policy), stage.copier());
+        let mut io = SimIo::new(&stage.files, 2, 0);
+        assert_eq!(stage.run(&mut job, &mut io, &mut copier, Phase::Ready), Phase::Ready);
+        let inside = stage.gate.enter(&stage.waker);
+        let (end, record) = stage.switch();
+        job.pivot(end, record);
+        assert_eq!(stage.run(&mut job, &mut io, &mut copier, Phase::Pivoting), Phase::Pivoting);
+        stage.mirror.dirty.mark(ByteRange { start: 0, end: CHUNK });
+        stage.mirror.fail(true, Error::invalid("out of reach"));
+        drop(inside);
+        let goes_on = policy != OnError::Report;
+        let last = if goes_on { Phase::Pivoted } else { Phase::Failed };
+        assert_eq!(stage.run(&mut job, &mut io, &mut copier, last), last, "{policy:?}");
+        assert_eq!(job.take_undone().is_none(), goes_on, "{policy:?}");
+        assert_eq!(stage.mirror.is_settled(), goes_on, "{policy:?}");
+    }
 }
 
 #[test]

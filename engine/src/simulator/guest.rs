@@ -1,5 +1,5 @@
 //! A guest: one request after the other through the gate, and its own account of the truth.
-use super::files::{Dice, Files, SECTOR, SimIo};
+use super::files::{AsGuest, Dice, Files, SECTOR, SimIo};
 use super::history::{History, Trust};
 use crate::disk::{Status, Tools};
 use crate::export::gate::Gate;
@@ -90,6 +90,7 @@ impl Guest {
 
     /// One move.
     pub fn step(&mut self, gate: &Gate, history: &mut History, dice: &mut Dice) {
+        let _as_guest = AsGuest::new();
         self.step_late();
         if self.under_way.is_none() {
             if self.left == 0 {

@@ -21,6 +21,8 @@ mod modes;
 mod pages;
 mod plan;
 mod resize;
+mod snapshot;
+mod syncs;
 mod world;
 
 use crate::control::Mode;
@@ -172,6 +174,17 @@ fn an_answer_without_the_target_that_marks_nothing_is_caught() {
 #[test]
 fn a_claim_released_before_a_late_write_lands_is_caught() {
     assert_caught(Fault::ReleaseWhileLate, |seed| Plan { fate: Fate::Lives, ..with_a_hung_target(seed) });
+}
+
+/// Promise 4. A guest that writes to both sides waits for the target's answers, and no longer than it has patience; its
+/// thread never does.
+#[test]
+fn a_guest_that_looks_into_the_targets_tables_is_caught() {
+    assert_caught(Fault::TablesInGuest, |seed| Plan {
+        fate: Fate::Lives,
+        raw_target: false,
+        ..with_a_hung_target(seed)
+    });
 }
 
 /// Half of them hang until every guest has all its answers: who waits for the target then, waits for ever.

@@ -526,7 +526,7 @@ impl World {
         let mirror = life.job.as_ref().map(|(job, ..)| Arc::clone(job.mirror()));
         mirror.iter().for_each(|mirror| mirror.hold(true));
         let busy = |life: &Life| {
-            let copies = mirror.as_ref().is_some_and(|mirror| !mirror.is_idle());
+            let copies = mirror.as_ref().is_some_and(|mirror| !mirror.is_idle() || mirror.has_entrusted());
             copies || !life.control.is_empty() || life.guests.iter().any(|guest| !guest.is_idle())
         };
         for steps in 0.. {

@@ -104,6 +104,8 @@ impl Creation {
             Format::Qcow2(options) => create(&storage, options)?,
         };
         if let Some(data_file) = &self.data_file {
+            // As long as no table changes the payload alone is flushed, and the header has to be there all the same.
+            storage.flush().context(|| "flush")?;
             storage = data_file.make(self.size)?;
             payload = ByteRange { start: 0, end: self.size };
         }

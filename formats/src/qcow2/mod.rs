@@ -166,6 +166,8 @@ struct Shared {
     /// The payload's file is to show by itself what the guest sees.
     raw_data: bool,
     state: Mutex<State>,
+    /// How many settles have ended.
+    settles: AtomicU64,
     /// Memory for its tables, in bytes.
     tables_memory_max: u64,
     /// Whether holes are looked for under payload; see `describe`.
@@ -204,6 +206,7 @@ impl Qcow2 {
             tables_memory_max,
             raw_data: header.data_file.as_ref().is_some_and(|data_file| data_file.raw),
             state: Mutex::new(state),
+            settles: AtomicU64::new(0),
             preallocated: OnceLock::new(),
         };
         Ok(Self { header, data: None, flush_first, shared: Arc::new(shared) })
@@ -379,6 +382,16 @@ impl Image for Qcow2 {
         Ok(reserve)
     }
 
+    fn may_wait(&self) -> bool {
+        true
+    }
+
+    fn reserve_at_once(&self, guest: ByteRange) -> Option<Reservation> {
+        let reservation = self.shared.reserve_at_once(guest)?;
+        self.shared.bitmaps().mark(reservation.guest);
+        Some(reservation)
+    }
+
     fn commit(&self, reservation: Reservation) -> Result<()> {
         self.shared.watch(self.shared.commit(reservation))
     }
@@ -439,7 +452,7 @@ impl Image for Qcow2 {
     }
 
     fn settles(&self) -> u64 {
-        self.shared.lock().settles()
+        self.shared.settles.load(Ordering::SeqCst)
     }
 
     fn recycle_of(&self, settles: u64) {

@@ -10,7 +10,7 @@ use super::Shared;
 use super::entry::{Entry, Standard};
 use super::refcounts::Run;
 use super::space::Taken;
-use super::state::{Reserved, State};
+use super::state::{Known, Reserved, State};
 use crate::error::{Error, Result};
 use crate::image::{Hold, Reservation, Reserve};
 use crate::range::ByteRange;
@@ -55,6 +55,25 @@ impl Shared {
         // A hold takes the lock when it is dropped, so it must never be dropped under it.
         drop(state);
         Ok(Reserve::Room(this.to_fill(guest, span, host, zeroed, hold)))
+    }
+
+    /// The room that a prefix of `guest` has already, where everything that says so is in memory, and in nobody's hands.
+    pub(super) fn reserve_at_once(&self, guest: ByteRange) -> Option<Reservation> {
+        self.check_writable().and_then(|()| self.check_inside(guest)).ok()?;
+        let state = self.state.try_lock().ok()?;
+        let cluster = guest.start >> self.geometry().cluster_bits;
+        if !matches!(state.known(cluster), Ok(Known::Entries(_))) {
+            return None;
+        }
+        let standard = state.entry(cluster).ok()?.standard();
+        // Where the entry does not say itself that nobody else has the cluster, its refcount would have to be looked at.
+        let (host, _) = standard.host.filter(|(_, copied)| *copied)?;
+        if standard.data & self.first_subcluster(guest) == 0 {
+            return None;
+        }
+        let len = state.run(guest, self.in_cluster(host, |standard| standard.data)).ok()?;
+        let host = host + (guest.start & (self.geometry().cluster_size() - 1));
+        Some(Reservation { guest: guest.prefix(len), host, fill: [None, None], zeroed: false, hold: None })
     }
 
     /// The subcluster with the first byte of `guest`.

@@ -31,6 +31,7 @@ use super::table;
 use crate::error::{Context, Result};
 use crate::image::{Hold, Progress, Settle};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 const START: u32 = 0;
 /// Nothing was dirty: payload alone needs the flush.
@@ -126,6 +127,7 @@ impl Shared {
         {
             self.journal.forget();
             state.forgotten();
+            self.settles.store(state.settles(), Ordering::SeqCst);
         }
         drop(state);
         progress.hold = None;

@@ -65,6 +65,11 @@ impl Desk {
             return Ok(number);
         }
         let number = self.may_pivot(name, request.verified)?;
+        if let (Some(active), true) = (self.jobs.get_mut(&number), request.keep_source) {
+            // One that waits for its end has one of this name itself, and gets it anew.
+            active.drop_back(&self.state);
+            self.refuse_id_in_use(&self.jobs[&number].name_of_back())?;
+        }
         let export = &self.exports[&number];
         let Some(record) = export.record.clone() else { return Ok(number) };
         if let Some(active) = self.jobs.get_mut(&number) {

@@ -137,6 +137,8 @@ impl Desk {
             job: request.job_id.clone(),
             target: Some(request.target),
             error: Some(refusal.message),
+            // Its old disk has missed what was written since, and will miss more.
+            rollback: self.was_way_back(number),
             ..self.status(number)
         };
         if let (Some(id), false) = (request.job_id, request.auto_dismiss) {
@@ -152,6 +154,11 @@ impl Desk {
             });
         }
         self.export_mut(number).last = Some(status);
+    }
+
+    /// True where the job that is kept of an export is the way back from its pivot.
+    fn was_way_back(&self, number: usize) -> bool {
+        self.state.kept_job(&self.exports[&number].name).ok().flatten().is_some_and(|kept| kept.rollback)
     }
 
     fn forget_job(&self, number: usize) {
@@ -374,7 +381,11 @@ impl Desk {
             let what = "it has to begin with a letter, and to go on with letters, digits, '-', '.' and '_'";
             return Err(refuse(Code::InvalidArg, format!("Invalid job ID '{id}': {what}")));
         }
-        let under_way = self.jobs.values().map(|active| active.job.id());
+        self.refuse_id_in_use(id)
+    }
+
+    fn refuse_id_in_use(&self, id: &str) -> std::result::Result<(), Refusal> {
+        let under_way = self.jobs.values().flat_map(|active| [Some(active.job.id()), active.id_of_back()]).flatten();
         let under_way = under_way.chain(self.lowering.values().map(Lowering::id));
         let remedy = match under_way.chain(self.concluded.ids()).find(|other| *other == id) {
             None => return Ok(()),

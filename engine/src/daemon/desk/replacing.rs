@@ -53,7 +53,7 @@ impl Desk {
         let new = Arc::new(target.disk);
         let named = refuse_contents(&new, &plan).and_then(|()| record_of(export, &new));
         let to_record = named.inspect_err(|_| plan.unmake())?;
-        let new = New::Made(Box::new(move || Ok((new, to_record))));
+        let new = New::Overlay(new, to_record);
         let gate = Arc::clone(&export.gate);
         let replace = Replace::new(gate, record, new, PAUSE_MAX);
         self.replace(number, client, replace, Change::Snapshot(old, Box::new(plan)));

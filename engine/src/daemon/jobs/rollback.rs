@@ -42,6 +42,19 @@ impl Active {
         self.kept.rollback
     }
 
+    /// The name of the job that goes the other way, if this one's pivot keeps its source.
+    pub fn name_of_back(&self) -> String {
+        match self.job.id().strip_suffix(SUFFIX) {
+            Some(id) if self.rolls_back() => id.to_owned(),
+            _ => format!("{}{SUFFIX}", self.job.id()),
+        }
+    }
+
+    /// The same where it is ready already.
+    pub fn id_of_back(&self) -> Option<&str> {
+        self.back.as_ref().map(|back| back.id.as_str())
+    }
+
     /// True where the pivot that is under way keeps its source.
     pub fn keeps_source(&self) -> bool {
         self.back.is_some()
@@ -96,10 +109,7 @@ impl Active {
         };
         // Both sides are equal when it begins.
         let taken = TakenUp { seen: header.size, ..TakenUp::nothing(&header) };
-        let id = match self.job.id().strip_suffix(SUFFIX) {
-            Some(id) if self.rolls_back() => id.to_owned(),
-            _ => format!("{}{SUFFIX}", self.job.id()),
-        };
+        let id = self.name_of_back();
         let request = MirrorRequest {
             export: export.name.clone(),
             target: target.display().to_string(),

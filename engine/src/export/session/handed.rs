@@ -7,8 +7,7 @@
 //! Order is everything here: nothing is received once the last receive is cancelled, and what it brought, whole requests
 //! or a part of one, goes along. Looked at before, bytes that came meanwhile would be nobody's.
 use super::inbound::STAGING_LEN;
-use super::transmission::Transmission;
-use super::{Directory, Ending, PATIENCE, Phase, RECEIVE, Session};
+use super::{Chosen, Directory, Ending, Phase, RECEIVE, Session};
 use crate::fault::{Fault, planted};
 use crate::io::{Arena, Completion, File, Token, Waker};
 use formats::nbd::Negotiated;
@@ -32,7 +31,7 @@ impl Handed {
 }
 
 impl Session {
-    /// Goes on with a connection; `None` where its export is not there.
+    /// Goes on with a connection, whose export is chosen; `None` where its export is not there.
     pub fn resumed(
         handed: Handed,
         directory: Arc<dyn Directory>,
@@ -43,10 +42,9 @@ impl Session {
         let Handed { socket, negotiated, unread } = handed;
         let (gate, member) = directory.enter(&negotiated.export.name, socket.clone())?;
         let mut session = Self::new(socket, directory, arena, waker, base);
-        session.inbound.expect_requests(Header::bytes(negotiated.style), &session.arena);
+        session.inbound.expect_requests(Header::bytes(negotiated.style));
         session.inbound.take_up(&unread);
-        let timer = Token(base.0 + PATIENCE);
-        session.phase = Phase::Transmission(Box::new(Transmission::new(negotiated, gate, member, timer)));
+        session.phase = Phase::Chosen(Box::new(Chosen { negotiated, gate, member }));
         Some(session)
     }
 

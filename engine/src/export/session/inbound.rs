@@ -6,9 +6,10 @@
 //! than there is room for.
 //!
 //! Inside TLS everything goes into the staging buffer, and what was in it into one of its own.
-use crate::io::{Arena, Buffer, File, Io, Loan, Op, Token, Until};
+use crate::io::{Buffer, File, Io, Loan, Op, Token, Until};
 use crate::tls::Tls;
 use formats::nbd::wire::HEADER_LEN_MAX;
+use rustix::io::Errno;
 use std::io;
 use std::ops::Range;
 
@@ -73,14 +74,13 @@ enum Payload {
 }
 
 impl Inbound {
-    /// Of `socket`; its staging buffers come from `arena`.
-    pub fn new(socket: File, arena: &Arena) -> Self {
-        let take = |len| arena.buffer(len);
+    /// Of `socket`. Its buffers are memory of their own, and go with it from thread to thread.
+    pub fn new(socket: File) -> Self {
         Self {
             socket,
             state: State::Idle,
             received: None,
-            staging: Some(take(STAGING_LEN)),
+            staging: Some(Buffer::alone(STAGING_LEN)),
             short: None,
             decrypted: None,
             direct_min: DIRECT_MIN,
@@ -95,9 +95,9 @@ impl Inbound {
     }
 
     /// What follows are requests, whose headers have so many bytes.
-    pub fn expect_requests(&mut self, header_len: usize, arena: &Arena) {
+    pub fn expect_requests(&mut self, header_len: usize) {
         self.header_len = header_len;
-        self.short = Some(arena.buffer(header_len));
+        self.short = Some(Buffer::alone(header_len));
     }
 
     /// What of the requests to come was received already, by whoever had the socket before.
@@ -125,9 +125,9 @@ impl Inbound {
     }
 
     /// What follows is TLS, all of it. Before anything of it was received.
-    pub fn expect_tls(&mut self, arena: &Arena) {
+    pub fn expect_tls(&mut self) {
         assert!(self.received.is_none() && self.state != State::Receiving, "a border is not received across");
-        self.decrypted = Some(arena.buffer(DECRYPTED_LEN));
+        self.decrypted = Some(Buffer::alone(DECRYPTED_LEN));
         // Into a payload's place the payload alone may go.
         self.direct_min = usize::MAX;
     }
@@ -261,8 +261,9 @@ impl Inbound {
     /// Takes in what became of a receive.
     pub fn complete(&mut self, op: Op, result: io::Result<u32>) {
         let Op::Receive { buf, .. } = op else { unreachable!("a receive was submitted") };
+        let cancelled = matches!(&result, Err(error) if Errno::from_io_error(error) == Some(Errno::CANCELED));
         let count = result.map_or(0, |count| count as usize);
-        self.state = if count == 0 { State::Ended } else { State::Idle };
+        self.state = if count == 0 && !cancelled { State::Ended } else { State::Idle };
         match self.payload.take() {
             Some(Payload::Lent { mut loan, head }) => {
                 let filled = head.len() + count;

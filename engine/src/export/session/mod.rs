@@ -12,6 +12,9 @@
 //! A client can have `REQUESTS_MAX` requests and `PAYLOAD_MAX` bytes of payload under way, those
 //! counted whose replies it has not taken yet. More stay in its socket until there is room.
 //!
+//! One thread may step several. So a step is bounded, and between the choice of an export and the first request, where
+//! nothing is under way, a session can go to the thread of its disk: see `Progress::Chosen`.
+//!
 //! A connection ends when nothing of it is under way: what a client that is gone had asked for is
 //! done to its end before, so that no late write of it can meet those of its next connection.
 mod handed;
@@ -19,6 +22,7 @@ mod inbound;
 mod layer;
 mod outbound;
 mod reply;
+mod resting;
 mod slot;
 mod status;
 mod transmission;
@@ -30,27 +34,29 @@ use super::gate::Gate;
 use super::request::GuestRequest;
 use super::roll::Member;
 use crate::disk::Tools;
+use crate::fault::{Fault, planted};
 use crate::io::{Arena, Completion, File, Io, Op, Token, Waker};
 use crate::tls::{Credentials, in_words};
 use formats::nbd::handshake::Reason;
 use formats::nbd::wire::Header;
-use formats::nbd::{Exports, Handshake, Outcome, Tls};
+use formats::nbd::{Exports, Handshake, Negotiated, Outcome, Tls};
 pub use handed::Handed;
-use inbound::{Inbound, STAGING_LEN};
+use inbound::Inbound;
 use layer::Layer;
 use outbound::Outbound;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
-use transmission::Transmission;
+use transmission::{Stop, Transmission};
 
 /// Requests that one client may have under way.
 pub const REQUESTS_MAX: usize = 64;
 /// Payload that one client may have under way, in bytes; one request may always be.
 pub const PAYLOAD_MAX: u64 = 64 << 20;
-/// Memory that a session should be given, in bytes; payload that does not fit there gets its own.
-pub const ARENA_LEN: usize = (16 << 20) + STAGING_LEN + (64 << 10);
-/// Operations that a session has under way, most of the time.
+/// Memory for payload that the sessions of a thread should be given, in bytes; what does not fit there gets its own.
+pub const ARENA_LEN: usize = 16 << 20;
+/// Operations that the sessions of a thread have under way, most of the time.
 pub const RING_DEPTH: u32 = 128;
 /// A client that has not chosen an export by then is dropped.
 pub const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
@@ -59,6 +65,9 @@ pub const LINGER_MAX: Duration = Duration::from_secs(10);
 
 /// A client whose request has come in part and does not come whole by then is not handed over.
 pub const HAND_OVER_MAX: Duration = Duration::from_secs(2);
+/// How often one step takes in requests: a client whose requests are answered at once, one after the other, keeps nobody
+/// else waiting for long.
+const ROUNDS_MAX: usize = 4;
 /// Requests, and writes to a target that outlast theirs.
 const SLOTS_MAX: usize = 2 * REQUESTS_MAX;
 
@@ -86,6 +95,9 @@ pub trait Directory: Exports + Send + Sync {
 pub enum Progress {
     /// Step it again when something of it is done.
     Running,
+    /// It has chosen its export, or it is between two requests and was asked to rest there: no request and no reply is
+    /// under way. It goes on with `begin`, here or, after `move_to`, on another thread.
+    Resting,
     /// Nothing of it touches a disk any more, and its socket is shut down: it can be dropped.
     Over(Ending),
 }
@@ -160,7 +172,14 @@ pub struct Session {
     hand_over: Arc<AtomicBool>,
     /// That was noticed.
     hands_over: bool,
+    /// It is to rest between two requests.
+    may_rest: bool,
+    /// It is there.
+    is_between: bool,
+    /// The first step on this thread was made.
     begun: bool,
+    /// The time is running for the last replies.
+    lingers: bool,
     /// Set when no more is taken in.
     leaving: Option<Ending>,
 }
@@ -168,7 +187,15 @@ pub struct Session {
 enum Phase {
     New,
     Handshake(Box<Handshake>),
+    Chosen(Box<Chosen>),
     Transmission(Box<Transmission>),
+}
+
+/// An export that was chosen.
+struct Chosen {
+    negotiated: Negotiated,
+    gate: Arc<Gate>,
+    member: Member,
 }
 
 impl Session {
@@ -176,7 +203,7 @@ impl Session {
     /// `base` on. `waker` wakes the thread that steps it, which keeps no `Op::Wake` of its own.
     pub fn new(socket: File, directory: Arc<dyn Directory>, arena: Arena, waker: Waker, base: Token) -> Self {
         Self {
-            inbound: Inbound::new(socket.clone(), &arena),
+            inbound: Inbound::new(socket.clone()),
             outbound: Outbound::new(socket.clone()),
             socket,
             directory,
@@ -189,7 +216,10 @@ impl Session {
             stop: Arc::default(),
             hand_over: Arc::default(),
             hands_over: false,
+            may_rest: false,
+            is_between: false,
             begun: false,
+            lingers: false,
             leaving: None,
         }
     }
@@ -225,8 +255,18 @@ impl Session {
     /// The name of the export that was chosen.
     pub fn export(&self) -> Option<&str> {
         match &self.phase {
+            Phase::Chosen(chosen) => Some(&chosen.negotiated.export.name),
             Phase::Transmission(transmission) => Some(transmission.export()),
-            _ => None,
+            Phase::New | Phase::Handshake(_) => None,
+        }
+    }
+
+    /// The way to the disk that was chosen.
+    pub fn gate(&self) -> Option<&Arc<Gate>> {
+        match &self.phase {
+            Phase::Chosen(chosen) => Some(&chosen.gate),
+            Phase::Transmission(transmission) => Some(transmission.gate()),
+            Phase::New | Phase::Handshake(_) => None,
         }
     }
 
@@ -236,6 +276,7 @@ impl Session {
             self.start(io);
         }
         done.drain(..).for_each(|completion| self.complete(io, completion));
+        let mut rounds = 0..ROUNDS_MAX;
         loop {
             if self.leaving.is_none() {
                 self.take_in(io);
@@ -246,8 +287,13 @@ impl Session {
             // Replies that are gone make room for requests that came.
             let Some(gone) = self.outbound.submit(io, self.token(SEND), self.layer.tls()) else { break };
             self.gone(gone);
+            if rounds.next().is_none() {
+                self.waker.wake();
+                break;
+            }
         }
-        if self.leaving.is_none() && !self.layer.is_starting() {
+        let rests = self.is_between || matches!(self.phase, Phase::Chosen(_));
+        if self.leaving.is_none() && !self.layer.is_starting() && !rests {
             self.inbound.submit(io, self.token(RECEIVE));
         }
         match &self.leaving {
@@ -261,7 +307,12 @@ impl Session {
                 };
                 if over { Progress::Over(ending.clone()) } else { Progress::Running }
             }
-            _ => Progress::Running,
+            Some(_) => {
+                self.linger(io);
+                Progress::Running
+            }
+            None if rests && (self.is_still() || planted(Fault::MoveBeforeSent)) => Progress::Resting,
+            None => Progress::Running,
         }
     }
 
@@ -293,6 +344,15 @@ impl Session {
         requests && self.is_silent()
     }
 
+    /// The same, and nothing goes on behind a reply.
+    fn is_still(&self) -> bool {
+        let requests = match &self.phase {
+            Phase::Transmission(transmission) => transmission.is_still(),
+            _ => true,
+        };
+        requests && self.is_silent()
+    }
+
     /// Nothing waits to be sent, and nothing is being sent.
     fn is_silent(&self) -> bool {
         self.outbound.is_idle() && (self.outbound.is_broken() || !self.layer.has_to_say())
@@ -300,14 +360,7 @@ impl Session {
 
     fn complete<I: Io>(&mut self, io: &mut I, completion: Completion) {
         match completion.token.0 - self.base.0 {
-            RECEIVE => {
-                self.inbound.complete(completion.op, completion.result);
-                if let Some(tls) = self.layer.tls()
-                    && let Err(error) = self.inbound.decrypt(tls)
-                {
-                    self.leave(io, Ending::Tls(in_words(&error)));
-                }
-            }
+            RECEIVE => self.received(completion.op, completion.result),
             SEND => {
                 let (token, tls) = (self.token(SEND), self.layer.tls());
                 if let Some(gone) = self.outbound.complete(io, token, tls, completion.op, completion.result) {
@@ -319,11 +372,11 @@ impl Session {
                 io.submit(completion.token, completion.op);
                 self.wake(io);
             }
-            DEADLINE => self.deadline(io),
+            DEADLINE => self.deadline(),
             // Whoever has not listened until now does not.
             LINGER => self.socket.shut_down(),
             HAND_OVER if self.leaving.is_none() => {
-                self.leave(io, Ending::Stopped);
+                self.leave(Ending::Stopped);
                 self.socket.shut_down();
             }
             HAND_OVER => {}
@@ -346,6 +399,15 @@ impl Session {
         }
     }
 
+    fn received(&mut self, op: Op, result: io::Result<u32>) {
+        self.inbound.complete(op, result);
+        if let Some(tls) = self.layer.tls()
+            && let Err(error) = self.inbound.decrypt(tls)
+        {
+            self.leave(Ending::Tls(in_words(&error)));
+        }
+    }
+
     fn wake<I: Io>(&mut self, io: &mut I) {
         if let Phase::Transmission(transmission) = &mut self.phase {
             let mut tools = Tools { io, arena: &self.arena, waker: &self.waker };
@@ -353,9 +415,9 @@ impl Session {
         }
     }
 
-    fn deadline(&mut self, io: &mut impl Io) {
+    fn deadline(&mut self) {
         if !matches!(self.phase, Phase::Transmission(_)) {
-            self.leave(io, Ending::Deadline);
+            self.leave(Ending::Deadline);
             self.socket.shut_down();
         }
     }
@@ -369,43 +431,50 @@ impl Session {
 
     fn take_in<I: Io>(&mut self, io: &mut I) {
         if self.layer.is_starting() && self.is_silent() {
-            self.start_tls(io);
+            self.start_tls();
         }
-        self.shake_hands(io);
+        self.shake_hands();
         let mut ending = None;
         let plain = matches!(self.layer, Layer::Plain);
         let hand_over = self.hand_over.load(Ordering::Acquire);
-        if hand_over && !std::mem::replace(&mut self.hands_over, true) {
-            io.submit(self.token(HAND_OVER), Op::Timeout { after: HAND_OVER_MAX });
-        }
         if let Phase::Transmission(transmission) = &mut self.phase {
+            if hand_over && !std::mem::replace(&mut self.hands_over, true) {
+                io.submit(Token(self.base.0 + HAND_OVER), Op::Timeout { after: HAND_OVER_MAX });
+            }
             let mut tools = Tools { io, arena: &self.arena, waker: &self.waker };
             let base = Token(self.base.0 + SLOTS);
-            ending = transmission.take_in(&mut self.inbound, &mut self.outbound, &mut tools, base, hand_over && plain);
+            let hand_over = hand_over && plain;
+            let may_rest = self.may_rest || hand_over;
+            match transmission.take_in(&mut self.inbound, &mut self.outbound, &mut tools, base, may_rest) {
+                Some(Stop::Between) if hand_over => ending = Some(Ending::HandedOver),
+                Some(Stop::Between) => self.is_between = true,
+                Some(Stop::Over(over)) => ending = Some(over),
+                None => {}
+            }
         }
         // The keys of TLS go nowhere, and who has chosen no export yet has nothing to lose.
-        let stays = hand_over && (!plain || !matches!(self.phase, Phase::Transmission(_)));
+        let stays = hand_over && (!plain || matches!(self.phase, Phase::New | Phase::Handshake(_)));
         let stopped = (stays || self.stop.load(Ordering::Acquire)).then_some(Ending::Stopped);
         let cut_off = self.outbound.is_broken() || (self.inbound.has_ended() && self.inbound.unread().is_empty());
         if let Some(ending) = ending.or(stopped).or(cut_off.then_some(Ending::Gone)) {
-            self.leave(io, ending);
+            self.leave(ending);
         }
     }
 
     /// The ACK has gone.
-    fn start_tls(&mut self, io: &mut impl Io) {
+    fn start_tls(&mut self) {
         let credentials = self.credentials.as_ref().expect("without them no TLS is offered");
         match credentials.connection() {
             Ok(tls) => {
                 self.layer = Layer::inside(tls);
-                self.inbound.expect_tls(&self.arena);
+                self.inbound.expect_tls();
             }
-            Err(error) => self.leave(io, Ending::Tls(in_words(&error))),
+            Err(error) => self.leave(Ending::Tls(in_words(&error))),
         }
     }
 
     /// One option's replies at a time: what waits to be sent has that bound.
-    fn shake_hands(&mut self, io: &mut impl Io) {
+    fn shake_hands(&mut self) {
         while let Phase::Handshake(handshake) = &mut self.phase
             && self.leaving.is_none()
             && !self.layer.is_starting()
@@ -421,16 +490,14 @@ impl Session {
             match outcome {
                 Outcome::More => {}
                 Outcome::StartTls => self.layer = Layer::Starting,
-                Outcome::Closed(reason) => self.leave(io, Ending::Handshake(reason)),
+                Outcome::Closed(reason) => self.leave(Ending::Handshake(reason)),
                 Outcome::Transmission(negotiated) => {
                     match self.directory.enter(&negotiated.export.name, self.socket.clone()) {
                         Some((gate, member)) => {
-                            self.inbound.expect_requests(Header::bytes(negotiated.style), &self.arena);
-                            let transmission =
-                                Transmission::new(*negotiated, gate, member, Token(self.base.0 + PATIENCE));
-                            self.phase = Phase::Transmission(Box::new(transmission));
+                            self.inbound.expect_requests(Header::bytes(negotiated.style));
+                            self.phase = Phase::Chosen(Box::new(Chosen { negotiated: *negotiated, gate, member }));
                         }
-                        None => self.leave(io, Ending::NoExport(negotiated.export.name)),
+                        None => self.leave(Ending::NoExport(negotiated.export.name)),
                     }
                 }
             }
@@ -438,9 +505,13 @@ impl Session {
     }
 
     /// Takes nothing in any more.
-    fn leave(&mut self, io: &mut impl Io, ending: Ending) {
-        if self.leaving.is_none() {
-            self.leaving = Some(ending);
+    fn leave(&mut self, ending: Ending) {
+        self.leaving.get_or_insert(ending);
+    }
+
+    /// Lets what is under way come to its end, and the client take its last replies.
+    fn linger(&mut self, io: &mut impl Io) {
+        if !std::mem::replace(&mut self.lingers, true) {
             io.submit(self.token(LINGER), Op::Timeout { after: LINGER_MAX });
         }
     }

@@ -261,6 +261,51 @@ fn a_connection_that_goes_to_another_process_loses_nothing() {
     assert!(handed_over > 500, "{handed_over} handovers");
 }
 
+/// The same for one that goes to another thread now and then. How often it did.
+fn moved_client(mut scene: Scene, seed: u64, style: Style) -> u64 {
+    scene.rest_one_in = 3 + seed % 40;
+    let moved = std::rc::Rc::clone(&scene.moved);
+    any_client(scene, seed, style);
+    moved.get()
+}
+
+/// Promise 16.
+#[test]
+fn a_connection_that_goes_to_another_thread_loses_nothing() {
+    let of_style = |seed: u64| [Style::Simple, Style::Structured, Style::Extended][seed as usize % 3];
+    let moved: u64 = (0..150).map(|seed| moved_client(scene(seed, SIZE, of_style(seed)), seed, of_style(seed))).sum();
+    assert!(moved > 500, "{moved} moves");
+}
+
+/// Promise 16.
+#[test]
+fn going_to_another_thread_with_something_under_way_is_caught() {
+    plant(Some(Fault::MoveBeforeSent));
+    let client = |seed| moved_client(scene(seed, SIZE, Style::Structured), seed, Style::Structured);
+    let shown = (0..150).any(|seed| catch_unwind(|| client(seed)).is_err());
+    plant(None);
+    assert!(shown, "the world is too tame to be trusted");
+}
+
+/// Somebody else may be stepped by the same thread.
+#[test]
+fn one_step_takes_in_a_bounded_number_of_requests() {
+    let mut scene = scene(1, SIZE, Style::Structured);
+    scene.world.whole = true;
+    // Holes: answered at once.
+    (0..2000).for_each(|cookie| scene.say(&request(READ, 0, cookie, 0, 64 << 10)));
+    let mut most = 0;
+    let mut answered = 0;
+    while answered < 2000 {
+        assert_eq!(scene.step(), Progress::Running);
+        let now = replies(&scene.heard(), &BTreeMap::new()).len();
+        (most, answered) = (most.max(now), answered + now);
+        // The simulated waker tells nobody.
+        scene.world.rung = true;
+    }
+    assert!(most <= 6 * REQUESTS_MAX, "{most} in one step");
+}
+
 /// Others wait for it meanwhile, who are between two requests.
 #[test]
 fn a_client_that_stops_inside_a_request_is_not_handed_over() {

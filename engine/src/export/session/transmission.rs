@@ -43,6 +43,14 @@ struct Admission {
     action: Action,
 }
 
+/// Why no more is taken in.
+pub(super) enum Stop {
+    /// It may rest here, between two requests.
+    Between,
+    /// It has come to its end.
+    Over(Ending),
+}
+
 /// What a payload belongs to.
 enum Expected {
     /// A write that was admitted.
@@ -73,6 +81,11 @@ impl Transmission {
         &self.negotiated.export.name
     }
 
+    /// The way to its disk.
+    pub fn gate(&self) -> &Arc<Gate> {
+        &self.gate
+    }
+
     /// True where no request touches the disk.
     pub fn is_idle(&self) -> bool {
         self.free.len() + self.late.len() == SLOTS_MAX
@@ -90,17 +103,27 @@ impl Transmission {
         self.load.take(load);
     }
 
-    /// Starts the requests that came, as long as there is room. Says when it is time to leave.
+    /// On another thread: the timer of the one before is forgotten.
+    pub fn move_to(&mut self, timer: Token) {
+        self.timer = (timer, false);
+    }
+
+    /// True where nothing of its requests is under way, late or not.
+    pub fn is_still(&self) -> bool {
+        self.is_idle() && self.late.is_empty()
+    }
+
+    /// Starts the requests that came, as long as there is room. Between two requests it stops there, where it `may_rest`.
     pub fn take_in<I: Io>(
         &mut self,
         inbound: &mut Inbound,
         out: &mut Outbound,
         tools: &mut Tools<I>,
         base: Token,
-        hand_over: bool,
-    ) -> Option<Ending> {
-        if hand_over && self.is_between(inbound) {
-            return Some(Ending::HandedOver);
+        may_rest: bool,
+    ) -> Option<Stop> {
+        if may_rest && self.is_between(inbound) {
+            return Some(Stop::Between);
         }
         if !self.member.as_mut().is_some_and(|member| member.may_begin(tools.waker)) {
             return None;
@@ -113,8 +136,8 @@ impl Transmission {
                 }
                 self.admit(admission, inbound, out, tools, base);
             }
-            if hand_over && self.is_between(inbound) {
-                return Some(Ending::HandedOver);
+            if may_rest && self.is_between(inbound) {
+                return Some(Stop::Between);
             }
             // A request whose payload is coming in has its place; any other needs one for its reply.
             if self.expected.is_none() && !self.has_room(0) {
@@ -130,11 +153,11 @@ impl Transmission {
                 },
                 Item::Header(bytes) => {
                     let header = Header::parse(self.negotiated.style, &bytes);
-                    let Some(header) = header else { return Some(Ending::Magic) };
+                    let Some(header) = header else { return Some(Stop::Over(Ending::Magic)) };
                     let verdict = check(&self.negotiated, &header);
                     let ending = self.judge(&header, verdict, inbound, out);
                     if ending.is_some() {
-                        return ending;
+                        return ending.map(Stop::Over);
                     }
                 }
             }

@@ -38,6 +38,11 @@ impl Remote {
         }
     }
 
+    /// What writes have to be multiples of, in bytes.
+    pub fn block_len(&self) -> u64 {
+        self.session.block_sizes.minimum.into()
+    }
+
     /// What of `len` bytes from `at` on is on the disk.
     pub(super) fn on_disk(&self, at: u64, len: usize) -> ByteRange {
         let size = self.session.size;

@@ -1,9 +1,10 @@
 //! A thread's queue that knows exports too: what belongs to one goes to its server, all else to the queue below.
-use super::super::{Completion, File, Gather, Io, Op, Token, Wait};
+use super::super::{Completion, File, Gather, Io, Op, Ring, Token, Wait};
 use super::Remote;
 use super::connection::{Connection, Part};
 use super::request::Request;
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -64,6 +65,21 @@ impl<I: Io> Remotes<I> {
         connection.go_on(now, &mut self.ready, |part, op| below.submit(Token(base | part as u64), op));
     }
 
+    /// Takes in what the queue below has done; what is not for connections goes to `done`. Whether anything was.
+    fn pass_on(&mut self, done: &mut Vec<Completion>) -> bool {
+        let mut reaped = std::mem::take(&mut self.reaped);
+        let own = reaped.iter().any(|completion| is_own(completion.token));
+        for completion in reaped.drain(..) {
+            match is_own(completion.token) {
+                true => self.take(completion),
+                false => done.push(completion),
+            }
+        }
+        self.reaped = reaped;
+        done.append(&mut self.ready);
+        own
+    }
+
     /// Takes in what became of a connection's own operation.
     fn take(&mut self, done: Completion) {
         let name = (done.token.0 & !OWN) >> PART_BITS;
@@ -81,6 +97,15 @@ impl<I: Io> Remotes<I> {
     /// The queue below.
     pub fn below(&mut self) -> &mut I {
         &mut self.below
+    }
+}
+
+impl Remotes<Ring> {
+    /// As `Ring::take_back_those`.
+    pub fn take_back_those(&mut self, whose: Range<Token>, done: &mut Vec<Completion>) -> io::Result<()> {
+        self.below.take_back_those(whose, &mut self.reaped)?;
+        self.pass_on(done);
+        Ok(())
     }
 }
 
@@ -105,16 +130,7 @@ impl<I: Io> Io for Remotes<I> {
             // What is done already is not kept waiting by what is not.
             let wait = if done.len() > before { Wait::No } else { wait };
             self.below.reap(wait, &mut self.reaped)?;
-            let mut reaped = std::mem::take(&mut self.reaped);
-            let own = reaped.iter().any(|completion| is_own(completion.token));
-            for completion in reaped.drain(..) {
-                match is_own(completion.token) {
-                    true => self.take(completion),
-                    false => done.push(completion),
-                }
-            }
-            self.reaped = reaped;
-            done.append(&mut self.ready);
+            let own = self.pass_on(done);
             // What is a connection's own is not what the caller waits for.
             if wait == Wait::No || done.len() > before || !own {
                 return Ok(());

@@ -1,6 +1,8 @@
 //! The kernel's queue with real files and sockets.
 use super::super::{Arena, Buffer, File, Gather, Io, Op, Pool, Token, Turn, Until, Wait, Waker, Work, is_in_memory};
-use super::Ring;
+use super::needed::NEEDED;
+use super::{Extra, Ring};
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 fn run(ring: &mut Ring, op: Op) -> (Op, std::io::Result<u32>) {
@@ -156,4 +158,33 @@ fn what_is_computed_comes_back_like_any_operation() {
         // A ring may go while the pool works for it.
         (0..40).for_each(|number| ring.submit(Token(0), compute(number)));
     }
+}
+
+/// What is looked for at the start is what is asked for later.
+#[test]
+fn every_operation_is_looked_for_at_the_start() {
+    let arena = Arena::new(16 << 10);
+    let mut ring = Ring::new(4, &arena).expect("a ring");
+    let file = || File::new(tempfile::tempfile().expect("a temporary file"));
+    let mut gather = Gather::default();
+    gather.push_bytes(b"abc");
+    let peer = rustix::net::SocketAddrUnix::new("/nobody").expect("a short name").into();
+    let ops = [
+        Op::Read { file: file(), at: 0, buf: Buffer::alone(1) },
+        Op::Read { file: file(), at: 0, buf: arena.take(4096).expect("room") },
+        Op::Write { file: file(), at: 0, buf: Buffer::alone(1) },
+        Op::Write { file: file(), at: 0, buf: arena.take(4096).expect("room") },
+        Op::Zero { file: file(), at: 0, len: 1, unmap: true },
+        Op::Flush { file: file() },
+        Op::Prefetch { file: file(), at: 0, len: 1 },
+        Op::Receive { socket: file(), buf: Buffer::alone(1), until: Until::Some },
+        Op::Send { socket: file(), gather },
+        Op::Accept { listener: file(), accepted: None },
+        Op::Connect { socket: file(), peer },
+        Op::Timeout { after: Duration::ZERO },
+        Op::Wake { waker: Waker::new().expect("an eventfd") },
+    ];
+    let code = |mut op: Op| ring.entry(&mut op, &mut Extra::None).get_opcode();
+    let asked: BTreeSet<u32> = ops.into_iter().map(code).collect();
+    assert!(asked.into_iter().eq(NEEDED.iter().map(|needed| needed.code.into()).collect::<BTreeSet<u32>>()));
 }

@@ -81,6 +81,17 @@ fn inside_tls_every_request_is_answered_rightly_however_it_is_cut() {
     }
 }
 
+/// With its keys, and what was received of them.
+#[test]
+fn inside_tls_too_a_connection_goes_to_another_thread() {
+    for seed in 0..30 {
+        let style = [Style::Simple, Style::Structured, Style::Extended][seed as usize % 3];
+        let mut scene = scene(seed, style);
+        scene.rest_one_in = 3 + seed % 20;
+        any_client(scene, seed, style);
+    }
+}
+
 #[test]
 fn what_is_said_in_plain_behind_starttls_is_never_obeyed() {
     // The export of who is on the way, instead of the client's.

@@ -13,9 +13,11 @@ use formats::nbd::{BlockSizes, ExportInfo, Exports};
 use formats::qcow2::bitmaps::Bits;
 use formats::range::ByteRange;
 use rustls::{ClientConfig, ClientConnection};
+use std::cell::Cell;
 use std::collections::{BTreeSet, VecDeque};
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -343,6 +345,12 @@ pub struct Scene {
     pub hand_over_one_in: u64,
     /// How often it did.
     pub handed_over: u64,
+    /// Once in so many steps the session is asked to rest, where it may go to another thread; 0 for never.
+    pub rest_one_in: u64,
+    /// How often it went to another thread.
+    pub moved: Rc<Cell<u64>>,
+    base: Token,
+    waker: Waker,
     directory: Arc<One>,
     done: Vec<Completion>,
 }
@@ -379,7 +387,8 @@ impl Scene {
         // Less than a session gets: buffers of their own come in too.
         let arena = Arena::new(1 << 20);
         let (ours, theirs) = UnixStream::pair().expect("a socket pair");
-        let session = Session::new(File::new(ours), Arc::clone(&directory) as _, arena, Waker::simulated(0), BASE);
+        let waker = Waker::simulated(0);
+        let session = Session::new(File::new(ours), Arc::clone(&directory) as _, arena, waker.clone(), BASE);
         let files = (0..2).map(|_| vec![0; file_len as usize]).collect();
         Self {
             world: World::new(seed, files),
@@ -390,13 +399,17 @@ impl Scene {
             tls: None,
             hand_over_one_in: 0,
             handed_over: 0,
+            rest_one_in: 0,
+            moved: Rc::default(),
+            base: BASE,
+            waker,
             directory,
             done: Vec::new(),
         }
     }
 
-    /// The session goes to another process, with what is under way cancelled: a receive may have brought something.
-    fn hand_over(&mut self) {
+    /// What came of everything that was under way, which is cancelled: a receive may have brought something.
+    fn take_back(&mut self) -> Vec<Completion> {
         let mut done = std::mem::take(&mut self.done);
         for (token, mut op) in std::mem::take(&mut self.world.pending) {
             let receives = matches!(op, Op::Receive { .. });
@@ -406,13 +419,27 @@ impl Scene {
             assert!(receives || matches!(op, Op::Wake { .. } | Op::Timeout { .. }), "{op:?} is under way");
             done.push(Completion { token, op, result });
         }
+        done
+    }
+
+    /// The session goes to another process.
+    fn hand_over(&mut self) {
+        let done = self.take_back();
         let arena = || Arena::new(1 << 20);
         let directory = || Arc::clone(&self.directory) as Arc<dyn Directory>;
         let nobody = Session::new(File::simulated(9), directory(), arena(), Waker::simulated(0), BASE);
         let handed = std::mem::replace(&mut self.session, nobody).hand_over(done).expect("a connection");
         self.session =
-            Session::resumed(handed, directory(), arena(), Waker::simulated(0), BASE).expect("the export is there");
+            Session::resumed(handed, directory(), arena(), self.waker.clone(), BASE).expect("the export is there");
         self.handed_over += 1;
+    }
+
+    /// The session goes to another thread.
+    fn move_on(&mut self) {
+        let done = self.take_back();
+        self.base = Token(self.base.0 + (1 << 20));
+        self.session.move_to(Arena::new(1 << 20), self.base, done);
+        self.moved.set(self.moved.get() + 1);
     }
 
     /// One step, and some of what can end ends.
@@ -420,12 +447,23 @@ impl Scene {
         if self.hand_over_one_in > 0 && self.world.random.below(self.hand_over_one_in) == 0 {
             self.session.hand_over_soon();
         }
+        if self.rest_one_in > 0 && self.world.random.below(self.rest_one_in) == 0 {
+            self.session.rest();
+        }
         let mut progress = self.session.step(&mut self.world, &mut self.done);
         if progress == Progress::Over(Ending::HandedOver) {
             self.hand_over();
             progress = self.session.step(&mut self.world, &mut self.done);
         }
+        if progress == Progress::Resting {
+            if self.world.random.below(2) == 0 {
+                self.move_on();
+            }
+            self.session.begin();
+            progress = self.session.step(&mut self.world, &mut self.done);
+        }
         if progress == Progress::Running {
+            self.world.rung |= self.waker.was_woken();
             self.world.reap(Wait::No, &mut self.done).expect("a queue in memory");
         }
         progress

@@ -1,0 +1,89 @@
+//! A copy that shares blocks with its source, on a file system that can: its guest writes all the time.
+//!
+//! Takes root, for a file system of its own.
+
+use crate::support::folder;
+use crate::support::images::{Chain, holding};
+use crate::support::random::Random;
+use crate::support::scene::Scene;
+use crate::support::tools::{output, ran, told};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+const DISK_LEN: usize = 96 << 20;
+
+/// A new XFS with shared blocks, mounted until this is dropped.
+struct Xfs(PathBuf);
+
+impl Xfs {
+    /// `None` where this process may not mount.
+    fn new(folder: &Path) -> Option<Self> {
+        let (image, place) = (folder.join("xfs"), folder.join("place"));
+        File::create(&image).and_then(|file| file.set_len(512 << 20)).expect("a file of ours");
+        std::fs::create_dir(&place).expect("a folder of ours");
+        ran(Command::new("mkfs.xfs").args(["-q", "-m", "reflink=1"]).arg(&image));
+        let mut mount = Command::new("mount");
+        let mounted = output(mount.args(["-o", "loop"]).args([&image, &place]));
+        if !mounted.status.success() {
+            eprintln!("not done, for it takes root and loop devices: {}", told(&mount, &mounted));
+            return None;
+        }
+        Some(Self(place))
+    }
+
+    /// Bytes that its files take.
+    fn used(&self) -> u64 {
+        ran(Command::new("sync").arg("-f").arg(&self.0));
+        let said = ran(Command::new("df").args(["--output=used", "-B1"]).arg(&self.0));
+        said.lines().nth(1).and_then(|line| line.trim().parse().ok()).expect("a number")
+    }
+}
+
+impl Drop for Xfs {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).output();
+    }
+}
+
+fn moves(format: &'static str, seed: u64, options: &[&str]) {
+    let around = folder();
+    let Some(xfs) = Xfs::new(around.path()) else { return };
+    let folder = tempfile::tempdir_in(&xfs.0).expect("a folder of ours");
+    let top = folder.path().join(format!("disk.{format}"));
+    holding(&top, format, &Random::new(seed).bytes(DISK_LEN), &[]);
+    let chain = Chain { top: top.clone(), format, layers: vec![(top, format)], told: String::new() };
+    let mut scene = Scene::of(folder, chain, seed);
+    scene.writes(50);
+    let before = xfs.used();
+    scene.mirror(&[&["--raw"], options].concat());
+    let ready = scene.daemon.wait_for("vda", "ready");
+    let taken = xfs.used().saturating_sub(before);
+    let shared = ready["shared_bytes"].as_u64().expect("a number");
+    match options.is_empty() {
+        true => {
+            assert!(shared > 80 << 20, "{ready}");
+            // What the guest wrote meanwhile is its own, on either side.
+            assert!(taken < shared / 2, "{taken} bytes for a copy that shares {shared}");
+        }
+        false => assert_eq!(shared, 0, "{ready}"),
+    }
+    scene.writes(50);
+    scene.daemon.pivot("vda");
+    scene.ends_on_the_target("raw");
+}
+
+#[test]
+fn a_raw_disk_is_shared_under_its_guest() {
+    moves("raw", 1, &[]);
+}
+
+#[test]
+fn the_clusters_of_a_qcow2_are_shared_with_a_raw_target() {
+    moves("qcow2", 2, &[]);
+}
+
+#[test]
+fn nothing_is_shared_with_who_does_not_want_it() {
+    moves("raw", 3, &["--no-reflink"]);
+}
