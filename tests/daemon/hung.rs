@@ -9,6 +9,7 @@
 
 use crate::support::daemon::Daemon;
 use crate::support::images::{create, thin_disk};
+use crate::support::mounted::Mounted;
 use crate::support::qmp::Qmp;
 use crate::support::server::{Server, garbage, tell, two_folders};
 use crate::support::tools::{content, output, told};
@@ -16,46 +17,10 @@ use crate::support::writer::{Habits, Writer};
 use crate::support::{assert_same, eventually, folder};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 use tempfile::TempDir;
 
 const DISK_LEN: usize = 24 << 20;
-
-/// An export as a file.
-struct Mounted {
-    place: PathBuf,
-    child: Child,
-}
-
-impl Mounted {
-    /// `None` where this process may not mount.
-    fn new(place: PathBuf, server: &Server) -> Option<Self> {
-        std::fs::write(&place, "").expect("a file of ours");
-        let mut command = Command::new("nbdfuse");
-        command.arg(&place).arg("--unix").arg(server.socket()).stdin(Stdio::null());
-        let mut child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
-        let is_there = eventually("the export is mounted, or cannot be", || {
-            if child.try_wait().expect("waiting for our child").is_some() {
-                return Some(false);
-            }
-            std::fs::metadata(&place).is_ok_and(|found| found.len() > 0).then_some(true)
-        });
-        if !is_there {
-            eprintln!("not done, for it takes root and /dev/fuse: {command:?}");
-            return None;
-        }
-        Some(Self { place, child })
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.place).output();
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
 
 /// A ready job that writes to both sides, and its guest.
 struct Scene {

@@ -37,5 +37,7 @@ mod remote_tls;
 mod resize;
 mod resume;
 mod rollback;
+mod slow;
 mod two_hosts;
+mod vast;
 mod verify;

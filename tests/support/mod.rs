@@ -8,6 +8,7 @@ pub mod daemon;
 pub mod full;
 pub mod images;
 pub mod mount;
+pub mod mounted;
 pub mod nbd;
 pub mod qmp;
 pub mod random;
