@@ -2,6 +2,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod at_once;
 mod bitmaps;
 mod check;
 mod damage;

@@ -1,6 +1,6 @@
 //! Room that is given without any wait: the same as is given otherwise, and without a look at the file.
-mod support;
 
+use crate::support::disk::Disk;
 use formats::image::{Image, Progress, Reserve, Settle};
 use formats::journal::Forgetful;
 use formats::qcow2::{Create, Open, Qcow2, create};
@@ -9,7 +9,6 @@ use formats::storage::Storage;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use support::disk::Disk;
 
 const CLUSTER: u64 = 4096;
 
