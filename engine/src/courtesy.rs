@@ -238,6 +238,7 @@ impl Courtesy {
         state.untried &= within;
         match (within, self.runs(), self.halvings(), self.speed()) {
             (false, 2.., ..) => self.set((self.runs().min(RUNS_USUAL) / 2).max(1), 0, 0),
+            (_, _, halvings @ 1.., 0) if copied < floor(dirtied) => self.set(1, halvings - 1, 0),
             (false, _, halvings, _) if halvings < HALVINGS_MAX => self.set(1, halvings + 1, 0),
             (false, _, halvings, _) => self.set(1, halvings, (copied - copied / 4).max(floor(dirtied))),
             // Faster than they are even so: no bound at all.

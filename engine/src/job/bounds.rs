@@ -18,6 +18,10 @@ const EVERY: Duration = Duration::from_millis(200);
 /// Over how long rates are measured, and over how long at least.
 const LATELY: Duration = Duration::from_secs(3);
 const LATELY_MIN: Duration = Duration::from_millis(600);
+/// Over how long a copy has to fall behind before both sides are written instead.
+const STALLS_MIN: Duration = Duration::from_millis(900);
+/// A copy of which guests undo that share as it goes would write the disk several times, and take as long.
+const UNDONE_MAX: f64 = 0.25;
 /// The share of the time left that is planned with: a pause, a flush, a slow second come in between.
 const PLANNED: f64 = 0.9;
 
@@ -189,7 +193,7 @@ impl Bounds {
             dirtied: rate(before.dirtied, counts.dirtied),
             guest: rate(before.guest, counts.guest),
         };
-        self.stalls = over >= LATELY - EVERY && rates.dirtied > 0.0 && rates.dirtied >= 0.9 * rates.copied;
+        self.stalls = over >= STALLS_MIN && rates.dirtied > 0.0 && rates.dirtied >= UNDONE_MAX * rates.copied;
         if !self.limited {
             self.natural = Some(rates);
         }
