@@ -378,7 +378,7 @@ mod tests {
     #[test]
     fn a_copy_that_does_not_get_ahead_is_seen_and_guests_that_wait_too_long_are_spared() {
         let standing = Standing { left: 1 << 30, follows: true, ready: false, was_ready: false };
-        for (dirtied, stalls) in [(5, false), (19, true)] {
+        for (dirtied, stalls) in [(4, false), (6, true)] {
             let mut bounds = Bounds::new(Limits::default());
             for tick in 0..20 {
                 let [copied, dirtied] = [(20 * tick) << 20, (dirtied * tick) << 20];

@@ -66,6 +66,19 @@ pub struct World {
     mismatches: u64,
 }
 
+thread_local! {
+    /// The journals' memory, for one world of a thread after the other: what dies is not dropped, and would keep it.
+    static JOURNALS: [Arc<Words>; 2] = std::array::from_fn(|_| Arc::new(Words::in_memory(WORDS)));
+}
+
+/// Two empty journals.
+fn journals() -> [Arc<Words>; 2] {
+    JOURNALS.with(|journals| {
+        journals.iter().flat_map(|words| words.iter()).for_each(|word| word.store(0, Ordering::Relaxed));
+        journals.clone()
+    })
+}
+
 impl World {
     pub fn new(plan: Plan) -> Self {
         let mut dice = Dice::new(plan.seed);
@@ -81,20 +94,20 @@ impl World {
         let history = History::new(base.chunks(SECTOR).map(value_of));
         assert_eq!(history.len(), sectors);
         let base_file = files.add(base.clone());
-        let words = || Arc::new(Words::in_memory(WORDS));
+        let [source_words, target_words] = journals();
         let data = |raw: bool| (plan.data_files && !raw).then(|| files.add(vec![0xee; DISK as usize]));
         let source = match plan.raw_source {
-            true => ImageFile { file: files.add(base), data: None, words: words(), raw: true, base: None },
+            true => ImageFile { file: files.add(base), data: None, words: source_words, raw: true, base: None },
             false => {
                 let (file, data) = (files.add(Vec::new()), data(false));
                 make_qcow2(&files, file, [9, 12, 13][dice.roll(3) as usize], true, data.is_some());
-                ImageFile { file, data, words: words(), raw: false, base: Some(base_file) }
+                ImageFile { file, data, words: source_words, raw: false, base: Some(base_file) }
             }
         };
         let target_base = plan.shallow.then_some(base_file);
         let raw_target = plan.raw_target && !plan.shallow;
         let (file, data) = (files.add(Vec::new()), data(raw_target));
-        let target = ImageFile { file, data, words: words(), raw: raw_target, base: target_base };
+        let target = ImageFile { file, data, words: target_words, raw: raw_target, base: target_base };
         match raw_target {
             true => files.lock()[target.file as usize].set_len(DISK as usize),
             false => {
