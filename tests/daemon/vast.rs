@@ -96,7 +96,8 @@ fn moves(folder: &Path, format: &str, len: u64) {
 
     let daemon = Daemon::serve(folder, &[format!("vda={},format={format}", source.display())]);
     // All but those that only the copier brings.
-    let written: Vec<u64> = places.iter().copied().filter(|at| !(at / CLUSTER).is_multiple_of(3) || *at == len - CLUSTER).collect();
+    let written: Vec<u64> =
+        places.iter().copied().filter(|at| !(at / CLUSTER).is_multiple_of(3) || *at == len - CLUSTER).collect();
     let guest = Guest::start(&daemon, written, truth);
     guest.writes(5);
     let begun = Instant::now();
