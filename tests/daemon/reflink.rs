@@ -56,7 +56,8 @@ fn moves(format: &'static str, seed: u64, options: &[&str]) {
     let mut scene = Scene::of(folder, chain, seed);
     scene.writes(50);
     let before = xfs.used();
-    scene.mirror(&[&["--raw"], options].concat());
+    // Files on a device that is a file: a share waits for what other tests have under way on the disk below.
+    scene.mirror(&[&["--raw", "--max-pause", "120000"], options].concat());
     let ready = scene.daemon.wait_for("vda", "ready");
     let taken = xfs.used().saturating_sub(before);
     let shared = ready["shared_bytes"].as_u64().expect("a number");
