@@ -7,63 +7,39 @@
 //! Held here: the guest goes on after a stated time, which is told, and so does the daemon; the job is not ready and not
 //! pivoted meanwhile, and can be given up; when the target answers again, the job goes on and the target is a whole copy.
 
-use crate::support::daemon::Daemon;
-use crate::support::images::{create, thin_disk};
-use crate::support::mounted::Mounted;
+use crate::support::images::create;
 use crate::support::qmp::Qmp;
-use crate::support::server::{Server, garbage, tell, two_folders};
+use crate::support::remote::{DISK_LEN, Remote};
+use crate::support::server::{garbage, tell};
 use crate::support::tools::{content, output, told};
-use crate::support::writer::{Habits, Writer};
-use crate::support::{assert_same, eventually, folder};
+use crate::support::writer::Habits;
+use crate::support::{assert_same, eventually};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use tempfile::TempDir;
 
-const DISK_LEN: usize = 24 << 20;
-
-/// A ready job that writes to both sides, and its guest.
-struct Scene {
-    // Dropped in this order.
-    guest: Writer,
-    daemon: Daemon,
-    mounted: Mounted,
-    _server: Server,
-    folder: TempDir,
+/// A ready job that writes to both sides, and its guest, with a target of this format.
+fn scene(seed: u64, format: &str) -> Option<Remote> {
+    let control = |folder: &Path| vec![format!("pause-control={}", folder.join("pause").display())];
+    let habits = Habits { seed, depth: 4, len_max: 16 << 10, pause: Duration::from_millis(2), ..Habits::default() };
+    let scene =
+        Remote::of(DISK_LEN, &|folder| target(folder, format), &["--filter=pause"], &control, habits).mounted()?;
+    let place = scene.place().display().to_string();
+    let options = ["--format", format, "--reuse-external", "--mode", "write-blocking", "--wait"];
+    scene.daemon.ok("mirror", &[&["vda", &place][..], &options].concat());
+    Some(scene)
 }
 
-impl Scene {
-    /// With a target of this format.
-    fn new(seed: u64, format: &str) -> Option<Self> {
-        let folder = folder();
-        let source = folder.path().join("disk.raw");
-        std::fs::write(&source, thin_disk(DISK_LEN)).expect("a file of ours");
-        let (theirs, ours) = two_folders(folder.path());
-        let file = format!("file={}", target(folder.path(), format).display());
-        let control = format!("pause-control={}", folder.path().join("pause").display());
-        let server = Server::nbdkit(&theirs, &["--filter=pause", "file", &file, &control]);
-        let mounted = Mounted::new(folder.path().join("mounted"), &server)?;
-        let daemon = Daemon::serve(&ours, &[format!("vda={},format=raw", source.display())]);
-        let habits = Habits { seed, depth: 4, len_max: 16 << 10, pause: Duration::from_millis(2), ..Habits::default() };
-        let guest = Writer::start(&daemon.socket(), "vda", thin_disk(DISK_LEN), habits);
-        let scene = Self { guest, daemon, mounted, _server: server, folder };
-        let place = scene.mounted.place.display().to_string();
-        let options = ["--format", format, "--reuse-external", "--mode", "write-blocking", "--wait"];
-        scene.daemon.ok("mirror", &[&["vda", &place][..], &options].concat());
-        Some(scene)
-    }
+fn pause(scene: &Remote) -> PathBuf {
+    scene.folder.path().join("pause")
+}
 
-    fn pause(&self) -> PathBuf {
-        self.folder.path().join("pause")
-    }
-
-    /// The target answers nothing from now on, and the guest has noticed.
-    fn hang(&self) -> Value {
-        tell(&self.pause(), b"p");
-        eventually("the guest waits no more", || {
-            Some(self.daemon.status("vda")).filter(|status| status["fell_back"] == true && status["late_bytes"] != 0)
-        })
-    }
+/// The target answers nothing from now on, and the guest has noticed.
+fn hang(scene: &Remote) -> Value {
+    tell(&pause(scene), b"p");
+    eventually("the guest waits no more", || {
+        Some(scene.daemon.status("vda")).filter(|status| status["fell_back"] == true && status["late_bytes"] != 0)
+    })
 }
 
 /// What the server has: garbage, or an empty image with room for all that it will have.
@@ -95,35 +71,35 @@ fn nor_does_it_wait_for_the_tables_of_a_target_that_hangs() {
 }
 
 fn goes_on_without_a_target_that_hangs(seed: u64, format: &str) {
-    let Some(mut scene) = Scene::new(seed, format) else { return };
+    let Some(mut scene) = scene(seed, format) else { return };
     let mut events = Qmp::connect(&scene.daemon.control_socket());
-    let status = scene.hang();
+    let status = hang(&scene);
     let event = events.event("BLOCK_JOB_ERROR");
     assert_eq!((&event["data"]["operation"], &event["data"]["action"]), (&"write".into(), &"ignore".into()), "{event}");
-    has(&status["error"].to_string(), &["are not answered", "source alone"], &scene.mounted.place);
-    has(&scene.daemon.log(), &["no answer within 5 s"], &scene.mounted.place);
+    has(&status["error"].to_string(), &["are not answered", "source alone"], scene.place());
+    has(&scene.daemon.log(), &["no answer within 5 s"], scene.place());
     scene.guest.wait(500);
     let status = scene.daemon.status("vda");
     assert!(status["phase"] == "converging" && status["paused"] == false, "{status}");
     let said = scene.daemon.refused("pivot", &["vda"]);
-    has(&said, &["still to copy", "writes of guests", "bytes"], &scene.mounted.place);
+    has(&said, &["still to copy", "writes of guests", "bytes"], scene.place());
 
-    tell(&scene.pause(), b"r");
+    tell(&pause(&scene), b"r");
     let status = scene.daemon.wait_for("vda", "ready");
     assert!(status["late_bytes"] == 0 && status["failed_bytes"] == 0, "{status}");
     scene.daemon.pivot("vda");
     scene.guest.wait(50);
+    let target = scene.target();
     let truth = scene.guest.stop();
     scene.daemon.stop();
     drop(scene.mounted);
-    let target = scene.folder.path().join("target");
     assert_same("the target", &content(&target, format), &truth);
 }
 
 #[test]
 fn a_job_whose_target_hangs_can_be_given_up_and_its_guest_goes_on() {
-    let Some(scene) = Scene::new(42, "raw") else { return };
-    scene.hang();
+    let Some(scene) = scene(42, "raw") else { return };
+    hang(&scene);
     let mut command = scene.daemon.command("cancel", &["vda", "--force"]);
     let cancel = std::thread::spawn(move || {
         let output = output(&mut command);
@@ -133,12 +109,12 @@ fn a_job_whose_target_hangs_can_be_given_up_and_its_guest_goes_on() {
     scene.guest.wait(300);
     let status = scene.daemon.status("vda");
     assert!(status["late_bytes"] != 0, "{status}");
-    has(&status["error"].to_string(), &["the job cannot end before these do"], &scene.mounted.place);
-    tell(&scene.pause(), b"r");
+    has(&status["error"].to_string(), &["the job cannot end before these do"], scene.place());
+    tell(&pause(&scene), b"r");
     cancel.join().expect("the cancel");
     assert_eq!(scene.daemon.status("vda")["phase"], "cancelled");
     scene.guest.wait(50);
-    let Scene { guest, mut daemon, mounted: _mounted, _server, folder } = scene;
+    let Remote { guest, mut daemon, mounted: _mounted, server: _server, folder } = scene;
     let target = || std::fs::read(folder.path().join("target")).expect("a file of ours");
     let before = target();
     let truth = guest.stop();

@@ -4,44 +4,17 @@
 
 use crate::support::folder;
 use crate::support::images::{Chain, holding};
+use crate::support::mount::Mount;
 use crate::support::random::Random;
 use crate::support::scene::Scene;
-use crate::support::tools::{output, ran, told};
-use std::fs::File;
-use std::path::{Path, PathBuf};
+use crate::support::tools::ran;
 use std::process::Command;
 
 const DISK_LEN: usize = 96 << 20;
 
-/// A new XFS with shared blocks, mounted until this is dropped.
-struct Xfs(PathBuf);
-
-impl Xfs {
-    /// `None` where this process may not mount.
-    fn new(folder: &Path) -> Option<Self> {
-        let (image, place) = (folder.join("xfs"), folder.join("place"));
-        File::create(&image).and_then(|file| file.set_len(512 << 20)).expect("a file of ours");
-        std::fs::create_dir(&place).expect("a folder of ours");
-        ran(Command::new("mkfs.xfs").args(["-q", "-m", "reflink=1"]).arg(&image));
-        let mut mount = Command::new("mount");
-        let mounted = output(mount.args(["-o", "loop"]).args([&image, &place]));
-        if !mounted.status.success() {
-            eprintln!("not done, for it takes root and loop devices: {}", told(&mount, &mounted));
-            return None;
-        }
-        Some(Self(place))
-    }
-}
-
-impl Drop for Xfs {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.0).output();
-    }
-}
-
 fn moves(format: &'static str, seed: u64, options: &[&str]) {
     let around = folder();
-    let Some(xfs) = Xfs::new(around.path()) else { return };
+    let Some(xfs) = Mount::that_shares(around.path().join("place"), &around.path().join("xfs")) else { return };
     let folder = tempfile::tempdir_in(&xfs.0).expect("a folder of ours");
     let top = folder.path().join(format!("disk.{format}"));
     holding(&top, format, &Random::new(seed).bytes(DISK_LEN), &[]);

@@ -94,7 +94,7 @@ fn a_server_that_fails_now_and_then_gets_the_whole_disk() {
     scene.daemon.wait_for("vda", "ready");
     scene.guest.wait(100);
     // After a pivot the errors would be the guest's.
-    let Remote { folder, server, mut daemon, guest } = scene;
+    let Remote { folder, server, mut daemon, guest, .. } = scene;
     let truth = guest.stop();
     eventually("the copy is finished", || {
         let mut command = daemon.command("cancel", &["vda"]);
@@ -206,7 +206,7 @@ fn a_server_that_leaves_with_its_last_client_stays_for_the_guest() {
     scene.daemon.wait_for("vda", "ready");
     scene.daemon.pivot("vda");
     scene.guest.wait(100);
-    let Remote { folder, mut server, mut daemon, guest } = scene;
+    let Remote { folder, mut server, mut daemon, guest, .. } = scene;
     let truth = guest.stop();
     daemon.stop();
     server.wait_for_its_end();
@@ -224,7 +224,7 @@ fn a_server_that_a_guest_has_left_is_let_go_of() {
     scene.daemon.ok("mirror", &["vda", &next.display().to_string(), "--raw", "--wait"]);
     scene.daemon.pivot("vda");
     scene.guest.wait(50);
-    let Remote { folder: _folder, mut server, mut daemon, guest } = scene;
+    let Remote { folder: _folder, mut server, mut daemon, guest, .. } = scene;
     server.wait_for_its_end();
     let truth = guest.stop();
     daemon.stop();

@@ -32,6 +32,11 @@ impl Mount {
         Some(mount)
     }
 
+    /// An XFS, whose files can share blocks.
+    pub fn that_shares(place: PathBuf, image: &Path) -> Option<Self> {
+        Self::of_file(place, image, 512 << 20, Command::new("mkfs.xfs").args(["-q", "-m", "reflink=1"]))
+    }
+
     fn of_file(place: PathBuf, image: &Path, len: u64, make: &mut Command) -> Option<Self> {
         std::fs::create_dir_all(&place).expect("a folder of ours");
         File::create(image).and_then(|file| file.set_len(len)).expect("a file of ours");

@@ -7,6 +7,8 @@
 //! Time is what each queue makes of it, a millisecond a look. Where files have a clock, it is the same for all of them, and
 //! what is done to a file takes as long as its device needs.
 use super::pages::Pages;
+use crate::chain::{Look, Source};
+use crate::disk::Disk;
 use crate::io::{Completion, Io, Op, Token, Wait};
 use formats::storage::Storage;
 use std::cell::RefCell;
@@ -76,6 +78,22 @@ impl Files {
     /// Files in a world whose time goes by when it is told to.
     pub fn with_clock() -> Self {
         Self(Arc::default(), Some(Arc::default()))
+    }
+
+    /// Everything that a disk in these files has.
+    pub fn read_disk(&self, disk: &Disk) -> Vec<u8> {
+        let mut bytes = vec![0; disk.size() as usize];
+        let mut at = 0;
+        while at < disk.size() {
+            let (range, source) = disk.chain().map(at, disk.size() - at, Look::Images).expect("a mapping");
+            if let Source::Data { layer, host } = source {
+                let number = disk.chain().layers()[layer].file.file().number().expect("a simulated file");
+                let bytes = &mut bytes[range.start as usize..range.end as usize];
+                self.lock()[number as usize].read(host as usize, bytes);
+            }
+            at = range.end;
+        }
+        bytes
     }
 
     /// So much time goes by.

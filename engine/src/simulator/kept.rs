@@ -2,6 +2,7 @@
 use crate::dirty::DirtyBitmap;
 use crate::fault::kill_at_store;
 use crate::io::Words;
+use crate::journal::WORDS;
 use crate::planes::{Planes, TakenUp, lay_out};
 use formats::planes::{Header, Left};
 use std::sync::Arc;
@@ -9,6 +10,19 @@ use std::sync::atomic::Ordering;
 
 /// Guest writes in flight: one fewer than there are guests, so that some wait for a place.
 const FLIGHTS: u32 = 2;
+
+thread_local! {
+    /// The journals' memory, for one world of a thread after the other: what dies is not dropped, and would keep it.
+    static JOURNALS: [Arc<Words>; 2] = std::array::from_fn(|_| Arc::new(Words::in_memory(WORDS)));
+}
+
+/// Two empty journals.
+pub fn journals() -> [Arc<Words>; 2] {
+    JOURNALS.with(|journals| {
+        journals.iter().flat_map(|words| words.iter()).for_each(|word| word.store(0, Ordering::Relaxed));
+        journals.clone()
+    })
+}
 
 #[derive(Default)]
 pub struct Kept {

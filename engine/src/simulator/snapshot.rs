@@ -3,12 +3,13 @@
 use super::files::{Dice, Files, SECTOR, SimIo};
 use super::guest::{Guest, fill, value_of};
 use super::history::{History, Trust};
-use crate::chain::{Chain, Layer, Look, Source};
+use super::kept::journals;
+use crate::chain::{Chain, Layer};
 use crate::disk::{DataFile, Disk, Tools};
 use crate::export::gate::{Gate, Route};
 use crate::fault::{Fault, plant};
 use crate::io::{Arena, File, Io, Token, Wait, Waker, Words};
-use crate::journal::{WORDS, WordJournal};
+use crate::journal::WordJournal;
 use crate::pivot::{New, RecordFile, Replace, Step};
 use formats::image::{Image, Progress, Settle};
 use formats::journal::{Forgetful, Journal};
@@ -33,18 +34,6 @@ struct ImageFile {
     words: Arc<Words>,
 }
 
-impl ImageFile {
-    fn new(files: &Files, words: &Arc<Words>) -> Self {
-        words.iter().for_each(|word| word.store(0, Ordering::Relaxed));
-        Self { file: files.add(Vec::new()), words: Arc::clone(words) }
-    }
-}
-
-/// The journals' memory, for one world after the other: what dies is not dropped, and would keep it.
-fn journals() -> [Arc<Words>; 2] {
-    [(); 2].map(|()| Arc::new(Words::in_memory(WORDS)))
-}
-
 struct World {
     files: Files,
     base: u32,
@@ -62,13 +51,13 @@ struct World {
 }
 
 impl World {
-    fn new(seed: u64, [old, overlay]: &[Arc<Words>; 2]) -> Self {
+    fn new(seed: u64) -> Self {
         let (files, mut dice) = (Files::default(), Dice::new(seed));
         let mut bytes = vec![0; DISK as usize];
         bytes.chunks_mut(SECTOR).zip(0xba5e_0000..).for_each(|(sector, value)| fill(sector, value));
         let history = History::new(bytes.chunks(SECTOR).map(value_of));
         let base = files.add(bytes);
-        let (old, overlay) = (ImageFile::new(&files, old), ImageFile::new(&files, overlay));
+        let [old, overlay] = journals().map(|words| ImageFile { file: files.add(Vec::new()), words });
         make(&files, old.file, "base", "raw", &mut dice);
         let record = files.add(first_record(&mut dice));
         files.sync();
@@ -169,28 +158,13 @@ impl World {
         assert!(["old", "overlay"].contains(&truth.as_str()), "the truth is {truth}");
         let on_overlay = truth == "overlay";
         let images = if on_overlay { &[&self.overlay, &self.old][..] } else { &[&self.old] };
-        let bytes = self.read(&open(&self.files, images, self.base));
+        let bytes = self.files.read_disk(&open(&self.files, images, self.base));
         for (sector, bytes) in bytes.chunks(SECTOR).enumerate() {
             let value = value_of(bytes);
             let described = || self.history.describe(sector);
             assert!(self.history.allows(sector, value, trust), "sector {sector} holds {value:x}: {}", described());
         }
         on_overlay
-    }
-
-    fn read(&self, disk: &Disk) -> Vec<u8> {
-        let mut bytes = vec![0; DISK as usize];
-        let mut at = 0;
-        while at < DISK {
-            let (range, source) = disk.chain().map(at, DISK - at, Look::Images).expect("a mapping");
-            if let Source::Data { layer, host } = source {
-                let number = disk.chain().layers()[layer].file.file().number().expect("a simulated file");
-                let bytes = &mut bytes[range.start as usize..range.end as usize];
-                self.files.lock()[number as usize].read(host as usize, bytes);
-            }
-            at = range.end;
-        }
-        bytes
     }
 }
 
@@ -247,13 +221,13 @@ fn open(files: &Files, images: &[&ImageFile], base: u32) -> Arc<Disk> {
 
 /// A kill and a power cut at every step; how often each side was the truth.
 fn crash_at_every_step(seed: u64) -> [u64; 2] {
-    let (mut sides, words) = ([0; 2], journals());
+    let mut sides = [0; 2];
     for power in [false, true] {
-        let mut world = World::new(seed, &words);
+        let mut world = World::new(seed);
         let steps = world.run(None).expect("nobody kills it");
         assert!(world.crash(power), "it was answered");
         for step in 0..steps {
-            let mut world = World::new(seed, &words);
+            let mut world = World::new(seed);
             assert!(world.run(Some(step)).is_none());
             sides[usize::from(world.crash(power))] += 1;
         }

@@ -2,11 +2,11 @@
 use super::files::{Dice, Files, SECTOR, SimIo};
 use super::guest::{Guest, fill, value_of};
 use super::history::{History, Trust};
-use super::kept::Kept;
+use super::kept::{Kept, journals};
 use super::life::Life;
 use super::modes::Modes;
 use super::plan::{Fate, Plan};
-use crate::chain::{Apart, Chain, Layer, Look, Source};
+use crate::chain::{Apart, Chain, Layer};
 use crate::control::OnError;
 use crate::copier::{Copier, Depth};
 use crate::disk::{DataFile, Disk, Tools};
@@ -14,7 +14,7 @@ use crate::export::gate::{Gate, Route};
 use crate::fault::{Fault, Killed, planted};
 use crate::io::{Arena, File, Io, Token, Wait, Waker, Words};
 use crate::job::{Job, Parts, Phase};
-use crate::journal::{WORDS, WordJournal};
+use crate::journal::WordJournal;
 use crate::mirror::Mirror;
 use crate::pivot::{End, RecordFile, recorded_as};
 use crate::planes::TakenUp;
@@ -64,19 +64,6 @@ pub struct World {
     rotted: bool,
     /// How many mismatches were found, in the job that pivoted.
     mismatches: u64,
-}
-
-thread_local! {
-    /// The journals' memory, for one world of a thread after the other: what dies is not dropped, and would keep it.
-    static JOURNALS: [Arc<Words>; 2] = std::array::from_fn(|_| Arc::new(Words::in_memory(WORDS)));
-}
-
-/// Two empty journals.
-fn journals() -> [Arc<Words>; 2] {
-    JOURNALS.with(|journals| {
-        journals.iter().flat_map(|words| words.iter()).for_each(|word| word.store(0, Ordering::Relaxed));
-        journals.clone()
-    })
 }
 
 impl World {
@@ -350,7 +337,7 @@ impl World {
     /// At the instant of a pivot both sides read alike.
     fn compare(&self, mirror: &Mirror) {
         assert_eq!(mirror.backlog(), 0, "what people are told: {:?}", self.plan);
-        let (source, target) = (self.read_all(&mirror.source), self.read_all(&mirror.target));
+        let (source, target) = (self.files.read_disk(&mirror.source), self.files.read_disk(&mirror.target));
         let differs = source.chunks(SECTOR).zip(target.chunks(SECTOR)).position(|(a, b)| a != b);
         if let Some(sector) = differs {
             let value = |bytes: &[u8]| value_of(&bytes[sector * SECTOR..][..SECTOR]);
@@ -510,21 +497,6 @@ impl World {
         Arc::new(Layer { image, file: payload, path: path(file), format: "any", apart })
     }
 
-    fn read_all(&self, disk: &Disk) -> Vec<u8> {
-        let mut bytes = vec![0; DISK as usize];
-        let mut at = 0;
-        while at < DISK {
-            let (range, source) = disk.chain().map(at, DISK - at, Look::Images).expect("a mapping");
-            if let Source::Data { layer, host } = source {
-                let number = disk.chain().layers()[layer].file.file().number().expect("a simulated file");
-                let bytes = &mut bytes[range.start as usize..range.end as usize];
-                self.files.lock()[number as usize].read(host as usize, bytes);
-            }
-            at = range.end;
-        }
-        bytes
-    }
-
     fn kill(&mut self, life: Life) -> Fate {
         life.die();
         self.plan.fate
@@ -585,7 +557,7 @@ impl World {
             _ => Trust::AnsweredBefore(now),
         };
         let (disk, _) = self.open_image(self.served(), false);
-        let bytes = self.read_all(&disk);
+        let bytes = self.files.read_disk(&disk);
         for (sector, bytes) in bytes.chunks(SECTOR).enumerate() {
             let value = value_of(bytes);
             assert!(
